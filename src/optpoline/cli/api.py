@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the public API that the command line is written on, as a seam.
+
+Subcommands see these protocols only, so that unit tests can stand in for a
+target. ``LiveApi`` is the real thing; it imports optpoline when first used,
+because ``optpoline --help`` needs none of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+from optpoline.report.summary import (
+    DetachResult,
+    LeftBehind,
+    ModuleSummary,
+    SessionState,
+    SiteSummary,
+    Summary,
+)
+
+if TYPE_CHECKING:
+    import optpoline
+
+__all__ = ["Api", "LiveApi", "OnEvent", "SessionEvent", "SessionHandle", "SiteListing"]
+
+
+class SessionEvent(Protocol):
+    """Something a session did (``optpoline.Event``)."""
+
+    @property
+    def kind(self) -> Enum:
+        """What happened; the member's name is what counts."""
+
+    @property
+    def message(self) -> str:
+        """One sentence for people."""
+
+
+OnEvent = Callable[[SessionEvent], None]
+
+
+class SessionHandle(Protocol):
+    """An attached session (``optpoline.Session``)."""
+
+    def learn(self, seconds: float) -> object:
+        """Count targets for a window."""
+
+    def promote(self) -> object:
+        """Promote what was learned."""
+
+    def watch(self, seconds: float | None, stop: threading.Event) -> SessionState:
+        """Keep up until the time is over, ``stop`` is set, or the target is gone."""
+
+    def summary(self) -> Summary:
+        """Say how things are."""
+
+    def detach(self, leave: bool) -> DetachResult:
+        """Restore everything, or leave the promotions working."""
+
+
+class SiteListing(Protocol):
+    """The sites of a process or file (``optpoline.SiteReport``)."""
+
+    @property
+    def modules(self) -> tuple[ModuleSummary, ...]:
+        """Every module searched."""
+
+    @property
+    def sites(self) -> tuple[SiteSummary, ...]:
+        """Every site found."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences worth telling."""
+
+
+class Api(Protocol):
+    """What the subcommands call."""
+
+    def attach(self, pid: int, *, learn_s: float, on_event: OnEvent) -> SessionHandle:
+        """Attach to a process, or raise an error of ``optpoline.errors``."""
+
+    def find_sites(self, target: int | str) -> SiteListing:
+        """List the sites of a process or file without touching it."""
+
+    def read_status(self, pid: int) -> LeftBehind | None:
+        """Say what an earlier controller left in a process."""
+
+    def restore(self, pid: int) -> DetachResult:
+        """Undo what an earlier controller left in a process."""
+
+
+class LiveApi:
+    """The real API."""
+
+    def attach(self, pid: int, *, learn_s: float, on_event: OnEvent) -> optpoline.Session:
+        """Attach to a process."""
+        import optpoline
+        from optpoline.process.permissions import check_attachable
+
+        check_attachable(pid)
+        return optpoline.attach(pid, config=optpoline.Config(learn_s=learn_s), on_event=on_event)
+
+    def find_sites(self, target: int | str) -> optpoline.SiteReport:
+        """List the sites of a process or file."""
+        import optpoline
+
+        return optpoline.find_sites(target)
+
+    def read_status(self, pid: int) -> LeftBehind | None:
+        """Say what an earlier controller left in a process."""
+        import optpoline
+
+        return optpoline.read_status(pid)
+
+    def restore(self, pid: int) -> DetachResult:
+        """Undo what an earlier controller left in a process."""
+        import optpoline
+
+        return optpoline.restore(pid)

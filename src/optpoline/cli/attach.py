@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``optpoline attach PID``: promote a running program until told to stop."""
+
+from __future__ import annotations
+
+import signal
+
+import click
+
+from optpoline.cli.drive import SessionEnd, SessionPlan, describe_event, drive_session
+from optpoline.cli.invocation import Invocation
+from optpoline.cli.options import PID, pass_invocation, session_options, shared_options
+from optpoline.cli.signals import SignalRelay
+from optpoline.report.json_document import session_document
+from optpoline.report.session_text import format_summary
+
+__all__ = ["attach_command"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@click.command("attach")
+@click.argument("pid", type=PID)
+@session_options
+@shared_options
+@pass_invocation
+def attach_command(
+    invocation: Invocation,
+    pid: int,
+    duration: float | None,
+    learn_seconds: float,
+    leave: bool,
+    no_progress: bool,
+) -> None:
+    """Promote the hot sites of process PID until Ctrl-C, --duration, or its exit.
+
+    At the end every byte is put back, unless --leave is given.
+    """
+    invocation.progress = not no_progress
+    invocation.sink.validate_writable()
+    plan = SessionPlan(learn_s=learn_seconds, duration_s=duration, leave=leave)
+    console = invocation.console()
+    with SignalRelay(stopping=_SIGNALS) as relay:
+        session = invocation.api.attach(
+            pid, learn_s=learn_seconds, on_event=describe_event(console)
+        )
+        end = drive_session(session, plan, relay.stop, console)
+        received = relay.received
+    _report(invocation, end)
+    # Ctrl-C is the ordinary way to end this; the other signals show in the status.
+    if received is not None and received != signal.SIGINT:
+        invocation.exit_code = 128 + received
+
+
+def _report(invocation: Invocation, end: SessionEnd) -> None:
+    """Tell people, then scripts."""
+    console = invocation.console()
+    console.say_all(format_summary(end.summary, console.style))
+    invocation.sink.write(session_document(end.summary, end.detach, command="attach"))

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``optpoline detach PID``: undo what an earlier run left in a process."""
+
+from __future__ import annotations
+
+import click
+
+from optpoline.cli.invocation import Invocation
+from optpoline.cli.options import PID, pass_invocation, shared_options
+from optpoline.errors import OptpolineError
+from optpoline.report.json_document import detach_document
+from optpoline.report.session_text import format_detach
+from optpoline.report.summary import DetachOutcome
+
+__all__ = ["detach_command"]
+
+EXIT_REFUSED = 7
+"""Not everything could be put back: another patcher's bytes were found."""
+
+
+@click.command("detach")
+@click.argument("pid", type=PID)
+@shared_options
+@pass_invocation
+def detach_command(invocation: Invocation, pid: int) -> None:
+    """Put back every byte an earlier optpoline changed in process PID."""
+    invocation.sink.validate_writable()
+    console = invocation.console()
+    if invocation.api.read_status(pid) is None:
+        console.say(f"process {pid}: nothing of optpoline is in it, nothing to undo")
+        invocation.sink.write(detach_document(pid, None))
+        return
+    try:
+        result = invocation.api.restore(pid)
+    except OptpolineError:
+        console.say_more(f"process {pid}: nothing more was changed")
+        raise
+    console.say_all(format_detach(result))
+    invocation.sink.write(detach_document(pid, result))
+    if result.outcome is DetachOutcome.FOREIGN_BYTES:
+        invocation.exit_code = EXIT_REFUSED

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One session from a completed attach to its end: learn, promote, keep up, let go.
+
+Whatever happens in between, an error, a signal, the end of the target, the
+session is detached exactly once, and what was promoted until then is still
+known afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from optpoline.cli.api import SessionEvent, SessionHandle
+from optpoline.cli.console import Console
+from optpoline.errors import ProcessGone
+from optpoline.report.session_text import format_progress, format_promoted
+from optpoline.report.summary import DetachOutcome, DetachResult, SessionState, Summary
+
+__all__ = ["SessionEnd", "SessionPlan", "describe_event", "drive_session"]
+
+PROGRESS_PERIOD_S = 1.0
+"""How often the progress line is renewed; without one the session is left alone."""
+
+_OVER = frozenset({SessionState.EXITED, SessionState.EXECED})
+
+_EVENTS_ALWAYS = frozenset({"ATTACHED", "LEARNING", "MODULE_ADDED", "EXITED", "EXECED", "NOTE"})
+"""Kinds of event told at once; the others only with ``--verbose``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionPlan:
+    """What the user asked for.
+
+    Attributes:
+        learn_s: Length of the first learning window in seconds.
+        duration_s: When to let go, in seconds from now, or None for no such limit.
+        leave: Whether the promotions are to go on working without us.
+    """
+
+    learn_s: float
+    duration_s: float | None
+    leave: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionEnd:
+    """How a session ended.
+
+    Attributes:
+        summary: Sites and rates as they were last, state and stops as they are now.
+        detach: What letting go did.
+    """
+
+    summary: Summary
+    detach: DetachResult
+
+
+def describe_event(console: Console) -> Callable[[SessionEvent], None]:
+    """Return the callback that tells the user what a session does.
+
+    Promotions are told by ``drive_session`` the first time, with their numbers.
+    """
+
+    def tell(event: SessionEvent) -> None:
+        if event.kind.name in _EVENTS_ALWAYS:
+            console.say(event.message)
+        else:
+            console.say_more(event.message)
+
+    return tell
+
+
+def drive_session(
+    session: SessionHandle,
+    plan: SessionPlan,
+    stop: threading.Event,
+    console: Console,
+    clock: Callable[[], float] = time.monotonic,
+) -> SessionEnd:
+    """Run a session to its end and detach.
+
+    Args:
+        session: Just attached; the duration counts from here.
+        plan: What to do.
+        stop: Ends the session at the next opportunity.
+        console: Where the user is told.
+        clock: Seconds that only go forward.
+
+    Raises:
+        OptpolineError: if learning, promoting or detaching failed; what had
+            been changed was put back first, as far as that was possible.
+    """
+    started = clock()
+    is_gone = False
+    try:
+        _keep_promoted(session, plan, stop, console, clock)
+    except ProcessGone:
+        is_gone = True
+    except BaseException:
+        session.detach(leave=False)
+        raise
+    return _let_go(session, plan.leave, is_gone=is_gone, elapsed_s=clock() - started)
+
+
+def _keep_promoted(
+    session: SessionHandle,
+    plan: SessionPlan,
+    stop: threading.Event,
+    console: Console,
+    clock: Callable[[], float],
+) -> None:
+    """Learn, promote, and keep up until it is time to let go."""
+    started = clock()
+    limit_s = plan.duration_s
+
+    def remaining_s() -> float | None:
+        return None if limit_s is None else max(0.0, limit_s - (clock() - started))
+
+    window_s = plan.learn_s if limit_s is None else min(plan.learn_s, limit_s)
+    if window_s > 0 and not stop.is_set():
+        _show_progress(session, console, clock() - started)
+        session.learn(seconds=window_s)
+    # Too little time to promote for; but what is to be left has to be made first.
+    if stop.is_set() or (remaining_s() == 0 and not plan.leave):
+        return
+    session.promote()
+    summary = session.summary()
+    if summary.state in _OVER:
+        return
+    console.say(format_promoted(summary, clock() - started))
+    while not stop.is_set():
+        left_s = remaining_s()
+        if left_s == 0:
+            return
+        if not console.has_progress:
+            slice_s = left_s
+        else:
+            _show_progress(session, console, clock() - started)
+            slice_s = PROGRESS_PERIOD_S if left_s is None else min(PROGRESS_PERIOD_S, left_s)
+        if session.watch(seconds=slice_s, stop=stop) in _OVER or slice_s is None:
+            return
+
+
+def _let_go(
+    session: SessionHandle, leave: bool, *, is_gone: bool, elapsed_s: float
+) -> SessionEnd:
+    """Detach, and join what was known before with what is known after."""
+    before = session.summary()
+    try:
+        result = session.detach(leave=leave)
+    except ProcessGone:
+        is_gone = True
+        result = DetachResult(outcome=DetachOutcome.GONE, restored=0, foreign=(), notes=())
+    after = session.summary()
+    state = after.state
+    if state not in _OVER:
+        if is_gone or result.outcome is DetachOutcome.GONE:
+            state = SessionState.EXITED
+        elif result.outcome is DetachOutcome.LEFT:
+            state = SessionState.LEFT
+    # Restored sites are no longer promoted; the report is about what they were.
+    summary = replace(
+        before,
+        state=state,
+        stops=after.stops,
+        stop_ms_max=after.stop_ms_max,
+        stop_ms_total=after.stop_ms_total,
+        learning_s=after.learning_s,
+        notes=(*after.notes, *(note for note in result.notes if note not in after.notes)),
+    )
+    return SessionEnd(summary=summary, detach=result)
+
+
+def _show_progress(session: SessionHandle, console: Console, elapsed_s: float) -> None:
+    """Renew the progress line; a summary is not free, so only if there is one."""
+    if console.has_progress:
+        console.progress(format_progress(session.summary(), elapsed_s))

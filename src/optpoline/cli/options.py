@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options and argument types that several verbs share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import click
+
+from optpoline.cli.invocation import Invocation
+from optpoline.cli.output import JsonSink
+
+__all__ = ["PID", "SECONDS", "parse_pid", "pass_invocation", "session_options", "shared_options"]
+
+PID_MAX = 1 << 22
+"""No process id is larger (PID_MAX_LIMIT, include/linux/threads.h)."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+pass_invocation = click.make_pass_decorator(Invocation)
+
+
+def parse_pid(text: str) -> int | None:
+    """Return a process id written in decimal or hex, None if it is not a number.
+
+    >>> parse_pid("4711"), parse_pid("0x1267"), parse_pid("./4711")
+    (4711, 4711, None)
+    """
+    digits = text.strip()
+    is_hex = digits[:2].lower() == "0x"
+    try:
+        return int(digits, 16 if is_hex else 10) if digits.isascii() else None
+    except ValueError:
+        return None
+
+
+class _PidType(click.ParamType[int]):
+    """A process id."""
+
+    name = "pid"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Accept decimal and hex, refuse what no process can have."""
+        pid = value if isinstance(value, int) else parse_pid(value)
+        if pid is None or not 0 < pid <= PID_MAX:
+            self.fail(f"{value!r} is not a process id (decimal, or hex after 0x)", param, ctx)
+        return pid
+
+
+class _SecondsType(click.ParamType[float]):
+    """A length of time."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Accept finite numbers from 0 up."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not math.isfinite(seconds) or seconds < 0:
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return seconds
+
+
+PID = _PidType()
+SECONDS = _SecondsType()
+
+
+def _set_json(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    """Note where JSON goes."""
+    invocation = ctx.find_object(Invocation)
+    if invocation is not None:
+        invocation.sink = JsonSink(path=value, force=invocation.sink.force)
+
+
+def _set_force(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    """Note that a file may be overwritten."""
+    invocation = ctx.find_object(Invocation)
+    if invocation is not None:
+        invocation.sink = JsonSink(path=invocation.sink.path, force=value)
+
+
+def _set_colour(ctx: click.Context, _param: click.Parameter, value: str) -> None:
+    """Note whether colours are wanted."""
+    invocation = ctx.find_object(Invocation)
+    if invocation is not None:
+        invocation.colour = value
+
+
+def _set_quiet(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    """Note that only errors are wanted."""
+    invocation = ctx.find_object(Invocation)
+    if invocation is not None:
+        invocation.quiet = value
+
+
+def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    """Note that more is wanted."""
+    invocation = ctx.find_object(Invocation)
+    if invocation is not None:
+        invocation.verbose = value
+
+
+def shared_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add the options every verb has.
+
+    They are eager: should another one turn out wrong, the error already goes
+    where and how the user asked for.
+    """
+    decorators = [
+        click.option(
+            "--json",
+            metavar="FILE",
+            is_eager=True,
+            expose_value=False,
+            callback=_set_json,
+            help="Write the result, or the error, as JSON to FILE ('-': stdout).",
+        ),
+        click.option(
+            "-f",
+            "--force",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_set_force,
+            help="Overwrite the --json FILE if it exists.",
+        ),
+        click.option(
+            "-q",
+            "--quiet",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_set_quiet,
+            help="Say nothing but errors.",
+        ),
+        click.option(
+            "-v",
+            "--verbose",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_set_verbose,
+            help="Say more.",
+        ),
+        click.option(
+            "--color",
+            type=click.Choice(["auto", "always", "never"]),
+            default="auto",
+            is_eager=True,
+            expose_value=False,
+            callback=_set_colour,
+            help="When to use colours.",
+        ),
+    ]
+    for decorate in reversed(decorators):
+        function = decorate(function)
+    return function
+
+
+def session_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add the options of the verbs that hold a session (``run``, ``attach``)."""
+    decorators = [
+        click.option(
+            "--duration",
+            type=SECONDS,
+            metavar="S",
+            help="Let go S seconds after the attach was complete.",
+        ),
+        click.option(
+            "--learn-seconds",
+            type=SECONDS,
+            metavar="S",
+            default=1.0,
+            show_default=True,
+            help="Length of the first learning window.",
+        ),
+        click.option("--leave", is_flag=True, help="Leave the promotions working at the end."),
+        click.option("--no-progress", is_flag=True, help="No progress line on a terminal."),
+    ]
+    for decorate in reversed(decorators):
+        function = decorate(function)
+    return function

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``optpoline sites PID|FILE``: list the retpoline sites, touching nothing."""
+
+from __future__ import annotations
+
+import click
+
+from optpoline.cli.invocation import Invocation
+from optpoline.cli.options import PID_MAX, parse_pid, pass_invocation, shared_options
+from optpoline.errors import NoSites, UsageError
+from optpoline.report.json_document import sites_document
+from optpoline.report.session_text import count_of
+from optpoline.report.sites_text import format_no_sites, format_sites
+
+__all__ = ["sites_command"]
+
+
+@click.command("sites")
+@click.argument("target", metavar="PID|FILE")
+@shared_options
+@pass_invocation
+def sites_command(invocation: Invocation, target: str) -> None:
+    """List the retpoline sites of a process or of an ELF file.
+
+    A number is a process id; write ./4711 for a file of that name.
+    """
+    invocation.sink.validate_writable()
+    pid = parse_pid(target)
+    if pid is not None and not 0 < pid <= PID_MAX:
+        raise UsageError(f"{target} is not a process id", hint=f"for a file write ./{target}")
+    listing = invocation.api.find_sites(target if pid is None else pid)
+    if not listing.sites:
+        name = target if pid is None else f"process {pid}"
+        raise NoSites(f"{name} has no retpoline site: {format_no_sites(listing.modules)}")
+    invocation.sink.write(sites_document(target, listing.modules, listing.sites, listing.notes))
+    if not invocation.sink.takes_stdout:
+        style = invocation.stdout_style()
+        invocation.print_data(format_sites(listing.modules, listing.sites, style))
+    console = invocation.console()
+    n_modules = len({site.module for site in listing.sites})
+    console.say(f"{count_of(len(listing.sites), 'site')} in {count_of(n_modules, 'module')}")
+    console.say_all(f"note: {note}" for note in listing.notes)

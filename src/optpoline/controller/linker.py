@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Link sites to blocks or back to their baseline, many at a time, in one stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import SiteState
+from optpoline.controller.target import Target
+from optpoline.model import Refusal
+from optpoline.patch.blocks import Block
+from optpoline.patch.text import Poke, crosses_line, poke_batch
+from optpoline.x86.assembler import encode_disp32
+
+__all__ = ["Linker", "Move"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """Where one site's text shall lead: a block, or None for its baseline."""
+
+    record: SiteRecord
+    block: Block | None
+
+
+class Linker:
+    """Changes text; the only writer of ``SiteRecord.disp`` and ``home``."""
+
+    def __init__(self, target: Target) -> None:
+        """Work on one target."""
+        self._target = target
+
+    def link(self, moves: Sequence[Move]) -> int:
+        """Change all sites of a batch in one stop.
+
+        Sites that hold another patcher's bytes are left and refused. Sites
+        whose displacement crosses a cache line are written only if every
+        thread could be stopped; else they stay where they are.
+
+        Returns:
+            How many sites lead where they should.
+        """
+        pokes: list[tuple[Move, Poke]] = []
+        for move in moves:
+            record = move.record
+            new = (
+                record.entry.disp
+                if move.block is None
+                else encode_disp32(record.entry.end, move.block.addr)
+            )
+            if new != record.disp:
+                pokes.append((move, Poke(entry=record.entry, expected=record.disp, new=new)))
+            else:
+                record.home = move.block
+        if not pokes:
+            return len(moves)
+        return len(moves) - self._poke(pokes)
+
+    def _poke(self, pokes: Sequence[tuple[Move, Poke]]) -> int:
+        """Stop, poke, note what became of each; return how many did not move."""
+        by_entry = {poke.entry.addr: move for move, poke in pokes}
+        crossing = [poke for _, poke in pokes if crosses_line(poke.entry)]
+        easy = [poke for _, poke in pokes if not crosses_line(poke.entry)]
+        with self._target.stop(wake_all=bool(crossing)) as stop:
+            batch = easy + crossing if not stop.asleep else easy
+            result = poke_batch(self._target.memory, batch)
+        for poke in result.done:
+            move = by_entry[poke.entry.addr]
+            move.record.disp = poke.new
+            move.record.home = move.block
+        for poke in result.foreign:
+            record = by_entry[poke.entry.addr].record
+            record.state = SiteState.REFUSED
+            record.refusal = Refusal.FOREIGN_BYTES
+        return len(pokes) - len(result.done)

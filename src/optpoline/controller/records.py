@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a session knows of each site: where its text leads, and through which blocks.
+
+A site's way at any moment::
+
+    text --(disp)--> home block --(head, maybe redirected)--> active block
+    home     the block the text leads to; None while it holds its baseline
+    active   the block that does the work: home itself, or a newer one that
+             home's head jumps to until the text is linked to it
+    counting a counting block entered through active's head during a window
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from optpoline.learn.counting import SiteCounts
+from optpoline.model import Addr, Refusal, Site
+from optpoline.patch.arena import Arena
+from optpoline.patch.blocks import Block
+from optpoline.patch.layout import JournalEntry
+from optpoline.promote.tree import PlannedTree
+from optpoline.controller.summary import SiteState
+
+__all__ = ["SiteRecord"]
+
+
+@dataclass(slots=True)
+class SiteRecord:
+    """The mutable state of one site; only the controller's own thread touches it."""
+
+    site: Site
+    arena: Arena
+    state: SiteState
+    entry: JournalEntry
+    disp: bytes
+    """The displacement that the text holds now, as we wrote or found it."""
+    refusal: Refusal | None = None
+    home: Block | None = None
+    active: Block | None = None
+    counting: Block | None = None
+    counts_before: SiteCounts | None = None
+    """What ``counting`` had counted when its window began."""
+    window_start_s: float = 0.0
+    plan: PlannedTree | None = None
+    counts: SiteCounts | None = None
+    """What the last window counted."""
+    window_s: float = 0.0
+    """How long that window was."""
+    sample_every_s: float = 0.0
+    next_sample_s: float = 0.0
+    n_confirmed: int = 0
+    misses_seen: int = 0
+    miss_rate_hz: float = 0.0
+    """Misses a second of the promoted block when it was last judged fit."""
+    changed_s: float = 0.0
+    n_relearned: int = 0
+    unsafe_targets: set[Addr] = field(default_factory=set)
+    """Targets that were found to read flags; a site that has one is refused."""
+
+    @property
+    def thunk_addr(self) -> Addr:
+        """Where the baseline leads."""
+        return self.site.thunk.addr
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the last window's branches that the plan has a guard for."""
+        if self.plan is None or self.counts is None or not self.counts.total:
+            return None
+        shares = self.counts.shares()
+        return sum(shares.get(target, 0.0) for target in self.plan.targets)
+
+    @property
+    def rate_hz(self) -> float | None:
+        """Branches a second in the last window."""
+        if self.counts is None or self.window_s <= 0:
+            return None
+        return self.counts.total / self.window_s

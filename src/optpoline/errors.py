@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every exception that optpoline raises on purpose, with its exit status.
+
+``str(error)`` is one sentence that names the object and what to do about it;
+errors carry their facts as fields. ``OSError`` is wrapped once, at the system
+call, with ``from``. Only the command line turns an error into a line on
+standard error and an exit status.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArenaError",
+    "AttachError",
+    "ControllerActive",
+    "DecodeError",
+    "EncodeRangeError",
+    "NoSites",
+    "OptpolineError",
+    "PermissionDenied",
+    "ProcessGone",
+    "SiteChanged",
+    "StopTimeout",
+    "TargetFault",
+    "UnsupportedTarget",
+    "UsageError",
+]
+
+
+class OptpolineError(Exception):
+    """Base of all; ``exit_code`` is what the command line exits with.
+
+    Args:
+        message: One sentence naming the object and what went wrong.
+        hint: What the user can do about it, one sentence, or None.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        """Keep the sentence and the advice apart, so that both can be shown."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Return the sentence, with the advice behind it where there is one."""
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class UsageError(OptpolineError):
+    """The command line or an argument of the API makes no sense."""
+
+    exit_code = 2
+
+
+class NoSites(OptpolineError):
+    """The target has no retpoline site; the message says what it has."""
+
+    exit_code = 3
+
+
+class AttachError(OptpolineError):
+    """The target cannot be attached to."""
+
+
+class ProcessGone(AttachError):
+    """The target, or the thread in question, no longer exists.
+
+    Args:
+        pid: Process or thread id.
+    """
+
+    exit_code = 4
+
+    def __init__(self, pid: int, message: str | None = None) -> None:
+        """Name the process that is gone."""
+        super().__init__(message or f"process {pid} has exited or never existed")
+        self.pid = pid
+
+
+class PermissionDenied(AttachError):
+    """We may not trace the target; the message says exactly why."""
+
+    exit_code = 5
+
+
+class UnsupportedTarget(AttachError):
+    """The target is of a kind we cannot or will not touch (32-bit, kernel thread, ...)."""
+
+    exit_code = 6
+
+
+class ArenaError(OptpolineError):
+    """No arena can be had: no room within reach, or a limit of the target forbids it."""
+
+    exit_code = 7
+
+
+class SiteChanged(OptpolineError):
+    """The bytes at an address are not what was expected; nothing was written.
+
+    Args:
+        addr: Address compared.
+        expected: Bytes that should have been there.
+        found: Bytes that were there.
+    """
+
+    exit_code = 7
+
+    def __init__(self, addr: int, expected: bytes, found: bytes) -> None:
+        """Keep what was compared."""
+        super().__init__(
+            f"bytes at {addr:#x} are {found.hex(' ')}, expected {expected.hex(' ')}; left as they are"
+        )
+        self.addr = addr
+        self.expected = expected
+        self.found = found
+
+
+class ControllerActive(OptpolineError):
+    """Another optpoline controller works on this target."""
+
+    exit_code = 7
+
+
+class StopTimeout(OptpolineError):
+    """Some threads could not be stopped in time; all were resumed.
+
+    Args:
+        waited_ns: How long was waited.
+        tids: Threads that did not stop.
+    """
+
+    exit_code = 7
+
+    def __init__(self, waited_ns: int, tids: tuple[int, ...]) -> None:
+        """Name the threads that did not stop."""
+        names = ", ".join(str(tid) for tid in tids)
+        super().__init__(
+            f"threads {names} did not stop within {waited_ns / 1e6:.1f} ms; all threads were resumed"
+        )
+        self.waited_ns = waited_ns
+        self.tids = tids
+
+
+class TargetFault(OptpolineError):
+    """Memory of the target could not be read or written.
+
+    Args:
+        addr: First address of the access.
+        size: Size of the access in bytes.
+    """
+
+    def __init__(self, addr: int, size: int, what: str = "accessed") -> None:
+        """Name the range that faulted."""
+        super().__init__(f"{size} bytes at {addr:#x} of the target cannot be {what}")
+        self.addr = addr
+        self.size = size
+
+
+class DecodeError(OptpolineError):
+    """Bytes are not an instruction of the architecture.
+
+    Args:
+        addr: Address of the bytes.
+        code: The bytes.
+    """
+
+    def __init__(self, addr: int, code: bytes) -> None:
+        """Name the bytes."""
+        super().__init__(f"no instruction at {addr:#x}: {code[:16].hex(' ')}")
+        self.addr = addr
+        self.code = code
+
+
+class EncodeRangeError(OptpolineError):
+    """A direct branch cannot reach from one address to another.
+
+    Args:
+        src_addr: Address of the branch.
+        dst_addr: Address it should go to.
+    """
+
+    exit_code = 7
+
+    def __init__(self, src_addr: int, dst_addr: int) -> None:
+        """Name both ends."""
+        super().__init__(f"a direct branch at {src_addr:#x} cannot reach {dst_addr:#x}")
+        self.src_addr = src_addr
+        self.dst_addr = dst_addr

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nouns of optpoline as frozen records; no I/O, no architecture.
+
+A *site* is one indirect branch instruction of the program, written as a direct
+branch to a *thunk* that does the indirect branch safely. Policy code turns
+counted targets into a *branch tree* (``TreeNode``); the architecture package
+turns a ``BlockPlan`` into bytes. Nothing here knows an opcode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+__all__ = [
+    "Addr",
+    "BlockPlan",
+    "Count",
+    "Guard",
+    "Mapping",
+    "Miss",
+    "Module",
+    "OpenSlot",
+    "Refusal",
+    "Site",
+    "SiteKind",
+    "Split",
+    "Thunk",
+    "ThunkFlavour",
+    "TreeNode",
+    "tree_targets",
+]
+
+Addr = NewType("Addr", int)
+"""An absolute virtual address in the target."""
+
+
+class SiteKind(Enum):
+    """What the instruction at a site does."""
+
+    CALL = "call"
+    JUMP = "jump"
+    COND_JUMP = "cond_jump"
+
+
+class ThunkFlavour(Enum):
+    """Whose thunk it is, by symbol or by body."""
+
+    GCC = "gcc"
+    CLANG = "clang"
+    EXTERN = "extern"
+    """Named like a thunk, with a body of the program's own (``thunk-extern``)."""
+
+
+class Refusal(Enum):
+    """Why a site is reported but never promoted; the value is shown to users."""
+
+    PAGE_CROSSING = "its displacement crosses a page"
+    FLAGS_LIVE = "an address it may jump to reads the flags"
+    FLAGS_UNKNOWN = "the function around it is not known, so flags may be live"
+    FOREIGN_BYTES = "another patcher's bytes are in it"
+    UNKNOWN_OPERAND = "its thunk does not take the target in a register"
+    OUT_OF_REACH = "no arena within reach of a direct branch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mapping:
+    """One line of ``/proc/PID/maps``.
+
+    Attributes:
+        start: First address.
+        end: Address after the last.
+        perms: Four characters such as ``r-xp``.
+        offset: File offset in bytes.
+        device: ``major:minor`` in hex as printed.
+        inode: Inode number, 0 for anonymous memory.
+        path: Path or ``[name]`` as printed, "" for anonymous memory; " (deleted)" kept.
+    """
+
+    start: Addr
+    end: Addr
+    perms: str
+    offset: int
+    device: str
+    inode: int
+    path: str
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return self.end - self.start
+
+    @property
+    def is_executable(self) -> bool:
+        """Whether instructions can be fetched from it."""
+        return self.perms[2] == "x"
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the program can write to it."""
+        return self.perms[1] == "w"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Module:
+    """One ELF file mapped into the target, or an ELF file on disk (load_bias 0).
+
+    Attributes:
+        path: As the target names it (``/proc/PID/maps``), without " (deleted)".
+        load_bias: Runtime address minus ELF p_vaddr.
+        start: First address of its lowest mapping.
+        end: Address after its highest mapping.
+        mappings: Its mappings in address order.
+        is_main: Whether it is the executable.
+        build_id: Hex GNU build id, or None.
+    """
+
+    path: str
+    load_bias: int
+    start: Addr
+    end: Addr
+    mappings: tuple[Mapping, ...]
+    is_main: bool
+    build_id: str | None
+
+    @property
+    def name(self) -> str:
+        """Last component of the path."""
+        return self.path.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thunk:
+    """Code that does one indirect branch without speculation.
+
+    Attributes:
+        addr: Its first instruction.
+        operand: Name of the register that holds the target, such as "rax".
+        flavour: Whose it is.
+        symbol: Its symbol, or None where only the body told.
+    """
+
+    addr: Addr
+    operand: str
+    flavour: ThunkFlavour
+    symbol: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One retpoline site: a direct branch to a thunk.
+
+    Attributes:
+        addr: Its first byte, prefixes included.
+        code: Its bytes as read from memory when it was found (the baseline).
+        kind: Call, jump or conditional jump.
+        disp_addr: Address of its 32-bit displacement, the only bytes ever changed.
+        thunk: The thunk it branches to in the baseline.
+        module: Path of the module it is in.
+        function: Name of the function it is in, or None.
+        function_addr: Start of that function, or None.
+        refusal: Why it must not be promoted, or None.
+    """
+
+    addr: Addr
+    code: bytes
+    kind: SiteKind
+    disp_addr: Addr
+    thunk: Thunk
+    module: str
+    function: str | None
+    function_addr: Addr | None
+    refusal: Refusal | None = None
+
+    @property
+    def end(self) -> Addr:
+        """Address after the instruction; what its displacement counts from."""
+        return Addr(self.addr + len(self.code))
+
+    @property
+    def disp(self) -> bytes:
+        """The four displacement bytes of the baseline."""
+        off = self.disp_addr - self.addr
+        return self.code[off : off + 4]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """How often one target was taken in a window."""
+
+    target: Addr
+    hit_count: int
+
+
+# --- branch trees: what a block does with its operand -----------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """Leaf: none of the known targets; on to the site's own thunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Compare with ``target`` and branch directly to it when equal.
+
+    Attributes:
+        target: The learned target.
+        below: Where operands below ``target`` go (unsigned), or None if they
+            go the same way as those above.
+        otherwise: Where the rest goes.
+    """
+
+    target: Addr
+    below: TreeNode | None
+    otherwise: TreeNode
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Compare with ``key``: below it (unsigned) one way, the rest the other."""
+
+    key: Addr
+    below: TreeNode
+    above: TreeNode
+
+
+TreeNode = Miss | Guard | Split
+
+
+def tree_targets(node: TreeNode) -> Iterator[Addr]:
+    """Yield each guarded target of a tree, root first.
+
+    >>> list(tree_targets(Guard(Addr(8), None, Guard(Addr(4), None, Miss()))))
+    [8, 4]
+    """
+    stack: list[TreeNode] = [node]
+    while stack:
+        match stack.pop():
+            case Guard(target, below, otherwise):
+                yield target
+                stack.append(otherwise)
+                if below is not None:
+                    stack.append(below)
+            case Split(_, below, above):
+                stack += [above, below]
+            case Miss():
+                pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSlot:
+    """Two counter cells that the first unknown target to come by claims.
+
+    Attributes:
+        target_addr: u64 in counter memory, 0 while free.
+        count_addr: u64 in counter memory, hits of that target.
+    """
+
+    target_addr: Addr
+    count_addr: Addr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPlan:
+    """What one block is to do; the encoder turns it into bytes.
+
+    A promoted block counts misses only. A learning block counts each hit of
+    its tree as well, and has open slots for targets nobody has seen yet.
+    Counter cells may be written by the program and never decide where a
+    branch goes.
+
+    Attributes:
+        operand: Register holding the target.
+        tree: What to compare, in which order.
+        thunk_addr: The site's own thunk, where every miss goes.
+        hit_count_addrs: (target, counter cell) for each target to be counted.
+        miss_count_addr: Counter cell of misses that found no slot, or None.
+        open_slots: Claimable slots, tried in order on a miss of the tree.
+    """
+
+    operand: str
+    tree: TreeNode
+    thunk_addr: Addr
+    hit_count_addrs: tuple[tuple[Addr, Addr], ...] = ()
+    miss_count_addr: Addr | None = None
+    open_slots: tuple[OpenSlot, ...] = ()

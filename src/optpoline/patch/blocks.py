@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks in an arena: write them once, redirect them by one store.
+
+A block's bytes never change after it was written, but for its head: one aligned
+8-byte store makes it ``jmp`` elsewhere, another takes that back. Threads inside
+the block finish the old way; threads that enter it after go the new way. Both
+are right, whichever of them a thread takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optpoline.model import Addr, BlockPlan
+from optpoline.patch.arena import Arena
+from optpoline.x86.blocks import encode_block, encode_redirect
+
+__all__ = ["Block", "add_block", "point_back", "redirect"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One block as it was written.
+
+    Attributes:
+        arena: Where it is.
+        addr: Its first instruction.
+        size: Bytes.
+        plan: What it does.
+        head: Its first bytes as encoded, to undo a redirection.
+    """
+
+    arena: Arena
+    addr: Addr
+    size: int
+    plan: BlockPlan
+    head: bytes
+
+
+def add_block(arena: Arena, plan: BlockPlan) -> Block:
+    """Encode a plan, write it to the arena, return the block; nothing leads to it yet.
+
+    Raises:
+        ArenaError: if the arena is used up.
+        EncodeRangeError: if a target or the thunk is out of reach.
+    """
+    code = encode_block(plan, arena.next_block_addr(), arena)
+    addr = arena.add_block(code)
+    return Block(arena=arena, addr=addr, size=len(code), plan=plan, head=arena.head_of(addr))
+
+
+def redirect(block: Block, dst_addr: Addr) -> None:
+    """Make all who enter ``block`` from now on go to ``dst_addr``.
+
+    Target state: running; one aligned 8-byte store.
+    """
+    block.arena.store_u64(block.addr, encode_redirect(block.head, block.addr, dst_addr))
+
+
+def point_back(block: Block) -> None:
+    """Undo ``redirect``: the block does its own work again."""
+    block.arena.store_u64(block.addr, int.from_bytes(block.head, "little"))

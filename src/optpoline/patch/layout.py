@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The format of an arena: what a later controller must be able to read.
+
+An arena is one memfd, mapped into the program in three parts and, as a whole
+and writable, into the controller. In address order::
+
+    +0            header        r--   one page
+    +HEADER_SIZE  journal       r--   one entry per site ever linked
+    +code_off     code          r-x   blocks
+    +literal_off  literals      r-x   u64 compare operands
+    +counter_off  counters      rw-   u64 cells; data only, steers nothing
+
+The header and the journal are all that is needed to put the program's text
+back: an entry is complete before ``n_entries`` counts it, and ``n_entries``
+counts it before its site's text is changed. All integers are little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from optpoline.model import Addr
+
+__all__ = [
+    "ARENA_NAME",
+    "ENTRY_SIZE",
+    "HEADER_SIZE",
+    "MAGIC",
+    "VERSION",
+    "ArenaHeader",
+    "JournalEntry",
+]
+
+ARENA_NAME = "optpoline"
+"""Name of the memfd: ``/memfd:optpoline (deleted)`` in ``/proc/PID/maps``."""
+
+MAGIC = b"OPTPOLIN"
+VERSION = 1
+HEADER_SIZE = 4096
+ENTRY_SIZE = 32
+
+_HEADER = struct.Struct("<8sIIQQQQQQQQQ")
+_ENTRY = struct.Struct("<QBB6x16s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaHeader:
+    """``struct arena_header`` at offset 0.
+
+    Attributes:
+        size: Bytes of the whole arena.
+        code_off: Offset of the code part.
+        literal_off: Offset of the literals.
+        counter_off: Offset of the counters.
+        controller_pid: Who made it.
+        controller_start: Start time of that process, clock ticks since boot.
+        target_pid: For whom it was made; a forked child finds its parent's pid.
+        n_entries: Journal entries that are complete; the u64 at ``N_ENTRIES_OFF``.
+        version: Format version.
+    """
+
+    size: int
+    code_off: int
+    literal_off: int
+    counter_off: int
+    controller_pid: int
+    controller_start: int
+    target_pid: int
+    n_entries: int
+    version: int = VERSION
+
+    N_ENTRIES_OFF = 8 + 8 + 7 * 8
+
+    def pack(self) -> bytes:
+        """Return the header's bytes."""
+        return _HEADER.pack(
+            MAGIC,
+            self.version,
+            HEADER_SIZE,
+            self.size,
+            self.code_off,
+            self.literal_off,
+            self.counter_off,
+            self.controller_pid,
+            self.controller_start,
+            self.target_pid,
+            self.n_entries,
+            0,
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> ArenaHeader | None:
+        """Return the header in ``data``, or None if it is none of this version."""
+        if len(data) < _HEADER.size:
+            return None
+        magic, version, header_size, *numbers, _ = _HEADER.unpack_from(data)
+        if magic != MAGIC or version != VERSION or header_size != HEADER_SIZE:
+            return None
+        size, code_off, literal_off, counter_off, pid, start, target, n_entries = numbers
+        return cls(
+            size=size,
+            code_off=code_off,
+            literal_off=literal_off,
+            counter_off=counter_off,
+            controller_pid=pid,
+            controller_start=start,
+            target_pid=target,
+            n_entries=n_entries,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalEntry:
+    """One site that was linked: where it is and what was there before.
+
+    Attributes:
+        addr: First byte of the instruction.
+        code: Its baseline bytes, at most 16.
+        disp_off: Offset of the 32-bit displacement in them.
+    """
+
+    addr: Addr
+    code: bytes
+    disp_off: int
+
+    @property
+    def disp_addr(self) -> Addr:
+        """Address of the displacement."""
+        return Addr(self.addr + self.disp_off)
+
+    @property
+    def end(self) -> Addr:
+        """Address after the instruction."""
+        return Addr(self.addr + len(self.code))
+
+    @property
+    def disp(self) -> bytes:
+        """The displacement bytes of the baseline."""
+        return self.code[self.disp_off : self.disp_off + 4]
+
+    def pack(self) -> bytes:
+        """Return the entry's bytes."""
+        return _ENTRY.pack(self.addr, len(self.code), self.disp_off, self.code.ljust(16, b"\0"))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> JournalEntry:
+        """Return the entry in ``data`` (``ENTRY_SIZE`` bytes)."""
+        addr, size, disp_off, code = _ENTRY.unpack(data)
+        return cls(addr=Addr(addr), code=code[:size], disp_off=disp_off)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find who may still be inside a range of code: the rule for unmapping an arena.
+
+A thread is quiescent for a range of blocks when its PC is outside **and** no PC
+saved by an interrupted frame is inside. Blocks make no return addresses
+(design rule 4), so a saved PC can only be in a signal frame; a conservative
+scan of every word of the stack, from the red zone up, finds it wherever it is.
+
+A signal handler may run on another stack than the code it interrupted. The
+frame says where that was: the scan recognises signal frames by the saved
+segment registers and follows the stack pointer saved beside them.
+
+Programs that switch stacks by themselves (swapcontext, coroutines) keep
+contexts in memory that no stack leads to. For them the rest of the writable
+memory is searched as well, up to a bound; beyond it the range is not quiescent
+by decision: it stays mapped and is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from optpoline.errors import TargetFault
+from optpoline.model import Addr, Mapping
+from optpoline.x86.signal_frame import (
+    FRAME_PC_WORDS,
+    FRAME_SEGMENTS,
+    FRAME_SEGMENTS_MASK,
+    FRAME_SP_WORDS,
+    RED_ZONE_SIZE,
+)
+
+__all__ = ["ThreadPosition", "find_words", "is_thread_quiescent"]
+
+ReadMemory = Callable[[int, int], bytes]
+
+MAX_STACK_SCAN_SIZE = 64 << 20
+"""Bytes of one stack that are scanned; a deeper one is not quiescent by decision."""
+
+_CHUNK_SIZE = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadPosition:
+    """Where one thread is, while it cannot run.
+
+    Attributes:
+        tid: Thread id.
+        pc: Program counter.
+        sp: Stack pointer.
+    """
+
+    tid: int
+    pc: Addr
+    sp: Addr
+
+
+def is_thread_quiescent(
+    position: ThreadPosition,
+    *,
+    read: ReadMemory,
+    maps: Sequence[Mapping],
+    start: Addr,
+    end: Addr,
+) -> bool:
+    """Tell whether a thread cannot come back to addresses ``start`` to ``end``.
+
+    Target state: the thread is stopped, or asleep in the kernel.
+
+    Args:
+        position: Where it is.
+        read: Reads the target's memory.
+        maps: All mappings.
+        start: First address of the range.
+        end: Address after the last.
+    """
+    if start <= position.pc < end:
+        return False
+    todo = [int(position.sp)]
+    seen: set[int] = set()
+    while todo:
+        sp = todo.pop()
+        stack = next((m for m in maps if m.start <= sp < m.end), None)
+        if stack is None or sp in seen:
+            continue
+        seen.add(sp)
+        first = max(stack.start, sp - RED_ZONE_SIZE) & ~7
+        if stack.end - first > MAX_STACK_SCAN_SIZE:
+            return False
+        try:
+            words = np.frombuffer(read(first, stack.end - first), dtype="<u8")
+        except TargetFault:
+            return False
+        if bool(np.any((words >= start) & (words < end))):
+            return False
+        todo.extend(_interrupted_stacks(words))
+    return True
+
+
+def _interrupted_stacks(words: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> list[int]:
+    """Return the stack pointers saved in what looks like signal frames."""
+    at = np.nonzero((words & np.uint64(FRAME_SEGMENTS_MASK)) == np.uint64(FRAME_SEGMENTS))[0]
+    at = at[at >= FRAME_SP_WORDS]
+    return [int(words[i - FRAME_SP_WORDS]) for i in at]
+
+
+def find_words(
+    *,
+    read: ReadMemory,
+    maps: Sequence[Mapping],
+    skip: Sequence[tuple[int, int]],
+    start: Addr,
+    end: Addr,
+    max_size: int,
+) -> int | None:
+    """Search writable memory for saved contexts with a PC in a range.
+
+    Only words that stand where a signal frame or a ``ucontext_t`` has its PC
+    count (segment registers beside them), so that stale data does not.
+
+    Args:
+        read: Reads the target's memory.
+        maps: All mappings.
+        skip: Ranges that were scanned otherwise, or cannot matter.
+        start: First address of the range.
+        end: Address after the last.
+        max_size: Bytes to search at most.
+
+    Returns:
+        How many there are, or None if there is more memory than ``max_size``.
+    """
+    ranges = [(m.start, m.end) for m in maps if m.perms.startswith("rw") and m.path != "[vvar]"]
+    ranges = [r for r in ranges if not any(s <= r[0] and r[1] <= e for s, e in skip)]
+    if sum(last - first for first, last in ranges) > max_size:
+        return None
+    found = 0
+    for first, last in ranges:
+        for chunk in range(first, last, _CHUNK_SIZE):
+            size = min(_CHUNK_SIZE, last - chunk)
+            try:
+                words = np.frombuffer(read(chunk, size), dtype="<u8")
+            except TargetFault:
+                continue
+            at = np.nonzero((words >= start) & (words < end))[0]
+            for i in at:
+                segments = i + FRAME_PC_WORDS
+                if segments < len(words):
+                    if int(words[segments]) & FRAME_SEGMENTS_MASK == FRAME_SEGMENTS:
+                        found += 1
+    return found

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed readers of ``/proc/PID``.
+
+Every function takes ``proc_root`` so that tests can hand it a tree of files.
+A file that is gone means the process is gone: ``ProcessGone``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from optpoline.errors import OptpolineError, PermissionDenied, ProcessGone
+from optpoline.model import Addr, Mapping
+
+__all__ = [
+    "ProcessStatus",
+    "ThreadState",
+    "ThreadWhere",
+    "list_tids",
+    "read_exe_path",
+    "read_maps",
+    "read_start_time",
+    "read_state_char",
+    "read_status",
+    "read_thread_state",
+]
+
+_PROC = Path("/proc")
+_CHUNK_SIZE = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStatus:
+    """What ``/proc/PID/status`` says about a process or thread.
+
+    Attributes:
+        pid: Process or thread id.
+        name: Name of the command, at most 15 bytes.
+        state: State letter as in ps(1): R, S, D, T, t, Z, X.
+        tgid: Process id of a thread's process.
+        ppid: Parent process, 0 where it is outside our namespace.
+        uids: Real, effective, saved and file system user id.
+        gids: Likewise for the group.
+        tracer_pid: Thread id of its tracer, or 0.
+        ns_pids: Its ids in nested pid namespaces, ours first.
+        n_threads: Number of threads.
+        seccomp: 0 off, 1 strict, 2 filter.
+        cap_eff: Effective capabilities, capability n in bit n.
+        is_kernel_thread: Whether it has no program to run.
+    """
+
+    pid: int
+    name: str
+    state: str
+    tgid: int
+    ppid: int
+    uids: tuple[int, ...]
+    gids: tuple[int, ...]
+    tracer_pid: int
+    ns_pids: tuple[int, ...]
+    n_threads: int
+    seccomp: int
+    cap_eff: int
+    is_kernel_thread: bool
+
+
+class ThreadWhere(Enum):
+    """Where a thread is, as ``/proc/PID/task/TID/syscall`` tells it."""
+
+    RUNNING = "running"
+    IN_SYSCALL = "in_syscall"
+    BLOCKED = "blocked"
+    """Asleep, but not in a system call: a page fault, or stopped in user code."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadState:
+    """Where one thread is, and two counters that tell whether it moved.
+
+    Attributes:
+        tid: Thread id.
+        state: State letter as in ps(1).
+        where: Running, in a system call, or blocked elsewhere.
+        syscall_nr: Number of the system call, or -1.
+        syscall_args: Its six arguments, () outside a call.
+        sp: User stack pointer, 0 while running.
+        pc: User program counter, 0 while running.
+        n_voluntary: Voluntary context switches so far.
+        n_nonvoluntary: Involuntary context switches so far.
+    """
+
+    tid: int
+    state: str
+    where: ThreadWhere
+    syscall_nr: int
+    syscall_args: tuple[int, ...]
+    sp: Addr
+    pc: Addr
+    n_voluntary: int
+    n_nonvoluntary: int
+
+
+def read_maps(pid: int, *, proc_root: Path = _PROC) -> tuple[Mapping, ...]:
+    """Return the memory map, in address order.
+
+    Raises:
+        ProcessGone: if the process does not exist, or has no memory any more.
+        PermissionDenied: if we may not look.
+    """
+    text = _read_text(f"{proc_root}/{pid}/maps", pid)
+    mappings = []
+    for line in text.splitlines():
+        fields = line.split(maxsplit=5)
+        start, _, end = fields[0].partition("-")
+        mappings.append(
+            Mapping(
+                start=Addr(int(start, 16)),
+                end=Addr(int(end, 16)),
+                perms=fields[1],
+                offset=int(fields[2], 16),
+                device=fields[3],
+                inode=int(fields[4]),
+                path=_unescape(fields[5]) if len(fields) > 5 else "",
+            )
+        )
+    return tuple(mappings)
+
+
+def list_tids(pid: int, *, proc_root: Path = _PROC) -> tuple[int, ...]:
+    """Return the ids of all threads, ascending.
+
+    Raises:
+        ProcessGone: if the process does not exist.
+    """
+    try:
+        names = os.listdir(f"{proc_root}/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessGone(pid) from error
+    except OSError as error:
+        raise _wrap(error, pid, "task") from error
+    if not names:
+        raise ProcessGone(pid)
+    return tuple(sorted(map(int, names)))
+
+
+def read_start_time(pid: int, *, proc_root: Path = _PROC) -> int:
+    """Return when it was started, in clock ticks since boot; with the pid, its identity.
+
+    Raises:
+        ProcessGone: if the process does not exist.
+    """
+    # Field 22; the fields behind the last ")" begin with field 3.
+    return int(_read_stat_fields(f"{proc_root}/{pid}/stat", pid)[19])
+
+
+def read_state_char(pid: int, tid: int, *, proc_root: Path = _PROC) -> str:
+    """Return a thread's state letter; cheaper than ``read_thread_state``.
+
+    Raises:
+        ProcessGone: if the thread does not exist.
+    """
+    return _read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[0]
+
+
+def read_status(
+    pid: int, *, tid: int | None = None, proc_root: Path = _PROC
+) -> ProcessStatus:
+    """Return what ``status`` says about a process, or about one of its threads.
+
+    Raises:
+        ProcessGone: if it does not exist.
+    """
+    directory = f"{proc_root}/{pid}" if tid is None else f"{proc_root}/{pid}/task/{tid}"
+    fields = _read_status_fields(f"{directory}/status", pid)
+    own_id = int(fields["Pid"])
+    return ProcessStatus(
+        pid=own_id,
+        name=_unescape(fields["Name"]),
+        state=fields["State"][:1],
+        tgid=int(fields["Tgid"]),
+        ppid=int(fields["PPid"]),
+        uids=tuple(map(int, fields["Uid"].split())),
+        gids=tuple(map(int, fields["Gid"].split())),
+        tracer_pid=int(fields["TracerPid"]),
+        ns_pids=tuple(map(int, fields.get("NSpid", str(own_id)).split())),
+        n_threads=int(fields["Threads"]),
+        seccomp=int(fields.get("Seccomp", "0")),
+        cap_eff=int(fields["CapEff"], 16),
+        is_kernel_thread=_is_kernel_thread(fields, directory, pid),
+    )
+
+
+def read_thread_state(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadState:
+    """Return where a thread is.
+
+    The counters are read first: a thread whose counters are the same in a
+    later reading slept all through what ``sp`` and ``pc`` say in this one.
+
+    Raises:
+        ProcessGone: if the thread does not exist.
+        PermissionDenied: if we may not trace it.
+    """
+    directory = f"{proc_root}/{pid}/task/{tid}"
+    status = _read_status_fields(f"{directory}/status", tid)
+    words = _read_text(f"{directory}/syscall", tid).split()
+    where, nr, numbers = ThreadWhere.RUNNING, -1, (0, 0)
+    args: tuple[int, ...] = ()
+    if words and words[0] != "running":
+        nr = int(words[0])
+        where = ThreadWhere.IN_SYSCALL if nr >= 0 else ThreadWhere.BLOCKED
+        args = tuple(int(word, 16) for word in words[1:-2])
+        numbers = (int(words[-2], 16), int(words[-1], 16))
+    return ThreadState(
+        tid=tid,
+        state=status["State"][:1],
+        where=where,
+        syscall_nr=nr,
+        syscall_args=args,
+        sp=Addr(numbers[0]),
+        pc=Addr(numbers[1]),
+        n_voluntary=int(status["voluntary_ctxt_switches"]),
+        n_nonvoluntary=int(status["nonvoluntary_ctxt_switches"]),
+    )
+
+
+def read_exe_path(pid: int, *, proc_root: Path = _PROC) -> str:
+    """Return the path of the executable as the kernel names it, without " (deleted)".
+
+    Raises:
+        ProcessGone: if the process does not exist or has no executable.
+        PermissionDenied: if we may not look.
+    """
+    try:
+        return os.readlink(f"{proc_root}/{pid}/exe").removesuffix(" (deleted)")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessGone(pid) from error
+    except OSError as error:
+        raise _wrap(error, pid, "exe") from error
+
+
+def _is_kernel_thread(fields: dict[str, str], directory: str, pid: int) -> bool:
+    """Say whether a task is the kernel's own; older kernels do not tell in status."""
+    if "Kthread" in fields:
+        return fields["Kthread"] == "1"
+    pf_kthread = 0x00200000
+    return bool(int(_read_stat_fields(f"{directory}/stat", pid)[6]) & pf_kthread)
+
+
+def _read_status_fields(path: str, pid: int) -> dict[str, str]:
+    """Return the ``Key:\\tvalue`` lines of a status file."""
+    fields = {}
+    for line in _read_text(path, pid).splitlines():
+        key, _, value = line.partition(":")
+        fields[key] = value.strip()
+    if "State" not in fields:
+        raise ProcessGone(pid)
+    return fields
+
+
+def _read_stat_fields(path: str, pid: int) -> list[str]:
+    """Return the fields of a stat file behind the name, which may contain anything."""
+    text = _read_text(path, pid)
+    fields = text[text.rfind(")") + 2 :].split()
+    if not fields:
+        raise ProcessGone(pid)
+    return fields
+
+
+def _read_text(path: str, pid: int) -> str:
+    """Read a whole file of /proc, in one system call where it is small."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            chunks = []
+            while chunk := os.read(fd, _CHUNK_SIZE):
+                chunks.append(chunk)
+        finally:
+            os.close(fd)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessGone(pid) from error
+    except OSError as error:
+        raise _wrap(error, pid, path.rpartition("/")[2]) from error
+    return b"".join(chunks).decode(errors="surrogateescape")
+
+
+def _wrap(error: OSError, pid: int, name: str) -> OptpolineError:
+    """Turn an error of a read into one that names the process."""
+    if isinstance(error, PermissionError):
+        return PermissionDenied(f"we may not read {name} of process {pid}")
+    return OptpolineError(f"{name} of process {pid} cannot be read: {error.strerror}")
+
+
+def _unescape(text: str) -> str:
+    """Undo the kernel's escape of newlines in names."""
+    return text.replace("\\012", "\n") if "\\" in text else text

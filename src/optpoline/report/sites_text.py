@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of sites of a process or a file, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optpoline.report.demangle import readable_name, shorten_middle
+from optpoline.report.session_text import count_of
+from optpoline.report.summary import ModuleSummary, SiteSummary
+from optpoline.report.table import Colour, Column, Style, format_table, printable
+
+__all__ = ["format_no_sites", "format_sites"]
+
+_COLUMNS = (
+    Column(title="address", right=True),
+    Column(title="kind"),
+    Column(title="thunk", flexible=True),
+    Column(title="function", flexible=True),
+    Column(title="promotable", flexible=True),
+)
+
+
+def format_sites(
+    modules: Sequence[ModuleSummary], sites: Sequence[SiteSummary], style: Style
+) -> list[str]:
+    """Return one block of lines for each module with sites, in the order of ``modules``."""
+    lines: list[str] = []
+    for module in modules:
+        own = sorted(
+            (site for site in sites if site.module == module.path), key=lambda site: site.address
+        )
+        if not own:
+            continue
+        if lines:
+            lines.append("")
+        counts = f"{count_of(module.n_sites, 'site')}, {count_of(module.n_thunks, 'thunk')}"
+        if module.n_refused:
+            counts += f", {module.n_refused} not promotable"
+        room = max(16, style.width - len(counts) - 2)
+        path = shorten_middle(printable(module.path), room)
+        lines.append(style.paint(f"{path}: {counts}", Colour.BOLD))
+        lines += format_table(_COLUMNS, [_row(site) for site in own], style)
+    return lines
+
+
+def format_no_sites(modules: Sequence[ModuleSummary]) -> str:
+    """Return what there is instead of sites, as the rest of a sentence."""
+    n_plain = [module.n_plain for module in modules if module.n_plain is not None]
+    what = f"{count_of(len(modules), 'module')} searched"
+    if n_plain and sum(n_plain):
+        plain = count_of(sum(n_plain), "plain indirect branch", "es")
+        what += f", {plain} (not built with retpolines)"
+    elif n_plain:
+        what += ", no indirect branch at all"
+    return what
+
+
+def _row(site: SiteSummary) -> tuple[str, ...]:
+    """Return the cells of one site."""
+    return (
+        f"{site.address:#x}",
+        site.kind,
+        site.thunk,
+        readable_name(site.function) if site.function else "-",
+        "yes" if site.refusal is None else f"no: {site.refusal}",
+    )
