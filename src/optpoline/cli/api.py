@@ -13,6 +13,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from optpoline.errors import TargetFault
 from optpoline.report.summary import (
     DetachResult,
     LeftBehind,
@@ -46,19 +47,19 @@ OnEvent = Callable[[SessionEvent], None]
 class SessionHandle(Protocol):
     """An attached session (``optpoline.Session``)."""
 
-    def learn(self, seconds: float) -> object:
+    def learn(self, *, seconds: float) -> object:
         """Count targets for a window."""
 
     def promote(self) -> object:
         """Promote what was learned."""
 
-    def watch(self, seconds: float | None, stop: threading.Event) -> SessionState:
+    def watch(self, *, seconds: float | None, stop: threading.Event) -> SessionState:
         """Keep up until the time is over, ``stop`` is set, or the target is gone."""
 
     def summary(self) -> Summary:
         """Say how things are."""
 
-    def detach(self, leave: bool) -> DetachResult:
+    def detach(self, *, leave: bool) -> DetachResult:
         """Restore everything, or leave the promotions working."""
 
 
@@ -100,9 +101,7 @@ class LiveApi:
     def attach(self, pid: int, *, learn_s: float, on_event: OnEvent) -> optpoline.Session:
         """Attach to a process."""
         import optpoline
-        from optpoline.process.permissions import check_attachable
 
-        check_attachable(pid)
         return optpoline.attach(pid, config=optpoline.Config(learn_s=learn_s), on_event=on_event)
 
     def find_sites(self, target: int | str) -> optpoline.SiteReport:
@@ -112,10 +111,15 @@ class LiveApi:
         return optpoline.find_sites(target)
 
     def read_status(self, pid: int) -> LeftBehind | None:
-        """Say what an earlier controller left in a process."""
+        """Say what an earlier controller left in a process; explain it if we may not see."""
         import optpoline
+        from optpoline.process.permissions import check_attachable
 
-        return optpoline.read_status(pid)
+        try:
+            return optpoline.read_status(pid)
+        except TargetFault:
+            check_attachable(pid)
+            raise
 
     def restore(self, pid: int) -> DetachResult:
         """Undo what an earlier controller left in a process."""

@@ -32,9 +32,9 @@ def attach_command(
     leave: bool,
     no_progress: bool,
 ) -> None:
-    """Promote the hot sites of process PID until Ctrl-C, --duration, or its exit.
+    """Promote a running program; Ctrl-C restores it.
 
-    At the end every byte is put back, unless --leave is given.
+    It ends with Ctrl-C, after --duration, or when the program exits. At the end every byte is put back, unless --leave is given.
     """
     invocation.progress = not no_progress
     invocation.sink.validate_writable()

@@ -23,7 +23,7 @@ EXIT_REFUSED = 7
 @shared_options
 @pass_invocation
 def detach_command(invocation: Invocation, pid: int) -> None:
-    """Put back every byte an earlier optpoline changed in process PID."""
+    """Put back all bytes an earlier optpoline changed."""
     invocation.sink.validate_writable()
     console = invocation.console()
     if invocation.api.read_status(pid) is None:

@@ -9,7 +9,7 @@ from optpoline.cli.invocation import Invocation
 from optpoline.cli.machine import check_machine
 from optpoline.cli.options import PID, pass_invocation, shared_options
 from optpoline.errors import UnsupportedTarget
-from optpoline.process.permissions import CheckStatus, diagnose
+from optpoline.process.permissions import Check, CheckStatus, diagnose
 from optpoline.report.check_text import format_checks
 from optpoline.report.json_document import checks_document
 
@@ -21,7 +21,7 @@ __all__ = ["doctor_command"]
 @shared_options
 @pass_invocation
 def doctor_command(invocation: Invocation, pid: int | None) -> None:
-    """Say what this machine and process PID allow, and what to do about it.
+    """Say what this machine and a process allow, and how to help it.
 
     Exits with 0 if an attach would work, else with what the attach would exit
     with. Nothing is touched.
@@ -31,7 +31,7 @@ def doctor_command(invocation: Invocation, pid: int | None) -> None:
     exit_code = 0
     if any(check.status is CheckStatus.FAIL for check in machine):
         exit_code = UnsupportedTarget.exit_code
-    target = ()
+    target: tuple[Check, ...] = ()
     if pid is not None:
         diagnosis = diagnose(pid)
         target = diagnosis.checks

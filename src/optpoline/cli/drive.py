@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from optpoline.cli.api import SessionEvent, SessionHandle
 from optpoline.cli.console import Console
-from optpoline.errors import ProcessGone
-from optpoline.report.session_text import format_progress, format_promoted
+from optpoline.errors import OptpolineError, ProcessGone
+from optpoline.report.session_text import format_progress
 from optpoline.report.summary import DetachOutcome, DetachResult, SessionState, Summary
 
 __all__ = ["SessionEnd", "SessionPlan", "describe_event", "drive_session"]
@@ -26,8 +26,17 @@ PROGRESS_PERIOD_S = 1.0
 
 _OVER = frozenset({SessionState.EXITED, SessionState.EXECED})
 
-_EVENTS_ALWAYS = frozenset({"ATTACHED", "LEARNING", "MODULE_ADDED", "EXITED", "EXECED", "NOTE"})
-"""Kinds of event told at once; the others only with ``--verbose``."""
+_EVENT_PREFIXES = {
+    "ATTACHED": "attached: ",
+    "LEARNING": "",
+    "PROMOTED": "promoted ",
+    "MODULE_ADDED": "loaded ",
+    "EXITED": "",
+    "EXECED": "",
+    "NOTE": "note: ",
+}
+"""Kinds of event that are always told, and what their line starts with. Scripts wait for
+"promoted "; the kinds that are not here are told with ``--verbose``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +68,14 @@ class SessionEnd:
 
 
 def describe_event(console: Console) -> Callable[[SessionEvent], None]:
-    """Return the callback that tells the user what a session does.
-
-    Promotions are told by ``drive_session`` the first time, with their numbers.
-    """
+    """Return the callback that tells the user what a session does."""
 
     def tell(event: SessionEvent) -> None:
-        if event.kind.name in _EVENTS_ALWAYS:
-            console.say(event.message)
-        else:
+        prefix = _EVENT_PREFIXES.get(event.kind.name)
+        if prefix is None:
             console.say_more(event.message)
+        else:
+            console.say(prefix + event.message.removeprefix(prefix))
 
     return tell
 
@@ -100,7 +107,7 @@ def drive_session(
     except ProcessGone:
         is_gone = True
     except BaseException:
-        session.detach(leave=False)
+        _roll_back(session, console)
         raise
     return _let_go(session, plan.leave, is_gone=is_gone, elapsed_s=clock() - started)
 
@@ -127,10 +134,6 @@ def _keep_promoted(
     if stop.is_set() or (remaining_s() == 0 and not plan.leave):
         return
     session.promote()
-    summary = session.summary()
-    if summary.state in _OVER:
-        return
-    console.say(format_promoted(summary, clock() - started))
     while not stop.is_set():
         left_s = remaining_s()
         if left_s == 0:
@@ -144,9 +147,17 @@ def _keep_promoted(
             return
 
 
-def _let_go(
-    session: SessionHandle, leave: bool, *, is_gone: bool, elapsed_s: float
-) -> SessionEnd:
+def _roll_back(session: SessionHandle, console: Console) -> None:
+    """Restore after an error, which stays the one that is reported."""
+    try:
+        session.detach(leave=False)
+    except ProcessGone:
+        return
+    except OptpolineError as error:
+        console.error(f"restoring failed: {error.message}", error.hint)
+
+
+def _let_go(session: SessionHandle, leave: bool, *, is_gone: bool, elapsed_s: float) -> SessionEnd:
     """Detach, and join what was known before with what is known after."""
     before = session.summary()
     try:

@@ -27,6 +27,7 @@ class Invocation:
         progress: False with ``--no-progress``.
         sink: Where JSON goes.
         exit_code: What a command that did not fail exits with.
+        failure_exit_code: What a failure exits with, or None for the error's own code.
     """
 
     api: Api
@@ -37,6 +38,7 @@ class Invocation:
     progress: bool = True
     sink: JsonSink = field(default_factory=lambda: JsonSink(path=None))
     exit_code: int = 0
+    failure_exit_code: int | None = None
 
     def console(self) -> Console:
         """Return the console for words (stderr)."""

@@ -18,7 +18,7 @@ __all__ = ["status_command"]
 @shared_options
 @pass_invocation
 def status_command(invocation: Invocation, pid: int) -> None:
-    """Show what an earlier optpoline left in process PID; nothing is changed."""
+    """Show what an earlier optpoline left in a process."""
     invocation.sink.validate_writable()
     left = invocation.api.read_status(pid)
     invocation.sink.write(status_document(pid, left))

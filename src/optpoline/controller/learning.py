@@ -33,8 +33,10 @@ __all__ = [
     "TargetFilter",
     "add_counting_block",
     "begin_sample",
+    "begin_window",
     "end_sample",
     "end_window",
+    "first_block",
     "grow_full",
     "window_counts",
 ]
@@ -156,6 +158,7 @@ def end_window(record: SiteRecord, now_s: float) -> None:
     if record.counts is None or counts.total > 0:
         record.counts = counts
         record.window_s = max(1e-6, now_s - record.window_start_s)
+        record.window_end_s = now_s
     record.counting = None
     record.counts_before = None
 

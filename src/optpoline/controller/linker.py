@@ -10,7 +10,7 @@ from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.controller.target import Target
 from optpoline.model import Refusal
-from optpoline.patch.blocks import Block
+from optpoline.patch.blocks import Block, redirect
 from optpoline.patch.text import Poke, crosses_line, poke_batch
 from optpoline.x86.assembler import encode_disp32
 
@@ -63,15 +63,24 @@ class Linker:
         by_entry = {poke.entry.addr: move for move, poke in pokes}
         crossing = [poke for _, poke in pokes if crosses_line(poke.entry)]
         easy = [poke for _, poke in pokes if not crosses_line(poke.entry)]
-        with self._target.stop(wake_all=bool(crossing)) as stop:
-            batch = easy + crossing if not stop.asleep else easy
+        wake_all = bool(crossing) and self._target.may_wake_all()
+        with self._target.stop(wake_all=wake_all) as stop:
+            batch = easy if crossing and stop.asleep else easy + crossing
             result = poke_batch(self._target.memory, batch)
         for poke in result.done:
             move = by_entry[poke.entry.addr]
             move.record.disp = poke.new
             move.record.home = move.block
+        for poke in crossing if len(batch) == len(easy) else ():
+            self._lead_on(by_entry[poke.entry.addr])
         for poke in result.foreign:
             record = by_entry[poke.entry.addr].record
             record.state = SiteState.REFUSED
             record.refusal = Refusal.FOREIGN_BYTES
         return len(pokes) - len(result.done)
+
+    def _lead_on(self, move: Move) -> None:
+        """Do by a redirection what could not be done in the text."""
+        if move.record.home is not None:
+            dst = move.block.addr if move.block is not None else move.record.thunk_addr
+            redirect(move.record.home, dst)

@@ -47,6 +47,7 @@ class SiteRecord:
     """What the last window counted."""
     window_s: float = 0.0
     """How long that window was."""
+    window_end_s: float = 0.0
     sample_every_s: float = 0.0
     next_sample_s: float = 0.0
     n_confirmed: int = 0

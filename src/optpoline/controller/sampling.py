@@ -106,7 +106,7 @@ class Sampler:
         """Act on what a window counted."""
         n_again = n_demoted = 0
         for record in due:
-            if record.counts is None or record.plan is None:
+            if record.counts is None or record.plan is None or record.window_end_s < now_s:
                 continue
             counts = fit_counts(record, record.counts, self._may_guard)
             decision = self._config.policy.decide_again(

@@ -1,1 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Find the retpoline sites of a module, in a process or in a file."""
+
+from optpoline.discover.flags import flags_dead_at
+from optpoline.discover.image import ModuleImage
+from optpoline.discover.sites import SiteScan, count_plain_indirect, find_sites
+from optpoline.discover.symbols import SymbolTable
+from optpoline.discover.text import Memory
+
+__all__ = [
+    "Memory",
+    "ModuleImage",
+    "SiteScan",
+    "SymbolTable",
+    "count_plain_indirect",
+    "find_sites",
+    "flags_dead_at",
+]

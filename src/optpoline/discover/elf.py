@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from elftools.common.exceptions import ELFError
+from elftools.common.utils import struct_parse
+from elftools.construct.lib.container import Container
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import StringTableSection
 
 from optpoline.errors import UnsupportedTarget
 
@@ -23,7 +26,6 @@ __all__ = ["ElfFacts", "RawSymbols", "Segment", "read_elf", "read_elf_headers"]
 
 _PF_X = 1
 _SHF_EXECINSTR = 4
-_SYMBOL_SECTIONS = (".symtab", ".dynsym")
 _PLT_PREFIX = ".plt"
 
 _E_SHOFF = slice(0x28, 0x30)
@@ -94,6 +96,19 @@ class ElfFacts:
     build_id: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Section:
+    """One section header."""
+
+    name: str
+    addr: int
+    size: int
+    file_off: int
+    link: int
+    is_executable: bool
+    is_in_file: bool
+
+
 def read_elf(stream: BinaryIO, path: str) -> ElfFacts:
     """Read the facts of an ELF file.
 
@@ -136,49 +151,96 @@ def _facts(elf: ELFFile, path: str) -> ElfFacts:
         raise UnsupportedTarget(
             f"{path} is neither an executable nor a shared library", hint="link it first"
         )
-    loads: list[Segment] = []
-    special: dict[str, tuple[int, int]] = {}
-    for segment in elf.iter_segments():
-        header = segment.header
-        if header["p_type"] == "PT_LOAD":
-            loads.append(
-                Segment(
-                    addr=header["p_vaddr"],
-                    file_size=header["p_filesz"],
-                    memory_size=header["p_memsz"],
-                    file_off=header["p_offset"],
-                    is_executable=bool(header["p_flags"] & _PF_X),
-                )
-            )
-        else:
-            special[header["p_type"]] = (header["p_vaddr"], header["p_memsz"])
-    text: list[tuple[int, int]] = []
-    plt: list[tuple[int, int]] = []
-    tables: dict[str, RawSymbols] = {}
-    build_id: str | None = None
-    for section in elf.iter_sections():
-        header = section.header
-        if header["sh_flags"] & _SHF_EXECINSTR:
-            span = (header["sh_addr"], header["sh_addr"] + header["sh_size"])
-            text.append(span)
-            if section.name.startswith(_PLT_PREFIX):
-                plt.append(span)
-        elif section.name in _SYMBOL_SECTIONS and header["sh_type"] != "SHT_NOBITS":
-            names = elf.get_section(header["sh_link"])
-            tables[section.name] = RawSymbols(entries=section.data(), names=names.data())
-        elif section.name == ".note.gnu.build-id":
-            # Elf64_Nhdr and "GNU\0" come before the id.
-            build_id = section.data()[16:].hex()
+    loads, special = _read_segments(elf)
+    sections = _read_sections(elf)
+    text = [(s.name, (s.addr, s.addr + s.size)) for s in sections if s.is_executable]
     return ElfFacts(
         is_position_independent=kind == "ET_DYN",
         has_interpreter="PT_INTERP" in special,
         entry=elf.header["e_entry"],
-        segments=tuple(loads),
+        segments=loads,
         dynamic=special.get("PT_DYNAMIC"),
         eh_frame_hdr=special.get("PT_GNU_EH_FRAME"),
-        text_sections=tuple(text),
-        plt_sections=tuple(plt),
-        symbols=tables.get(".symtab"),
-        dynamic_symbols=tables.get(".dynsym"),
-        build_id=build_id,
+        text_sections=tuple(span for _, span in text),
+        plt_sections=tuple(span for name, span in text if name.startswith(_PLT_PREFIX)),
+        symbols=_read_symbols(elf, sections, ".symtab"),
+        dynamic_symbols=_read_symbols(elf, sections, ".dynsym"),
+        build_id=_read_build_id(elf, sections),
     )
+
+
+def _read_segments(elf: ELFFile) -> tuple[tuple[Segment, ...], dict[str, tuple[int, int]]]:
+    """Read the PT_LOADs, and where the other segments are, by type."""
+    loads: list[Segment] = []
+    special: dict[str, tuple[int, int]] = {}
+    # Not by elf.iter_segments(), which decodes every entry of hash tables on the way.
+    for index in range(elf.num_segments()):
+        pos = elf["e_phoff"] + index * elf["e_phentsize"]
+        header = struct_parse(elf.structs.Elf_Phdr, elf.stream, stream_pos=pos)
+        if header["p_type"] != "PT_LOAD":
+            special[header["p_type"]] = (header["p_vaddr"], header["p_memsz"])
+            continue
+        loads.append(
+            Segment(
+                addr=header["p_vaddr"],
+                file_size=header["p_filesz"],
+                memory_size=header["p_memsz"],
+                file_off=header["p_offset"],
+                is_executable=bool(header["p_flags"] & _PF_X),
+            )
+        )
+    return tuple(loads), special
+
+
+def _read_sections(elf: ELFFile) -> list[_Section]:
+    """Read the section headers, as directly as the program headers."""
+    n_sections = elf.num_sections()
+    if n_sections == 0:
+        return []
+    names = StringTableSection(_read_header(elf, elf.get_shstrndx()), ".shstrtab", elf)
+    found: list[_Section] = []
+    for index in range(n_sections):
+        header = _read_header(elf, index)
+        found.append(
+            _Section(
+                name=names.get_string(header["sh_name"]),
+                addr=header["sh_addr"],
+                size=header["sh_size"],
+                file_off=header["sh_offset"],
+                link=header["sh_link"],
+                is_executable=bool(header["sh_flags"] & _SHF_EXECINSTR),
+                is_in_file=header["sh_type"] != "SHT_NOBITS",
+            )
+        )
+    return found
+
+
+def _read_header(elf: ELFFile, index: int) -> Container:
+    """Read one section header."""
+    pos = elf["e_shoff"] + index * elf["e_shentsize"]
+    header: Container = struct_parse(elf.structs.Elf_Shdr, elf.stream, stream_pos=pos)
+    return header
+
+
+def _section_data(elf: ELFFile, section: _Section) -> bytes:
+    """Read the bytes of a section."""
+    elf.stream.seek(section.file_off)
+    data: bytes = elf.stream.read(section.size)
+    return data
+
+
+def _read_symbols(elf: ELFFile, sections: list[_Section], name: str) -> RawSymbols | None:
+    """Read a symbol table, or None if there is none (or only its header is left)."""
+    table = next((s for s in sections if s.name == name and s.is_in_file), None)
+    if table is None or table.link >= len(sections):
+        return None
+    return RawSymbols(
+        entries=_section_data(elf, table), names=_section_data(elf, sections[table.link])
+    )
+
+
+def _read_build_id(elf: ELFFile, sections: list[_Section]) -> str | None:
+    """Read the GNU build id, or None."""
+    note = next((s for s in sections if s.name == ".note.gnu.build-id"), None)
+    # Elf64_Nhdr and "GNU\0" come before the id.
+    return _section_data(elf, note)[16:].hex() if note else None

@@ -107,6 +107,10 @@ class FunctionIndex:
         """Say whether a function begins at an address."""
         return self.named.is_start(addr) or self.unwound.is_start(addr)
 
+    def starts(self) -> AddrArray:
+        """Return where functions begin, unsorted, with repetitions."""
+        return np.array(self.named.starts + self.unwound.starts, dtype=np.int64)
+
     def find(self, addr: int) -> Span | None:
         """Return the widest function that an address is in, or None."""
         spans = [s for s in (self.named.find(addr), self.unwound.find(addr)) if s is not None]

@@ -10,7 +10,6 @@ that time, so ask before text is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import BinaryIO
 
@@ -28,6 +27,9 @@ __all__ = ["ModuleImage"]
 
 _HEADERS_SIZE = 4096
 """Bytes of a mapped module that surely hold its ELF and program headers."""
+
+COLD_MARK = ".cold"
+"""In the symbol of a part that the compiler moved out of its function's way."""
 
 
 class ModuleImage:
@@ -54,9 +56,7 @@ class ModuleImage:
         self._files = files
 
     @classmethod
-    def from_process(
-        cls, module: Module, memory: Memory, elf_file: BinaryIO | None
-    ) -> ModuleImage:
+    def from_process(cls, module: Module, memory: Memory, elf_file: BinaryIO | None) -> ModuleImage:
         """Describe a mapped module.
 
         Args:
@@ -180,21 +180,30 @@ class ModuleImage:
         file_addr = addr - self.module.load_bias
         return any(start <= file_addr < end for start, end in self.facts.plt_sections)
 
+    def is_cold_start(self, addr: int) -> bool:
+        """Say whether a symbol tells that an address begins the cold part of a function."""
+        named = self.symbols.name_at(addr)
+        return named is not None and named[1] == 0 and COLD_MARK in named[0]
+
     def text_at(self, addr: int) -> Text | None:
         """Return the text that an address is in, or None."""
         return next((text for text in self.texts if addr in text), None)
 
-    def read_data(self) -> Iterator[bytes]:
-        """Yield what the file gave each segment, as it is in memory now.
+    def text_sections(self) -> tuple[Span, ...]:
+        """Return its executable sections; all its text if sections are not known."""
+        bias = self.module.load_bias
+        known = self.facts.text_sections
+        spans = tuple(Span(Addr(start + bias), Addr(end + bias)) for start, end in known)
+        return spans or self.code_ranges
 
-        Raises:
-            TargetFault: if a part cannot be read.
-        """
-        for segment in self.facts.segments:
-            if segment.file_size:
-                yield self._memory.read(
-                    Addr(segment.addr + self.module.load_bias), segment.file_size
-                )
+    def is_in_text_section(self, addr: int) -> bool:
+        """Say whether an address is in code proper, not in what pads or precedes it."""
+        return any(addr in span for span in self.text_sections())
+
+    def data_ranges(self) -> tuple[tuple[Addr, int], ...]:
+        """Return address and size of the part of each segment that its file gives."""
+        bias = self.module.load_bias
+        return tuple((Addr(s.addr + bias), s.file_size) for s in self.facts.segments)
 
     def read(self, addr: Addr, size: int) -> bytes:
         """Read memory of the module.

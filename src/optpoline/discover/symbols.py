@@ -68,7 +68,8 @@ class SymbolTable:
         code = code[order]
         is_first = np.ones(code.size, dtype=np.bool_)
         is_first[1:] = code["value"][1:] != code["value"][:-1]
-        return code[is_first]
+        unique: NDArray[np.void] = code[is_first]
+        return unique
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -107,7 +108,7 @@ class SymbolTable:
         """
         return [
             (self._name(int(entry["name_off"])), self._addr(entry), int(entry["size"]))
-            for entry in self._matching(marks)
+            for entry in self._all[self._is_matching(marks)]
             if entry["section"] != _SHN_UNDEF
         ]
 
@@ -121,10 +122,6 @@ class SymbolTable:
         if index >= self._all.size or self._all["section"][index] == _SHN_UNDEF:
             return None
         return self._addr(self._all[index])
-
-    def _matching(self, marks: tuple[bytes, ...]) -> NDArray[np.void]:
-        """Return the entries whose name contains one of ``marks``."""
-        return self._all[self._is_matching(marks)]
 
     def _is_matching(self, marks: tuple[bytes, ...]) -> NDArray[np.bool_]:
         """Tell for each entry whether its name contains one of ``marks``."""

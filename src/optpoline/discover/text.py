@@ -68,7 +68,7 @@ class FileMemory:
         """
         for held in self._segments:
             off = addr - held.segment.addr
-            if 0 <= off and off + size <= len(held.data):
+            if off >= 0 and off + size <= len(held.data):
                 return held.data[off : off + size]
         raise TargetFault(addr, size, "read")
 

@@ -8,7 +8,7 @@ be told why such a program has none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,14 +56,15 @@ class ThunkScan:
 
 
 def find_thunks(
-    texts: Sequence[Text], symbols: SymbolTable, functions: FunctionIndex
+    texts: Sequence[Text], symbols: SymbolTable, functions: Callable[[], FunctionIndex]
 ) -> ThunkScan:
     """Find the thunks of a module.
 
     Args:
         texts: All its text.
         symbols: Its symbols, of whichever table it has.
-        functions: Where its functions are.
+        functions: Tells where its functions are; called only where that matters, for it
+            is most of the work in a module without thunks.
     """
     found: dict[Addr, tuple[Thunk, Span]] = {}
     for name, addr, size in symbols.find_containing(THUNK_NAME_MARKS):
@@ -80,7 +81,7 @@ def find_thunks(
         for body in find_thunk_bodies(text.code, text.addr):
             if body.addr in found or body.shape is ThunkShape.STACK:
                 continue  # a STACK body without a name is a return thunk
-            if _is_inline(body, text, texts, functions):
+            if _is_inline(body, text, texts, functions()):
                 n_inline += 1
                 continue
             flavour = flavour_of(body.shape)

@@ -124,6 +124,11 @@ class Arena:
         """Bytes of code that can still be handed out."""
         return self.geometry.literal_off - self._next_code
 
+    def has_room_for(self, n_sites: int) -> bool:
+        """Tell whether that many more sites can be journalled and given blocks."""
+        free_entries = (self.geometry.code_off - HEADER_SIZE) // ENTRY_SIZE - len(self._journal)
+        return free_entries >= n_sites and self.free_code_size >= n_sites * CODE_PER_SITE_SIZE // 2
+
     def close(self) -> None:
         """Unmap our view; the program's stays."""
         self._words.release()
@@ -155,7 +160,10 @@ class Arena:
 
     def align_block(self, alignment: int) -> None:
         """Let the next block start at a multiple of ``alignment`` (for packing)."""
-        self._next_code = -(-self._next_code // alignment) * alignment
+        start = self._next_code
+        end = min(-(-start // alignment) * alignment, self.geometry.literal_off)
+        self._memory[start:end] = bytes((POISON,)) * (end - start)
+        self._next_code = end
 
     def addr_of(self, value: int) -> Addr:
         """Return the address of a literal, shared between blocks.

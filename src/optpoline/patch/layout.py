@@ -91,13 +91,21 @@ class ArenaHeader:
 
     @classmethod
     def unpack(cls, data: bytes) -> ArenaHeader | None:
-        """Return the header in ``data``, or None if it is none of this version."""
+        """Return the header in ``data``, or None if it is none of this version.
+
+        A header whose parts do not lie in order, or whose journal would not end
+        before the code, is damaged and is none either.
+        """
         if len(data) < _HEADER.size:
             return None
         magic, version, header_size, *numbers, _ = _HEADER.unpack_from(data)
         if magic != MAGIC or version != VERSION or header_size != HEADER_SIZE:
             return None
         size, code_off, literal_off, counter_off, pid, start, target, n_entries = numbers
+        if not HEADER_SIZE <= code_off <= literal_off <= counter_off <= size:
+            return None
+        if n_entries > (code_off - HEADER_SIZE) // ENTRY_SIZE:
+            return None
         return cls(
             size=size,
             code_off=code_off,

@@ -27,8 +27,16 @@ that a heap (brk) can grow; the far end of what is still within reach."""
 STACK_ROOM_SIZE = 256 << 20
 """Bytes left free below the main stack, which grows down."""
 
-GUARD_SIZE = 1 << 16
-"""Bytes left free on each side, so that neighbours cannot be merged or run into it."""
+GUARD_SIZE = 1 << 17
+"""Bytes left free on each side, so that neighbours cannot be merged or run into
+it; rounding down to ``ADDR_ALIGNMENT`` takes up to half of it."""
+
+ADDR_ALIGNMENT = 1 << 16
+"""Arenas start at multiples of this, in bytes."""
+
+USER_END = 0x7FFF_FFFF_F000
+"""Address after the last that mmap gives without being asked for more (TASK_SIZE
+with 4-level page tables); ``[vsyscall]`` lies far above it."""
 
 
 def is_within_reach(one_addr: int, other_addr: int) -> bool:
@@ -65,9 +73,9 @@ def choose_arena_addr(
         else:
             above.append(min(last, max(first, gap_start + HEAP_ROOM_SIZE)))
     if below:
-        return Addr(max(below) & ~0xFFFF)
+        return Addr(max(below) & -ADDR_ALIGNMENT)
     if above:
-        return Addr(min(above) & ~0xFFFF)
+        return Addr(min(above) & -ADDR_ALIGNMENT)
     return None
 
 
@@ -76,11 +84,12 @@ def _gaps(maps: Sequence[Mapping]) -> list[tuple[int, int]]:
     gaps: list[tuple[int, int]] = []
     previous_end: int = 0
     for mapping in maps:
-        gap_end = int(mapping.start)
+        gap_end = min(int(mapping.start), USER_END)
         if mapping.path == "[stack]":
             gap_end -= STACK_ROOM_SIZE
         if gap_end > previous_end:
             gaps.append((previous_end, gap_end))
         previous_end = mapping.end
-    gaps.append((previous_end, 0x7FFF_FFFF_F000))
+    if previous_end < USER_END:
+        gaps.append((previous_end, USER_END))
     return gaps

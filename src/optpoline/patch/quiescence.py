@@ -41,6 +41,8 @@ MAX_STACK_SCAN_SIZE = 64 << 20
 """Bytes of one stack that are scanned; a deeper one is not quiescent by decision."""
 
 _CHUNK_SIZE = 4 << 20
+_PAGE_SIZE = 4096
+_WORD_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,25 +81,43 @@ def is_thread_quiescent(
     """
     if start <= position.pc < end:
         return False
+    stacks = _writable_ranges(maps)
     todo = [int(position.sp)]
     seen: set[int] = set()
     while todo:
         sp = todo.pop()
-        stack = next((m for m in maps if m.start <= sp < m.end), None)
+        stack = next((r for r in stacks if r[0] <= sp < r[1]), None)
         if stack is None or sp in seen:
             continue
         seen.add(sp)
-        first = max(stack.start, sp - RED_ZONE_SIZE) & ~7
-        if stack.end - first > MAX_STACK_SCAN_SIZE:
+        stack_start, stack_end = stack
+        first = max(stack_start, sp - RED_ZONE_SIZE) & ~7
+        if stack_end - first > MAX_STACK_SCAN_SIZE:
             return False
         try:
-            words = np.frombuffer(read(first, stack.end - first), dtype="<u8")
+            words = np.frombuffer(read(first, stack_end - first), dtype="<u8")
         except TargetFault:
             return False
         if bool(np.any((words >= start) & (words < end))):
             return False
         todo.extend(_interrupted_stacks(words))
     return True
+
+
+def _writable_ranges(maps: Sequence[Mapping]) -> list[tuple[int, int]]:
+    """Return readable and writable memory, neighbours joined.
+
+    One stack can lie in several mappings: mlock or madvise of a part splits it.
+    """
+    ranges: list[tuple[int, int]] = []
+    for mapping in maps:
+        if not mapping.perms.startswith("rw"):
+            continue
+        if ranges and ranges[-1][1] == mapping.start:
+            ranges[-1] = (ranges[-1][0], int(mapping.end))
+        else:
+            ranges.append((int(mapping.start), int(mapping.end)))
+    return ranges
 
 
 def _interrupted_stacks(words: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> list[int]:
@@ -132,22 +152,38 @@ def find_words(
     Returns:
         How many there are, or None if there is more memory than ``max_size``.
     """
-    ranges = [(m.start, m.end) for m in maps if m.perms.startswith("rw") and m.path != "[vvar]"]
-    ranges = [r for r in ranges if not any(s <= r[0] and r[1] <= e for s, e in skip)]
+    ranges = _writable_ranges([m for m in maps if not _is_inside((m.start, m.end), skip)])
     if sum(last - first for first, last in ranges) > max_size:
         return None
     found = 0
     for first, last in ranges:
         for chunk in range(first, last, _CHUNK_SIZE):
-            size = min(_CHUNK_SIZE, last - chunk)
-            try:
-                words = np.frombuffer(read(chunk, size), dtype="<u8")
-            except TargetFault:
-                continue
-            at = np.nonzero((words >= start) & (words < end))[0]
-            for i in at:
-                segments = i + FRAME_PC_WORDS
-                if segments < len(words):
-                    if int(words[segments]) & FRAME_SEGMENTS_MASK == FRAME_SEGMENTS:
-                        found += 1
+            # A frame may lie across two chunks: its segments are read with its PC.
+            size = min(_CHUNK_SIZE + _WORD_SIZE * FRAME_PC_WORDS, last - chunk)
+            found += _count_frames(_read_mapped(read, chunk, size), start, end, _CHUNK_SIZE)
     return found
+
+
+def _is_inside(one: tuple[int, int], ranges: Sequence[tuple[int, int]]) -> bool:
+    """Tell whether a range lies in one of several."""
+    return any(first <= one[0] and one[1] <= last for first, last in ranges)
+
+
+def _read_mapped(read: ReadMemory, addr: int, size: int) -> bytes:
+    """Read memory, pages that cannot be read as zeros: no thread keeps a frame there."""
+    try:
+        return read(addr, size)
+    except TargetFault:
+        if size <= _PAGE_SIZE:
+            return bytes(size)
+    pages = range(addr, addr + size, _PAGE_SIZE)
+    return b"".join(_read_mapped(read, p, min(_PAGE_SIZE, addr + size - p)) for p in pages)
+
+
+def _count_frames(data: bytes, start: Addr, end: Addr, size: int) -> int:
+    """Count PCs in a range among the first ``size`` bytes, with segments beside them."""
+    words = np.frombuffer(data, dtype="<u8")
+    pcs, segments = words[:-FRAME_PC_WORDS], words[FRAME_PC_WORDS:]
+    hits = (pcs >= start) & (pcs < end)
+    hits &= (segments & np.uint64(FRAME_SEGMENTS_MASK)) == np.uint64(FRAME_SEGMENTS)
+    return int(np.count_nonzero(hits[: size // _WORD_SIZE]))

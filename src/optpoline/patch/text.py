@@ -84,7 +84,7 @@ def crosses_line(entry: JournalEntry) -> bool:
 def read_entries(text: Text, entries: Sequence[JournalEntry]) -> dict[Addr, bytes]:
     """Return the instruction bytes of many sites, read with few calls.
 
-    A site whose module is gone (dlclose) has fewer bytes than it should, or none.
+    A site whose module is gone (dlclose) has none.
     """
     found: dict[Addr, bytes] = {}
     span: list[JournalEntry] = []
@@ -99,12 +99,18 @@ def read_entries(text: Text, entries: Sequence[JournalEntry]) -> dict[Addr, byte
 
 
 def _read_span(text: Text, span: Sequence[JournalEntry], found: dict[Addr, bytes]) -> None:
-    """Read neighbouring sites with one call; none of them where one is not mapped."""
+    """Read neighbouring sites with one call, or one by one where a page is gone."""
     start = span[0].addr
     try:
         data = text.read(start, span[-1].end - start)
     except TargetFault:
-        data = b""
+        if len(span) == 1:
+            found[start] = b""
+            return
+        # A site must not count as changed because its neighbour was unmapped.
+        for entry in span:
+            _read_span(text, (entry,), found)
+        return
     for entry in span:
         found[entry.addr] = data[entry.addr - start : entry.end - start]
 

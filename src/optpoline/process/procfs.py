@@ -165,9 +165,7 @@ def read_state_char(pid: int, tid: int, *, proc_root: Path = _PROC) -> str:
     return _read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[0]
 
 
-def read_status(
-    pid: int, *, tid: int | None = None, proc_root: Path = _PROC
-) -> ProcessStatus:
+def read_status(pid: int, *, tid: int | None = None, proc_root: Path = _PROC) -> ProcessStatus:
     """Return what ``status`` says about a process, or about one of its threads.
 
     Raises:
@@ -250,7 +248,7 @@ def _is_kernel_thread(fields: dict[str, str], directory: str, pid: int) -> bool:
 
 
 def _read_status_fields(path: str, pid: int) -> dict[str, str]:
-    """Return the ``Key:\\tvalue`` lines of a status file."""
+    """Return the lines of a status file by key."""
     fields = {}
     for line in _read_text(path, pid).splitlines():
         key, _, value = line.partition(":")

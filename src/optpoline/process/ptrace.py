@@ -204,9 +204,7 @@ class Tracer:
         config = _RseqConfiguration()
         size = ctypes.sizeof(config)
         try:
-            self._request(
-                _PTRACE_GET_RSEQ_CONFIGURATION, tid, size, ctypes.addressof(config)
-            )
+            self._request(_PTRACE_GET_RSEQ_CONFIGURATION, tid, size, ctypes.addressof(config))
         except ProcessGone:
             raise
         except OptpolineError:
@@ -224,14 +222,18 @@ class Tracer:
         tracee is our own child, its status belongs to whoever started it.
 
         Raises:
-            ProcessGone: if it is not our tracee any more.
+            ProcessGone: if it has exited or is not our tracee any more.
         """
-        flags = os.WSTOPPED | os.WNOHANG | os.WNOWAIT | _WALL
+        flags = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL
         try:
             result = os.waitid(os.P_PID, tid, flags)
         except ChildProcessError as error:
             raise ProcessGone(tid) from error
-        return None if result is None else StopCode(result.si_status)
+        if result is None:
+            return None
+        if result.si_code in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED):
+            raise ProcessGone(tid)
+        return StopCode(result.si_status)
 
     def _read_regset(self, tid: int, kind: int, max_size: int) -> bytes:
         """Read a register set of at most max_size bytes."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optpoline.model import Addr, Count, Guard, Miss, Split, TreeNode
+from optpoline.model import Addr, Count, Guard, Miss, Split, TreeNode, tree_targets
 from optpoline.promote.cost import CostModel
 
 __all__ = ["PlannedTree", "plan_tree", "tree_cost"]
@@ -50,14 +50,19 @@ def plan_tree(counts: Sequence[Count], n_misses: int, model: CostModel) -> Plann
     """Return the cheapest tree for what was counted.
 
     Args:
-        counts: Targets and how often each was taken; order does not matter.
+        counts: Targets and how often each was taken; order does not matter,
+            and a target named twice was taken that often in all.
         n_misses: Branches whose target is not among them.
         model: The cost model.
     """
-    total = sum(count.hit_count for count in counts) + n_misses
+    hits: dict[Addr, int] = {}
+    for count in counts:
+        hits[count.target] = hits.get(count.target, 0) + count.hit_count
+    total = sum(hits.values()) + n_misses
     if total == 0:
         return PlannedTree(tree=Miss(), targets=(), hit_ratio=0.0, cycles=model.retpoline_cycles)
-    ranked = sorted(counts, key=lambda count: (-count.hit_count, count.target))
+    ranked = [Count(target=target, hit_count=n) for target, n in hits.items()]
+    ranked.sort(key=lambda count: (-count.hit_count, count.target))
     floor = model.min_gain_cycles / model.retpoline_cycles * total
     kept = [c for c in ranked[: model.max_targets] if c.hit_count > floor]
     weights = {c.target: c.hit_count / total for c in kept}
@@ -90,15 +95,17 @@ def _with_prefix(
 def tree_cost(tree: TreeNode, weights: dict[Addr, float], model: CostModel) -> float:
     """Return the expected cycles per branch of a tree.
 
-    Branches whose target has no weight here are misses: they are assumed to
-    walk the longest way, which is what a target far from all others does.
+    Branches to a target that the tree has no guard for are misses, whether
+    ``weights`` names it or not: they are assumed to walk the longest way, which
+    is what a target far from all others does.
 
     Args:
         tree: The tree.
         weights: Share of all branches by target; what is left to 1 are misses.
         model: The cost model.
     """
-    return _subtree_cost(tree, weights, model, max(0.0, 1.0 - sum(weights.values())))[0]
+    hit_ratio = sum(weights.get(target, 0.0) for target in set(tree_targets(tree)))
+    return _subtree_cost(tree, weights, model, max(0.0, 1.0 - hit_ratio))[0]
 
 
 def _subtree_cost(

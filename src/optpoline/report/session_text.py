@@ -23,7 +23,6 @@ __all__ = [
     "format_detach",
     "format_left_behind",
     "format_progress",
-    "format_promoted",
     "format_ratio",
     "format_summary",
 ]
@@ -62,12 +61,6 @@ def format_ratio(ratio: float | None) -> str:
     '99.3%'
     """
     return "-" if ratio is None else f"{ratio * 100:.1f}%"
-
-
-def format_promoted(summary: Summary, seconds: float) -> str:
-    """Return the line that says the promotions are in place; scripts wait for its first word."""
-    of = count_of(len(summary.sites), "site")
-    return f"promoted {summary.promoted} of {of} in {seconds:.2f} s"
 
 
 def format_progress(summary: Summary, elapsed_s: float) -> str:

@@ -47,7 +47,7 @@ def format_sites(
 def format_no_sites(modules: Sequence[ModuleSummary]) -> str:
     """Return what there is instead of sites, as the rest of a sentence."""
     n_plain = [module.n_plain for module in modules if module.n_plain is not None]
-    what = f"{count_of(len(modules), 'module')} searched"
+    what = f"{count_of(sum(module.n_thunks for module in modules), 'thunk')} in its modules"
     if n_plain and sum(n_plain):
         plain = count_of(sum(n_plain), "plain indirect branch", "es")
         what += f", {plain} (not built with retpolines)"

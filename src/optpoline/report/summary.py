@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a session can say about itself, as frozen records ready to be shown or written.
+"""The records to render, where the renderers look for them."""
 
-Every front end (text, JSON, later a live screen) renders these; none of them
-looks into the session.
-"""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from enum import Enum
+from optpoline.controller.summary import (
+    DetachOutcome,
+    DetachResult,
+    LeftBehind,
+    ModuleSummary,
+    SessionState,
+    SiteState,
+    SiteSummary,
+    Summary,
+    TargetShare,
+)
 
 __all__ = [
     "DetachOutcome",
@@ -21,187 +24,3 @@ __all__ = [
     "Summary",
     "TargetShare",
 ]
-
-
-class SessionState(Enum):
-    """Where a session stands."""
-
-    ATTACHED = "attached"
-    LEARNING = "learning"
-    PROMOTED = "promoted"
-    WATCHING = "watching"
-    RESTORED = "restored"
-    LEFT = "left"
-    """Detached on purpose with the promotions working."""
-    EXITED = "exited"
-    """The target exited by itself."""
-    EXECED = "execed"
-    """The target replaced its program; nothing of ours is left in it."""
-
-
-class SiteState(Enum):
-    """Where a site's branch leads now."""
-
-    BASELINE = "baseline"
-    LEARNING = "learning"
-    PROMOTED = "promoted"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetShare:
-    """One target of a site and its share of the site's branches when last sampled.
-
-    Attributes:
-        address: Absolute address in the target process.
-        function: ``name`` or ``name+0x12``, or None.
-        share: 0..1 of all branches counted at the site in its last window.
-        promoted: Whether a guard of the site's block leads to it.
-    """
-
-    address: int
-    function: str | None
-    share: float
-    promoted: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteSummary:
-    """One site as users see it.
-
-    Attributes:
-        module: Path of its module.
-        address: Absolute address in the target process (in a file: p_vaddr).
-        offset: Address minus the module's load bias.
-        function: ``name+0x12``, or None.
-        kind: "call", "jump" or "cond_jump".
-        operand: Register that holds the target.
-        thunk: Name of the thunk, or its address in hex.
-        state: Where its branch leads now.
-        refusal: Why it is never promoted, or None.
-        hit_rate: Share of its branches that took a guard when last sampled, or None.
-        rate_hz: Branches a second when last sampled, or None.
-        targets: Hottest first.
-    """
-
-    module: str
-    address: int
-    offset: int
-    function: str | None
-    kind: str
-    operand: str
-    thunk: str
-    state: SiteState
-    refusal: str | None
-    hit_rate: float | None
-    rate_hz: float | None
-    targets: tuple[TargetShare, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleSummary:
-    """One module and what was found in it.
-
-    Attributes:
-        path: As the target names it.
-        n_sites: Retpoline sites.
-        n_refused: Those of them that are never promoted.
-        n_thunks: Thunks.
-        n_plain: Plain indirect branches (reported, never touched), or None if not counted.
-    """
-
-    path: str
-    n_sites: int
-    n_refused: int
-    n_thunks: int
-    n_plain: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """A whole session at one moment.
-
-    Attributes:
-        pid: The target.
-        state: Where the session stands.
-        modules: Modules with sites.
-        sites: Every site, hottest first, then by address.
-        promoted: Number of sites that lead to a promoted block.
-        hit_rate: Share of branches at promoted sites that took a guard when last sampled, or None.
-        stops: Times the target's threads were stopped.
-        stop_ms_max: Longest of them, first interrupt to last detach.
-        stop_ms_total: Sum of them.
-        learning_s: Seconds during which any site led to a learning block.
-        relearned: Sites that were promoted anew because their targets changed.
-        notes: Sentences worth telling (what was left out, and why).
-    """
-
-    pid: int
-    state: SessionState
-    modules: tuple[ModuleSummary, ...]
-    sites: tuple[SiteSummary, ...]
-    promoted: int
-    hit_rate: float | None
-    stops: int
-    stop_ms_max: float
-    stop_ms_total: float
-    learning_s: float
-    relearned: int
-    notes: tuple[str, ...]
-
-
-class DetachOutcome(Enum):
-    """How letting go ended."""
-
-    CLEAN = "clean"
-    """Text restored and checked, arenas unmapped."""
-    ARENA_LEFT = "arena_left"
-    """Text restored and checked; an arena stays mapped because a thread may still be in it."""
-    FOREIGN_BYTES = "foreign_bytes"
-    """Some sites hold another patcher's bytes and were left as they are."""
-    LEFT = "left"
-    """Nothing restored, on purpose."""
-    GONE = "gone"
-    """The target exited or replaced its program: nothing to undo."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DetachResult:
-    """What letting go did.
-
-    Attributes:
-        outcome: How it ended.
-        restored: Sites whose bytes were put back (and read back equal).
-        foreign: Addresses of sites left alone because of another patcher's bytes.
-        notes: Sentences worth telling.
-    """
-
-    outcome: DetachOutcome
-    restored: int
-    foreign: tuple[int, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeftBehind:
-    """What an earlier controller left in a process (``status``).
-
-    Attributes:
-        pid: The target.
-        controller_pid: Controller that made it, as it recorded itself.
-        controller_alive: Whether that controller still runs.
-        arenas: Number of arenas mapped.
-        sites: Sites whose branch leads into an arena now.
-        baseline: Journalled sites that hold their baseline bytes.
-        foreign: Journalled sites with other bytes.
-        site_addresses: (address, "patched" | "baseline" | "foreign") each.
-    """
-
-    pid: int
-    controller_pid: int
-    controller_alive: bool
-    arenas: int
-    sites: int
-    baseline: int
-    foreign: int
-    site_addresses: tuple[tuple[int, str], ...]

@@ -18,9 +18,10 @@ Invariants:
   * A compare operand that decides where a branch goes is an immediate or a
     literal in read-only memory; counter cells decide only what is counted
     (rule 5).
-  * The first instruction is at least ``JMP32_SIZE`` bytes long, so that one
-    aligned 8-byte store can turn the head into ``jmp rel32`` and back without
-    moving the other instruction boundaries in those 8 bytes.
+  * The first instruction is longer than ``JMP32_SIZE`` bytes, or is a jump with
+    its ``int3``, so that one aligned 8-byte store can turn the head into
+    ``jmp rel32 ; int3`` and back without moving the other instruction
+    boundaries in those 8 bytes.
 """
 
 from __future__ import annotations
@@ -118,8 +119,10 @@ def encode_block(plan: BlockPlan, addr: Addr, literals: LiteralPool) -> bytes:
 def encode_redirect(head: bytes, addr: Addr, dst_addr: Addr) -> int:
     """Return the u64 that makes the block at ``addr`` jump to ``dst_addr`` at once.
 
-    Bytes after the jump keep their value: a thread interrupted between two
-    instructions of the old head finds the rest of it unchanged.
+    The byte behind the jump becomes ``int3`` (design rule 3); it is inside the
+    first instruction of every head, or its ``int3`` already. The bytes after
+    that keep their value: a thread interrupted between two instructions of the
+    old head finds the rest of it unchanged.
 
     Args:
         head: The first ``HEAD_SIZE`` bytes of the block as encoded.
@@ -129,7 +132,8 @@ def encode_redirect(head: bytes, addr: Addr, dst_addr: Addr) -> int:
     Raises:
         EncodeRangeError: if ``dst_addr`` is out of reach.
     """
-    code = encode_jmp32(addr, dst_addr) + head[JMP32_SIZE:HEAD_SIZE]
+    # jmp rel32 ; int3
+    code = encode_jmp32(addr, dst_addr) + bytes((INT3,)) + head[JMP32_SIZE + 1 : HEAD_SIZE]
     return int.from_bytes(code, "little")
 
 

@@ -29,6 +29,8 @@ __all__ = [
     "decode_one",
     "decode_range",
     "find_boundaries",
+    "is_redirectable",
+    "plt_entries_before",
     "scan_branches",
     "scan_call_targets",
     "scan_code_pointers",
@@ -134,10 +136,21 @@ def decode_ending_at(code: bytes, addr: Addr, ends: Set[int]) -> list[Insn]:
     """
     if not ends:
         return []
-    raws = [
-        raw for raw in Decoder(64, code[: max(ends) - addr], ip=addr) if raw.next_ip in ends
-    ]
+    raws = [raw for raw in Decoder(64, code[: max(ends) - addr], ip=addr) if raw.next_ip in ends]
     return [_insn(raw) for raw in raws if not raw.is_invalid]
+
+
+def is_redirectable(code: bytes) -> bool:
+    """Say whether a branch has a 32-bit displacement and harmless prefixes only.
+
+    Harmless are cs and ds (padding, branch hints) and bnd.
+
+    >>> is_redirectable(bytes.fromhex("2ee800000000")), is_redirectable(bytes.fromhex("eb00"))
+    (True, False)
+    """
+    body = code.lstrip(b"\x2e\x3e\xf2")
+    is_near = len(body) == 5 and body[0] in (0xE8, 0xE9)
+    return is_near or (len(body) == 6 and body[0] == 0x0F and body[1] & 0xF0 == 0x80)
 
 
 def find_boundaries(code: bytes, addr: Addr, wanted: Set[int]) -> frozenset[int]:
@@ -198,13 +211,13 @@ def scan_branches(text: TextArray, base: Addr, targets: AddrArray) -> AddrArray:
 
 
 def scan_call_targets(text: TextArray, base: Addr) -> AddrArray:
-    """Return, sorted, where each would-be ``call rel32`` of a text lands."""
+    """Return where each would-be ``call rel32`` of a text lands, unsorted."""
     if text.size < 5:
         return np.zeros(0, dtype=np.int64)
     # e8 call
     offs = np.flatnonzero(text[:-4] == 0xE8) + 1
     landing: AddrArray = offs.astype(np.int64) + (base + 4) + _disps(text)[offs]
-    return np.unique(landing)
+    return landing
 
 
 def scan_slot_jumps(text: TextArray, base: Addr, slots: AddrArray) -> AddrArray:
@@ -220,6 +233,14 @@ def scan_slot_jumps(text: TextArray, base: Addr, slots: AddrArray) -> AddrArray:
     offs = offs[text[offs + 1] == 0x25]
     addrs: AddrArray = offs.astype(np.int64) + base
     return addrs[np.isin(addrs + 6 + _disps(text)[offs + 2], slots)]
+
+
+def plt_entries_before(slot_jumps: AddrArray) -> AddrArray:
+    """Return where the PLT entries that end in the given jumps may begin.
+
+    The jump itself, or the bnd prefix or endbr64 before it.
+    """
+    return np.concatenate([slot_jumps - size for size in (0, 1, 4, 5)])
 
 
 def _mov_imm_offs() -> NDArray[np.int64]:

@@ -24,12 +24,7 @@ from optpoline.model import Addr
 __all__ = ["ARITHMETIC_FLAGS", "FlagsFate", "FlagsRun", "run_flags"]
 
 ARITHMETIC_FLAGS: int = (
-    RflagsBits.CF
-    | RflagsBits.PF
-    | RflagsBits.AF
-    | RflagsBits.ZF
-    | RflagsBits.SF
-    | RflagsBits.OF
+    RflagsBits.CF | RflagsBits.PF | RflagsBits.AF | RflagsBits.ZF | RflagsBits.SF | RflagsBits.OF
 )
 """The flags that a compare writes, as a set of the decoder's bits."""
 

@@ -24,11 +24,32 @@ from dataclasses import dataclass
 
 from optpoline.errors import UnsupportedTarget
 from optpoline.x86.registers import Registers
+from optpoline.x86.xsave import XsaveLayout
 
-__all__ = ["RED_ZONE_SIZE", "SignalFrame", "XsaveLayout", "encode_signal_frame"]
+__all__ = [
+    "FRAME_PC_WORDS",
+    "FRAME_SEGMENTS",
+    "FRAME_SEGMENTS_MASK",
+    "FRAME_SP_WORDS",
+    "RED_ZONE_SIZE",
+    "SignalFrame",
+    "encode_signal_frame",
+]
 
 RED_ZONE_SIZE = 128
 """Bytes below rsp that belong to the running function (System V ABI)."""
+
+FRAME_SEGMENTS = 0x002B_0000_0000_0033
+"""The word of a 64-bit frame that holds cs (lowest 16 bits), gs, fs and ss (highest)."""
+
+FRAME_SEGMENTS_MASK = 0xFFFF_0000_0000_FFFF
+"""Which of its bits to compare: gs and fs may be anything."""
+
+FRAME_SP_WORDS = 3
+"""How many words before the segments a frame holds the interrupted stack pointer."""
+
+FRAME_PC_WORDS = 2
+"""How many words before the segments a frame holds the interrupted program counter."""
 
 _FP_XSTATE_MAGIC1 = 0x46505853
 _FP_XSTATE_MAGIC2 = 0x46505845
@@ -41,23 +62,6 @@ _HEADER = struct.Struct("<QQQQIIQ")
 _SIGCONTEXT = struct.Struct("<18Q4H4Q9Q")
 _MASK_OFF = _HEADER.size + _SIGCONTEXT.size
 _UCONTEXT_SIZE = _MASK_OFF + 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class XsaveLayout:
-    """Where XSAVE features end on this CPU, in the standard (uncompacted) format.
-
-    Attributes:
-        default_features: Features every thread has (XCR0 without the dynamic ones).
-        default_size: Size of a default thread's image in bytes.
-        dynamic_features: Features a thread must ask for (AMX tile data).
-        max_size: Size of an image with all features.
-    """
-
-    default_features: int
-    default_size: int
-    dynamic_features: int
-    max_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

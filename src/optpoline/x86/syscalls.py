@@ -157,9 +157,7 @@ def is_restartable_eintr(regs: Registers, *, is_socket: bool) -> bool:
         return False
     nr = regs.orig_rax
     return (
-        nr in _EINTR_ALWAYS
-        or nr in _EINTR_ON_SOCKET_TIMEOUT
-        or (is_socket and nr in _READ_WRITE)
+        nr in _EINTR_ALWAYS or nr in _EINTR_ON_SOCKET_TIMEOUT or (is_socket and nr in _READ_WRITE)
     )
 
 

@@ -35,9 +35,9 @@ __all__ = [
     "ThunkBody",
     "ThunkShape",
     "decode_thunk_body",
-    "has_inline_form",
     "find_thunk_bodies",
     "flavour_of",
+    "has_inline_form",
     "thunk_name_operand",
 ]
 

@@ -97,7 +97,7 @@ def _model_path(code: bytes, addr: int, off: int) -> ReturnPath | None:
     from_rbp, sp_off, lowest_off, rbp_kept = False, 0, 0, True
     for _ in range(_MAX_INSNS):
         insn = decoder.decode()
-        if not insn:
+        if insn.is_invalid:
             return None
         match insn.mnemonic:
             case Mnemonic.RET:
@@ -118,7 +118,7 @@ def _model_path(code: bytes, addr: int, off: int) -> ReturnPath | None:
             case Mnemonic.LEAVE if rbp_kept:
                 from_rbp, sp_off, lowest_off, rbp_kept = True, 8, 0, False
             case Mnemonic.ADD | Mnemonic.SUB if insn.op0_register == Register.RSP:
-                if insn.op1_kind == OpKind.REGISTER or insn.op1_kind == OpKind.MEMORY:
+                if insn.op1_kind in (OpKind.REGISTER, OpKind.MEMORY):
                     return None
                 amount = insn.immediate(1)
                 amount -= (1 << 64) if amount >> 63 else 0

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Let go: restore the text, wait until nobody can be in an arena, unmap it.
+
+Once no text leads into an arena nobody can enter it, so a thread that was seen
+quiescent for it stays so: threads are looked at one by one, over as many short
+stops as it takes, and never wait for each other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from optpoline.controller.arenas import unmap_range
+from optpoline.controller.linker import Linker, Move
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import DetachOutcome, DetachResult, SiteState
+from optpoline.controller.target import Target
+from optpoline.errors import ArenaError, ProcessGone, StopTimeout, UnsupportedTarget
+from optpoline.model import Addr
+from optpoline.patch.blocks import point_back
+from optpoline.patch.quiescence import ThreadPosition, find_words, is_thread_quiescent
+from optpoline.process.procfs import ThreadWhere, list_tids, read_thread_state
+from optpoline.process.stop import Stop
+
+__all__ = ["let_go", "unmap_when_quiescent"]
+
+MAX_TRIES = 50
+"""Stops tried before an arena is left: a thread inside a block leaves it within
+nanoseconds of running, so what is still there then sits in a blocked handler."""
+
+TRY_EVERY_S = 0.01
+
+MAX_SEARCH_SIZE = 4 << 30
+"""Bytes of writable memory searched for contexts of programs that switch stacks."""
+
+
+def let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> DetachResult:
+    """End a session's work on its target.
+
+    Args:
+        target: The process.
+        records: Its sites.
+        leave: Keep promoted sites promoted.
+
+    Raises:
+        StopTimeout: if its threads could not be stopped; everything still works.
+    """
+    try:
+        return _let_go(target, records, leave=leave)
+    except ProcessGone:
+        return DetachResult(outcome=DetachOutcome.GONE, restored=0, foreign=(), notes=())
+
+
+def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> DetachResult:
+    """Do it, or raise ``ProcessGone``."""
+    linker = Linker(target)
+    target.read_maps()
+    touched = [record for record in records if record.home is not None]
+    moves: list[Move] = []
+    for record in touched:
+        if record.counting is not None and record.active is not None:
+            point_back(record.active)
+        keep = leave and record.state is SiteState.PROMOTED
+        moves.append(Move(record=record, block=record.active if keep else None))
+    linker.link(moves)
+    foreign = tuple(int(r.site.addr) for r in touched if r.state is SiteState.REFUSED and r.home)
+    if leave:
+        for record in touched:
+            if record.home is None:
+                record.state = SiteState.BASELINE
+        return DetachResult(outcome=DetachOutcome.LEFT, restored=0, foreign=foreign, notes=())
+    stuck = [r for r in touched if r.home is not None and int(r.site.addr) not in foreign]
+    for record in touched:
+        if record.home is None and record.state is not SiteState.REFUSED:
+            record.state = SiteState.BASELINE
+    restored = len(touched) - len(stuck) - len(foreign)
+    if stuck or foreign:
+        note = f"{len(stuck) + len(foreign)} sites could not be restored; their arenas stay mapped"
+        outcome = DetachOutcome.FOREIGN_BYTES if foreign else DetachOutcome.ARENA_LEFT
+        return DetachResult(outcome=outcome, restored=restored, foreign=foreign, notes=(note,))
+    ranges = [(arena.addr, arena.end) for arena in target.arenas]
+    notes = unmap_when_quiescent(target, ranges)
+    return DetachResult(
+        outcome=DetachOutcome.ARENA_LEFT if notes else DetachOutcome.CLEAN,
+        restored=restored,
+        foreign=(),
+        notes=notes,
+    )
+
+
+def unmap_when_quiescent(
+    target: Target, ranges: Sequence[tuple[Addr, Addr]]
+) -> tuple[str, ...]:
+    """Unmap address ranges that no text leads to, each as a whole.
+
+    Returns:
+        A sentence for what had to be left, or nothing.
+    """
+    if not ranges:
+        return ()
+    start, end = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    quiescent: set[int] = set()
+    holders: tuple[int, ...] = ()
+    for _ in range(MAX_TRIES):
+        try:
+            with target.stop(wake_one=True) as stop:
+                holders = _find_holders(target, stop, ranges, quiescent)
+                if not holders and not _find_switched_away(target, ranges):
+                    for first, last in ranges:
+                        unmap_range(stop, first, last)
+                    return ()
+        except (StopTimeout, ArenaError, UnsupportedTarget) as error:
+            return (f"the arena at {start:#x}-{end:#x} stays mapped: {error}",)
+        time.sleep(TRY_EVERY_S)
+    names = ", ".join(str(tid) for tid in holders) or "a saved context"
+    return (f"the arena at {start:#x} stays mapped: {names} may still return into it",)
+
+
+def _find_holders(
+    target: Target,
+    stop: Stop,
+    ranges: Sequence[tuple[Addr, Addr]],
+    quiescent: set[int],
+) -> tuple[int, ...]:
+    """Return threads that may still be inside; add the others to ``quiescent``."""
+    positions = {
+        thread.tid: ThreadPosition(tid=thread.tid, pc=thread.pc, sp=thread.sp)
+        for thread in stop.stopped
+    }
+    for tid in stop.asleep:
+        if tid not in quiescent and _is_sleeper_quiescent(target, tid, ranges):
+            quiescent.add(tid)
+    for tid, position in positions.items():
+        if tid not in quiescent and _is_quiescent(target, position, ranges):
+            quiescent.add(tid)
+    return tuple(tid for tid in list_tids(target.pid) if tid not in quiescent)
+
+
+def _is_quiescent(
+    target: Target, position: ThreadPosition, ranges: Sequence[tuple[Addr, Addr]]
+) -> bool:
+    """Tell whether a thread is quiescent for all ranges."""
+    return all(
+        is_thread_quiescent(
+            position, read=target.memory.read, maps=target.maps, start=first, end=last
+        )
+        for first, last in ranges
+    )
+
+
+def _is_sleeper_quiescent(
+    target: Target, tid: int, ranges: Sequence[tuple[Addr, Addr]]
+) -> bool:
+    """Tell whether a thread that sleeps in the kernel is quiescent, without stopping it.
+
+    What was read counts only if the thread did not run meanwhile.
+    """
+    try:
+        before = read_thread_state(target.pid, tid)
+        if before.where is ThreadWhere.RUNNING:
+            return False
+        position = ThreadPosition(tid=tid, pc=before.pc, sp=before.sp)
+        if not _is_quiescent(target, position, ranges):
+            return False
+        after = read_thread_state(target.pid, tid)
+        switches = (before.n_voluntary, before.n_nonvoluntary)
+        return (after.n_voluntary, after.n_nonvoluntary) == switches
+    except ProcessGone:
+        return True
+
+
+def _find_switched_away(target: Target, ranges: Sequence[tuple[Addr, Addr]]) -> bool:
+    """Tell whether memory outside the threads' stacks holds a context inside a range."""
+    for first, last in ranges:
+        found = find_words(
+            read=target.memory.read,
+            maps=target.maps,
+            skip=[],
+            start=first,
+            end=last,
+            max_size=MAX_SEARCH_SIZE,
+        )
+        if found != 0:
+            return True
+    return False

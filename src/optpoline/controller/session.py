@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session: attach, learn, promote, keep up, let go.
+
+The command line is written on this class alone. All of its methods must be
+called from one thread, because ptrace calls must come from one OS thread.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from optpoline.controller.config import Config
+from optpoline.controller.events import Event, EventKind
+from optpoline.controller.learning import begin_window, end_window, first_block, grow_full
+from optpoline.controller.letting_go import let_go
+from optpoline.controller.linker import Linker, Move
+from optpoline.controller.lock import ControllerLock
+from optpoline.controller.promotion import promote_first
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.sampling import Sampler
+from optpoline.controller.summaries import summarise
+from optpoline.controller.summary import (
+    DetachOutcome,
+    DetachResult,
+    SessionState,
+    SiteState,
+    Summary,
+)
+from optpoline.controller.takeover import read_status, restore_left
+from optpoline.controller.target import Target
+from optpoline.discover import count_plain_indirect
+from optpoline.errors import ArenaError, NoSites, OptpolineError, ProcessGone
+from optpoline.model import Module, Refusal, Site
+from optpoline.process.permissions import check_attachable
+
+__all__ = ["Session", "attach"]
+
+EventCallback = Callable[[Event], None]
+
+
+def attach(
+    pid: int, *, config: Config | None = None, on_event: EventCallback | None = None
+) -> Session:
+    """Attach to a running process and find its sites; nothing is changed yet.
+
+    What an earlier controller left in it is undone first.
+
+    Args:
+        pid: The process.
+        config: Settings; None for the defaults.
+        on_event: Called with what happens, never while the target is stopped.
+
+    Raises:
+        ProcessGone: if there is no such process.
+        PermissionDenied: if we may not trace it.
+        UnsupportedTarget: if it is of a kind we do not handle.
+        NoSites: if it has no retpoline site.
+        ControllerActive: if another controller works on it.
+        ArenaError: if no arena can be placed within reach.
+    """
+    session = Session(pid, config=config, on_event=on_event)
+    try:
+        session.open()
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+class Session:
+    """One controller's work on one process; make it with ``attach``."""
+
+    def __init__(
+        self, pid: int, *, config: Config | None = None, on_event: EventCallback | None = None
+    ) -> None:
+        """Prepare; ``open`` does the work."""
+        self.pid = pid
+        self.config = config or Config()
+        self.state = SessionState.ATTACHED
+        self.records: list[SiteRecord] = []
+        self.notes: list[str] = []
+        self.learning_s = 0.0
+        self._on_event = on_event
+        self._lock: ControllerLock | None = None
+        self._target: Target | None = None
+        self._linker: Linker | None = None
+        self._sampler: Sampler | None = None
+        self._pidfd = -1
+        self._window_start_s = 0.0
+        self._last_summary: Summary | None = None
+        self._next_maps_s = 0.0
+
+    # --- attaching
+
+    def open(self) -> None:
+        """Check, lock, undo what was left, find sites, make arenas."""
+        check_attachable(self.pid)
+        self._lock = ControllerLock(self.pid)
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError as error:
+            raise ProcessGone(self.pid) from error
+        if read_status(self.pid) is not None:
+            result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
+            self._note(f"undid what an earlier controller left ({result.restored} sites restored)")
+        target = Target(self.pid, stop_timeout_s=self.config.stop_timeout_s)
+        self._target = target
+        self._linker = Linker(target)
+        self._sampler = Sampler(self.config, self._linker, target.may_guard)
+        self._add_modules()
+        if not self.sites:
+            raise NoSites(self._describe_no_sites())
+        self._next_maps_s = time.monotonic() + self.config.maps_every_s
+        n_modules = sum(1 for loaded in target.modules.values() if loaded.scan.sites)
+        self._tell(EventKind.ATTACHED, f"{len(self.sites)} sites in {n_modules} modules")
+
+    def _describe_no_sites(self) -> str:
+        """Say what the target has instead of retpoline sites."""
+        modules = self.target.modules.values()
+        n_plain = sum(count_plain_indirect(m.image) for m in modules if m.module.is_main)
+        n_inline = sum(loaded.scan.n_inline for loaded in modules)
+        return (
+            f"process {self.pid} has no retpoline site in its {len(modules)} modules "
+            f"({n_plain} plain indirect branches in the executable, {n_inline} inline retpolines)"
+        )
+
+    def _add_modules(self) -> list[SiteRecord]:
+        """Take in modules that were loaded since the last look; return their records."""
+        added, gone = self.target.refresh_modules()
+        for loaded in gone:
+            self._forget(loaded.module)
+        fresh: list[SiteRecord] = []
+        for loaded in added:
+            try:
+                fresh += self.target.make_records(loaded)
+            except ArenaError as error:
+                if not self.records and not fresh and len(added) == 1:
+                    raise
+                self._note(f"{loaded.module.path} left alone: {error}")
+        self.records += fresh
+        return fresh
+
+    def _forget(self, module: Module) -> None:
+        """Drop records of a module that was unmapped; its text is gone with it."""
+        kept = [r for r in self.records if not module.start <= r.site.addr < module.end]
+        if len(kept) != len(self.records):
+            self.records = kept
+            self._tell(EventKind.MODULE_GONE, f"{module.path} was unloaded")
+
+    # --- properties
+
+    @property
+    def target(self) -> Target:
+        """The process; only between ``open`` and ``detach``."""
+        if self._target is None:
+            raise OptpolineError(f"the session with process {self.pid} is over")
+        return self._target
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """Modules mapped in the target."""
+        return tuple(loaded.module for loaded in self.target.modules.values())
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites found, refused ones included."""
+        return tuple(
+            site for loaded in self.target.modules.values() for site in loaded.scan.sites
+        )
+
+    def _tell(self, kind: EventKind, message: str) -> None:
+        """Tell the caller what happened."""
+        if self._on_event is not None:
+            self._on_event(Event(kind=kind, message=message, time_ns=time.monotonic_ns()))
+
+    def _note(self, message: str) -> None:
+        """Keep a sentence for the summary, and tell it."""
+        self.notes.append(message)
+        self._tell(EventKind.NOTE, message)
+
+    # --- learning and promoting
+
+    def learn(self, seconds: float | None = None) -> None:
+        """Count the targets of every site that is not promoted, for a while.
+
+        Args:
+            seconds: Length of the window; None for ``Config.learn_s``.
+
+        Raises:
+            ProcessGone: if the target exits meanwhile.
+        """
+        length_s = self.config.learn_s if seconds is None else seconds
+        self._learn([r for r in self.records if r.state is SiteState.BASELINE], length_s)
+
+    def _learn(self, records: list[SiteRecord], length_s: float) -> None:
+        """Run one first window over baseline sites."""
+        moves: list[Move] = []
+        for record in records:
+            record.arena.journal(record.site)
+            record.active = None
+            moves.append(Move(record=record, block=first_block(record)))
+        assert self._linker is not None
+        self._linker.link(moves)
+        begin_s = time.monotonic()
+        linked = [record for record in records if record.home is not None]
+        for record in linked:
+            record.state = SiteState.LEARNING
+        begin_window(linked, begin_s)
+        self.state = SessionState.LEARNING
+        self._tell(EventKind.LEARNING, f"learning {len(linked)} sites for {length_s:g} s")
+        try:
+            while (left_s := begin_s + length_s - time.monotonic()) > 0:
+                self._sleep(min(left_s, self.config.wave_s))
+                grow_full(linked, self.target.may_guard)
+        finally:
+            end_s = time.monotonic()
+            for record in linked:
+                end_window(record, end_s)
+            self.learning_s += end_s - begin_s
+
+    def _sleep(self, seconds: float) -> None:
+        """Sleep, or raise ``ProcessGone`` as soon as the target exits."""
+        readable, _, _ = select.select([self._pidfd], [], [], max(0.0, seconds))
+        if readable:
+            self.state = SessionState.EXITED
+            raise ProcessGone(self.pid)
+
+    def promote(self) -> int:
+        """Promote what the last window found worth it; the rest gets its baseline back.
+
+        Returns:
+            How many sites were promoted.
+        """
+        assert self._linker is not None
+        assert self._sampler is not None
+        learned = [r for r in self.records if r.home is not None and r.active is None]
+        begin_s = time.monotonic()
+        n_promoted = promote_first(
+            learned,
+            policy=self.config.policy,
+            linker=self._linker,
+            may_guard=self.target.may_guard,
+            now_s=begin_s,
+        )
+        for record in learned:
+            if record.state is SiteState.LEARNING:
+                record.state = SiteState.BASELINE
+        self._sampler.schedule(self.records, time.monotonic())
+        self.state = SessionState.PROMOTED
+        self._tell(
+            EventKind.PROMOTED,
+            f"{n_promoted} of {len(learned)} sites in {time.monotonic() - begin_s:.3f} s",
+        )
+        return n_promoted
+
+    # --- keeping up
+
+    def watch(
+        self, seconds: float | None = None, stop: threading.Event | None = None
+    ) -> SessionState:
+        """Keep up with the workload until time is over, told to stop, or the target is gone.
+
+        Args:
+            seconds: How long; None for no limit.
+            stop: Ends the watch when set.
+
+        Returns:
+            WATCHING if it ended because of ``seconds`` or ``stop``, else EXITED or EXECED.
+        """
+        self.state = SessionState.WATCHING
+        end_s = None if seconds is None else time.monotonic() + seconds
+        try:
+            while not (stop is not None and stop.is_set()):
+                now_s = time.monotonic()
+                if end_s is not None and now_s >= end_s:
+                    break
+                left_s = self.config.poll_s if end_s is None else end_s - now_s
+                self._sleep(min(self.config.poll_s, left_s))
+                if not self._step(time.monotonic()):
+                    break
+        except ProcessGone:
+            self.state = SessionState.EXITED
+        if self.state is SessionState.EXITED:
+            self._tell(EventKind.EXITED, f"process {self.pid} exited")
+        return self.state
+
+    def _step(self, now_s: float) -> bool:
+        """Do what is due; tell whether there is still something to watch."""
+        assert self._sampler is not None
+        due = self._sampler.poll(self.records, now_s)
+        if due:
+            n_again, n_demoted = self._sampler.sample(due)
+            if n_again:
+                self._tell(EventKind.RELEARNED, f"{n_again} sites promoted anew")
+            if n_demoted:
+                self._tell(EventKind.DEMOTED, f"{n_demoted} sites back on their thunk")
+        self._sampler.relink(self.records, now_s)
+        if now_s >= self._next_maps_s:
+            self._next_maps_s = now_s + self.config.maps_every_s
+            return self._check_maps()
+        return True
+
+    def _check_maps(self) -> bool:
+        """Notice exec and new modules; tell whether the program is still the same."""
+        before = self.target.maps
+        if self.target.read_maps() == before:
+            return True
+        if not self.target.has_arena():
+            self.state = SessionState.EXECED
+            self._tell(EventKind.EXECED, f"process {self.pid} replaced its program")
+            return False
+        fresh = self._add_modules()
+        if fresh:
+            names = {record.site.module for record in fresh}
+            self._tell(EventKind.MODULE_ADDED, f"{', '.join(sorted(names))}: {len(fresh)} sites")
+            self._learn(fresh, self.config.learn_s)
+            self.promote()
+            self.state = SessionState.WATCHING
+        return True
+
+    # --- telling
+
+    def summary(self) -> Summary:
+        """Return how things stand; after ``detach``, how they stood at the end."""
+        if self._target is None:
+            if self._last_summary is None:
+                raise OptpolineError(f"process {self.pid} was never attached to")
+            return self._last_summary
+        return summarise(
+            self._target,
+            self.records,
+            state=self.state,
+            learning_s=self.learning_s,
+            notes=tuple(self.notes),
+        )
+
+    # --- letting go
+
+    def detach(self, *, leave: bool = False) -> DetachResult:
+        """Put every site's baseline back and unmap the arenas; then the session is over.
+
+        Args:
+            leave: Leave promoted sites promoted, working without us.
+        """
+        target = self.target
+        if self.state in (SessionState.EXITED, SessionState.EXECED):
+            result = DetachResult(
+                outcome=DetachOutcome.GONE, restored=0, foreign=(), notes=()
+            )
+        else:
+            result = let_go(target, self.records, leave=leave)
+            if result.outcome is DetachOutcome.GONE:
+                self.state = SessionState.EXITED
+            else:
+                self.state = SessionState.LEFT if leave else SessionState.RESTORED
+        self.notes += result.notes
+        self._last_summary = self.summary()
+        self.close()
+        return result
+
+    def close(self) -> None:
+        """Release what this process holds; the target is not touched."""
+        if self._target is not None:
+            self._target.close()
+            self._target = None
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Session:
+        """Return the session."""
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Detach, restoring everything, unless that was done."""
+        if self._target is not None:
+            self.detach()
+
+    def refused(self) -> dict[Refusal, int]:
+        """Return how many sites were refused for each reason."""
+        reasons = [s.refusal for s in self.sites if s.refusal is not None]
+        reasons += [r.refusal for r in self.records if r.refusal is not None]
+        return {reason: reasons.count(reason) for reason in set(reasons)}

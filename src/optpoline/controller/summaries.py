@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make summaries of sessions, and of programs that are only looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import (
+    ModuleSummary,
+    SessionState,
+    SiteState,
+    SiteSummary,
+    Summary,
+    TargetShare,
+)
+from optpoline.controller.target import LoadedModule, Target
+from optpoline.discover import ModuleImage
+from optpoline.discover import find_sites as scan_image
+from optpoline.model import Module, Site
+from optpoline.process.memory import RemoteMemory
+from optpoline.process.modules import list_modules, open_module
+from optpoline.process.permissions import check_attachable
+
+__all__ = ["SiteReport", "find_sites", "summarise"]
+
+SymbolAt = Callable[[int], str | None]
+
+MAX_TARGETS_SHOWN = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteReport:
+    """What ``find_sites`` found.
+
+    Attributes:
+        subject: The path, or the pid in decimal.
+        modules: Modules looked at that have sites or thunks.
+        sites: All sites in address order.
+        notes: Sentences worth telling.
+    """
+
+    subject: str
+    modules: tuple[ModuleSummary, ...]
+    sites: tuple[SiteSummary, ...]
+    notes: tuple[str, ...]
+
+
+def find_sites(subject: int | str | Path) -> SiteReport:
+    """Find the retpoline sites of a process or an ELF file, touching nothing.
+
+    Args:
+        subject: A pid, or the path of a file.
+
+    Raises:
+        ProcessGone: if there is no such process.
+        PermissionDenied: if its memory may not be read.
+        UnsupportedTarget: if it is no 64-bit x86 ELF file or process.
+    """
+    if isinstance(subject, int):
+        return _find_in_process(subject)
+    image = ModuleImage.from_file(str(subject))
+    return _report(str(subject), [(image.module, image)])
+
+
+def _find_in_process(pid: int) -> SiteReport:
+    """Find the sites of all modules of a process."""
+    check_attachable(pid)
+    with RemoteMemory(pid) as memory:
+        images: list[tuple[Module, ModuleImage]] = []
+        for module in list_modules(pid):
+            elf = open_module(pid, module)
+            images.append((module, ModuleImage.from_process(module, memory, elf)))
+            if elf is not None:
+                elf.close()
+        return _report(str(pid), images)
+
+
+def _report(subject: str, images: Sequence[tuple[Module, ModuleImage]]) -> SiteReport:
+    """Scan images and report."""
+    loaded = [LoadedModule(module=m, image=i, scan=scan_image(i)) for m, i in images]
+    sites: list[SiteSummary] = []
+    for one in loaded:
+        for site in one.scan.sites:
+            sites.append(_site_summary(site, one.module, None, _no_symbol))
+    return SiteReport(
+        subject=subject,
+        modules=_module_summaries(loaded, []),
+        sites=tuple(sorted(sites, key=lambda site: site.address)),
+        notes=scan_notes(loaded),
+    )
+
+
+def scan_notes(loaded: Sequence[LoadedModule]) -> tuple[str, ...]:
+    """Return sentences on what was found but cannot be promoted."""
+    notes: list[str] = []
+    for one in loaded:
+        name, scan = one.module.name, one.scan
+        if scan.n_inline:
+            notes.append(f"{name}: {scan.n_inline} inline retpolines cannot be promoted")
+        if scan.n_via_plt:
+            notes.append(f"{name}: {scan.n_via_plt} branches take another module's thunk by PLT")
+    return tuple(notes)
+
+
+def _no_symbol(_: int) -> None:
+    """Name nothing."""
+
+
+def _module_summaries(
+    loaded: Sequence[LoadedModule], records: Sequence[SiteRecord]
+) -> tuple[ModuleSummary, ...]:
+    """Return summaries of the modules that have sites or thunks."""
+    refused = [record for record in records if record.refusal is not None]
+    return tuple(
+        ModuleSummary(
+            path=one.module.path,
+            n_sites=len(one.scan.sites),
+            n_refused=sum(1 for site in one.scan.sites if site.refusal is not None)
+            + sum(1 for record in refused if record.site.module == one.module.path),
+            n_thunks=len(one.scan.thunks),
+            n_plain=one.scan.n_plain_indirect,
+        )
+        for one in loaded
+        if one.scan.sites or one.scan.thunks
+    )
+
+
+def summarise(
+    target: Target,
+    records: Sequence[SiteRecord],
+    *,
+    state: SessionState,
+    learning_s: float,
+    notes: tuple[str, ...],
+) -> Summary:
+    """Return how a session stands."""
+    by_addr = {record.site.addr: record for record in records}
+    sites: list[SiteSummary] = []
+    for loaded in target.modules.values():
+        for site in loaded.scan.sites:
+            record = by_addr.get(site.addr)
+            sites.append(_site_summary(site, loaded.module, record, target.symbol_at))
+    sites.sort(key=lambda site: (-(site.rate_hz or 0.0), site.address))
+    return Summary(
+        pid=target.pid,
+        state=state,
+        modules=_module_summaries(list(target.modules.values()), records),
+        sites=tuple(sites),
+        promoted=sum(1 for record in records if record.state is SiteState.PROMOTED),
+        hit_rate=_hit_rate(records),
+        stops=target.stops.n_stops,
+        stop_ms_max=target.stops.max_ns / 1e6,
+        stop_ms_total=target.stops.total_ns / 1e6,
+        learning_s=learning_s,
+        relearned=sum(record.n_relearned for record in records),
+        notes=notes + scan_notes(list(target.modules.values())),
+    )
+
+
+def _hit_rate(records: Sequence[SiteRecord]) -> float | None:
+    """Return the share of branches at promoted sites that take a guard."""
+    hits = total = 0.0
+    for record in records:
+        hit_rate, rate_hz = record.hit_rate, record.rate_hz
+        if record.state is SiteState.PROMOTED and hit_rate is not None and rate_hz is not None:
+            hits += hit_rate * rate_hz
+            total += rate_hz
+    return hits / total if total else None
+
+
+def _site_summary(
+    site: Site, module: Module, record: SiteRecord | None, symbol_at: SymbolAt
+) -> SiteSummary:
+    """Return one site as users see it."""
+    refusal = site.refusal or (record.refusal if record is not None else None)
+    state = SiteState.BASELINE if record is None else record.state
+    if refusal is not None:
+        state = SiteState.REFUSED
+    return SiteSummary(
+        module=site.module,
+        address=site.addr,
+        offset=site.addr - module.load_bias,
+        function=_function_name(site),
+        kind=site.kind.value,
+        operand=site.thunk.operand,
+        thunk=site.thunk.symbol or hex(site.thunk.addr),
+        state=state,
+        refusal=refusal.value if refusal is not None else None,
+        hit_rate=record.hit_rate if record is not None else None,
+        rate_hz=record.rate_hz if record is not None else None,
+        targets=_target_shares(record, symbol_at) if record is not None else (),
+    )
+
+
+def _function_name(site: Site) -> str | None:
+    """Return ``name+0x12`` of a site, or None."""
+    if site.function is None:
+        return None
+    off = site.addr - site.function_addr if site.function_addr is not None else 0
+    return f"{site.function}+{off:#x}" if off else site.function
+
+
+def _target_shares(record: SiteRecord, symbol_at: SymbolAt) -> tuple[TargetShare, ...]:
+    """Return a site's targets, hottest first."""
+    if record.counts is None:
+        return ()
+    guarded = set(record.plan.targets) if record.plan is not None else set()
+    return tuple(
+        TargetShare(
+            address=target, function=symbol_at(target), share=share, promoted=target in guarded
+        )
+        for target, share in list(record.counts.shares().items())[:MAX_TARGETS_SHOWN]
+    )

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""See and undo what an earlier controller left in a process.
+
+All that is needed is read from the program's own memory: arenas are found by
+their name in the memory map, each one's journal says which sites it was linked
+to and what their bytes were. That works without the earlier controller's files
+and without its privileges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optpoline.controller.letting_go import unmap_when_quiescent
+from optpoline.controller.lock import ControllerLock
+from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
+from optpoline.controller.target import Target
+from optpoline.errors import ProcessGone, TargetFault
+from optpoline.model import Addr, Mapping
+from optpoline.patch.layout import (
+    ARENA_NAME,
+    ENTRY_SIZE,
+    HEADER_SIZE,
+    ArenaHeader,
+    JournalEntry,
+)
+from optpoline.patch.text import Poke, crosses_line, poke_batch, read_entries
+from optpoline.process.memory import RemoteMemory
+from optpoline.process.permissions import check_attachable
+from optpoline.process.procfs import read_maps, read_start_time
+
+__all__ = ["read_status", "restore", "restore_left"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LeftArena:
+    """An arena found in a memory map."""
+
+    start: Addr
+    end: Addr
+    header: ArenaHeader | None
+    entries: tuple[JournalEntry, ...]
+
+
+def _find_arenas(memory: RemoteMemory, maps: Sequence[Mapping]) -> list[_LeftArena]:
+    """Return the arenas of a process, complete or not."""
+    ours = [m for m in maps if m.path.startswith(f"/memfd:{ARENA_NAME}")]
+    spans: list[tuple[Addr, Addr, int]] = []
+    for mapping in ours:
+        if spans and spans[-1][1] == mapping.start and spans[-1][2] == mapping.inode:
+            spans[-1] = (spans[-1][0], mapping.end, mapping.inode)
+        else:
+            spans.append((mapping.start, mapping.end, mapping.inode))
+    return [_read_arena(memory, start, end) for start, end, _ in spans]
+
+
+def _read_arena(memory: RemoteMemory, start: Addr, end: Addr) -> _LeftArena:
+    """Read header and journal; an arena that was never finished has neither."""
+    try:
+        header = ArenaHeader.unpack(memory.read(start, HEADER_SIZE))
+        if header is None:
+            return _LeftArena(start=start, end=end, header=None, entries=())
+        n_entries = min(header.n_entries, (header.code_off - HEADER_SIZE) // ENTRY_SIZE)
+        data = memory.read(start + HEADER_SIZE, n_entries * ENTRY_SIZE) if n_entries else b""
+    except TargetFault:
+        return _LeftArena(start=start, end=end, header=None, entries=())
+    entries = {
+        entry.addr: entry
+        for off in range(0, len(data), ENTRY_SIZE)
+        for entry in (JournalEntry.unpack(data[off : off + ENTRY_SIZE]),)
+    }
+    return _LeftArena(start=start, end=end, header=header, entries=tuple(entries.values()))
+
+
+def _classify(memory: RemoteMemory, arena: _LeftArena) -> dict[JournalEntry, str]:
+    """Return "patched", "baseline" or "foreign" for each journalled site."""
+    found = read_entries(memory, arena.entries)
+    states: dict[JournalEntry, str] = {}
+    for entry in arena.entries:
+        now = found[entry.addr]
+        off = entry.disp_off
+        if now == entry.code:
+            states[entry] = "baseline"
+        elif _leads_into(entry, now, arena) and _same_but_disp(entry.code, now, off):
+            states[entry] = "patched"
+        else:
+            states[entry] = "foreign"
+    return states
+
+
+def _same_but_disp(one: bytes, other: bytes, disp_off: int) -> bool:
+    """Tell whether two instructions differ in their displacement at most."""
+    return (
+        len(one) == len(other)
+        and one[:disp_off] == other[:disp_off]
+        and one[disp_off + 4 :] == other[disp_off + 4 :]
+    )
+
+
+def _leads_into(entry: JournalEntry, code: bytes, arena: _LeftArena) -> bool:
+    """Tell whether an instruction branches into an arena."""
+    disp = int.from_bytes(code[entry.disp_off : entry.disp_off + 4], "little", signed=True)
+    return arena.start <= entry.end + disp < arena.end
+
+
+def _hidden_sites(memory: RemoteMemory, arenas: Sequence[_LeftArena]) -> tuple[int, ...]:
+    """Return sites with foreign bytes that would lead into an arena without them."""
+    hidden: list[int] = []
+    for arena in arenas:
+        found = read_entries(memory, arena.entries)
+        for entry, state in _classify(memory, arena).items():
+            now = found[entry.addr]
+            if state == "foreign" and len(now) == len(entry.code):
+                if _leads_into(entry, now, arena):
+                    hidden.append(int(entry.addr))
+    return tuple(hidden)
+
+
+def read_status(pid: int) -> LeftBehind | None:
+    """Return what a controller left, or is doing, in a process; None if nothing.
+
+    Nothing is stopped and nothing is written.
+
+    Raises:
+        ProcessGone: if there is no such process.
+        TargetFault: if its memory may not be read.
+    """
+    with RemoteMemory(pid) as memory:
+        arenas = _find_arenas(memory, read_maps(pid))
+        if not arenas:
+            return None
+        sites: list[tuple[int, str]] = []
+        for arena in arenas:
+            sites += [(int(e.addr), state) for e, state in _classify(memory, arena).items()]
+    states = [state for _, state in sites]
+    headers = [arena.header for arena in arenas if arena.header is not None]
+    return LeftBehind(
+        pid=pid,
+        controller_pid=headers[0].controller_pid if headers else 0,
+        controller_alive=any(_is_alive(header) for header in headers),
+        arenas=len(arenas),
+        sites=states.count("patched"),
+        baseline=states.count("baseline"),
+        foreign=states.count("foreign"),
+        site_addresses=tuple(sorted(sites)),
+    )
+
+
+def _is_alive(header: ArenaHeader) -> bool:
+    """Tell whether the controller that made an arena still runs."""
+    try:
+        return read_start_time(header.controller_pid) == header.controller_start
+    except ProcessGone:
+        return False
+
+
+def restore(pid: int, *, stop_timeout_s: float = 2.0) -> DetachResult:
+    """Undo what an earlier controller left in a process, as ``optpoline detach`` does.
+
+    Raises:
+        ProcessGone: if there is no such process.
+        PermissionDenied: if we may not trace it.
+        ControllerActive: if a controller still works on it.
+        StopTimeout: if its threads could not be stopped.
+    """
+    check_attachable(pid)
+    lock = ControllerLock(pid)
+    try:
+        return restore_left(pid, stop_timeout_s=stop_timeout_s)
+    finally:
+        lock.release()
+
+
+def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
+    """Undo what an earlier controller left; the caller holds the target's lock.
+
+    Raises:
+        ProcessGone: if there is no such process.
+        StopTimeout: if its threads could not be stopped.
+    """
+    target = Target(pid, stop_timeout_s=stop_timeout_s)
+    try:
+        arenas = _find_arenas(target.memory, target.maps)
+        if not arenas:
+            return DetachResult(
+                outcome=DetachOutcome.CLEAN, restored=0, foreign=(), notes=("nothing was left",)
+            )
+        return _restore(target, arenas)
+    finally:
+        target.close()
+
+
+def _restore(target: Target, arenas: Sequence[_LeftArena]) -> DetachResult:
+    """Put baselines back and unmap."""
+    found = read_entries(target.memory, [e for arena in arenas for e in arena.entries])
+    pokes: list[Poke] = []
+    for arena in arenas:
+        for entry, state in _classify(target.memory, arena).items():
+            if state == "patched":
+                now = found[entry.addr][entry.disp_off : entry.disp_off + 4]
+                pokes.append(Poke(entry=entry, expected=now, new=entry.disp))
+    hidden = _hidden_sites(target.memory, arenas)
+    restored = 0
+    if pokes:
+        crossing = [poke for poke in pokes if crosses_line(poke.entry)]
+        with target.stop(wake_all=bool(crossing)) as stop:
+            batch = pokes if not stop.asleep else [p for p in pokes if p not in crossing]
+            result = poke_batch(target.memory, batch)
+        restored = len(result.done)
+        if restored < len(pokes):
+            foreign = tuple(int(p.entry.addr) for p in result.foreign)
+            note = f"{len(pokes) - restored} sites could not be restored; their arenas stay mapped"
+            return DetachResult(
+                outcome=DetachOutcome.FOREIGN_BYTES if foreign else DetachOutcome.ARENA_LEFT,
+                restored=restored,
+                foreign=foreign,
+                notes=(note,),
+            )
+    if hidden:
+        note = "another patcher's bytes lie over sites that lead into an arena; it stays mapped"
+        return DetachResult(
+            outcome=DetachOutcome.FOREIGN_BYTES, restored=restored, foreign=hidden, notes=(note,)
+        )
+    notes = unmap_when_quiescent(target, [(arena.start, arena.end) for arena in arenas])
+    return DetachResult(
+        outcome=DetachOutcome.ARENA_LEFT if notes else DetachOutcome.CLEAN,
+        restored=restored,
+        foreign=(),
+        notes=notes,
+    )

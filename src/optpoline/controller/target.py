@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One live process: its modules and their sites, its arenas, and how long it was stopped."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from optpoline.controller.arenas import map_arena
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import SiteState
+from optpoline.discover import ModuleImage, SiteScan, find_sites, flags_dead_at
+from optpoline.errors import ArenaError, ProcessGone
+from optpoline.model import Addr, Mapping, Module, Refusal, Site, SiteKind
+from optpoline.patch.arena import Arena, ArenaGeometry
+from optpoline.patch.layout import ARENA_NAME, JournalEntry
+from optpoline.patch.placement import choose_arena_addr, is_within_reach
+from optpoline.process.inject import InjectionCode, find_injection_code
+from optpoline.process.memory import RemoteMemory
+from optpoline.process.modules import list_modules, open_module
+from optpoline.process.procfs import (
+    ThreadWhere,
+    list_tids,
+    read_maps,
+    read_start_time,
+    read_thread_state,
+)
+from optpoline.process.stop import Stop, Wake, stop_threads
+from optpoline.x86.syscalls import Disturbance, rank_disturbance
+
+__all__ = ["LoadedModule", "StopLog", "Target"]
+
+
+@dataclass(slots=True)
+class StopLog:
+    """How often and how long the target's threads were stopped."""
+
+    n_stops: int = 0
+    max_ns: int = 0
+    total_ns: int = 0
+
+    def add(self, duration_ns: int) -> None:
+        """Note one stop; 0 means that no thread ran and none was stopped."""
+        if not duration_ns:
+            return
+        self.n_stops += 1
+        self.max_ns = max(self.max_ns, duration_ns)
+        self.total_ns += duration_ns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModule:
+    """A module and what was found in it."""
+
+    module: Module
+    image: ModuleImage
+    scan: SiteScan
+
+
+class Target:
+    """The process, as far as the controller needs it.
+
+    Args:
+        pid: Its id.
+        stop_timeout_s: How long its threads may take to stop.
+    """
+
+    def __init__(self, pid: int, *, stop_timeout_s: float) -> None:
+        """Open its memory and read what it has mapped."""
+        self.pid = pid
+        self.start_time = read_start_time(pid)
+        self.memory = RemoteMemory(pid)
+        self.stops = StopLog()
+        self.arenas: list[Arena] = []
+        self.modules: dict[tuple[str, int], LoadedModule] = {}
+        self._stop_timeout_ns = int(stop_timeout_s * 1e9)
+        self._injection_code: InjectionCode | None = None
+        self._flags_dead: dict[int, bool] = {}
+        self._maps: tuple[Mapping, ...] = ()
+        self._code_starts: list[int] = []
+        self._code_ends: list[int] = []
+        self.read_maps()
+
+    def close(self) -> None:
+        """Close what is open here; the target is not touched."""
+        for arena in self.arenas:
+            arena.close()
+        self.arenas.clear()
+        self.memory.close()
+
+    # --- memory map and modules
+
+    def read_maps(self) -> tuple[Mapping, ...]:
+        """Read the memory map anew."""
+        if read_start_time(self.pid) != self.start_time:
+            raise ProcessGone(self.pid)
+        self._maps = read_maps(self.pid)
+        code = [m for m in self._maps if m.is_executable and not _is_arena(m)]
+        self._code_starts = [int(m.start) for m in code]
+        self._code_ends = [int(m.end) for m in code]
+        return self._maps
+
+    @property
+    def maps(self) -> tuple[Mapping, ...]:
+        """The memory map as last read."""
+        return self._maps
+
+    def is_code(self, addr: int) -> bool:
+        """Tell whether instructions can be fetched from an address (arenas left out)."""
+        at = bisect.bisect_right(self._code_starts, addr) - 1
+        return at >= 0 and addr < self._code_ends[at]
+
+    def has_arena(self) -> bool:
+        """Tell whether all our arenas are still mapped; an exec unmaps them."""
+        starts = {m.start for m in self._maps}
+        return all(arena.addr in starts for arena in self.arenas)
+
+    def refresh_modules(self) -> tuple[list[LoadedModule], list[LoadedModule]]:
+        """Find modules that came and went since the last call.
+
+        Returns:
+            (added, gone).
+        """
+        present = {(m.path, int(m.start)): m for m in list_modules(self.pid)}
+        gone = [self.modules.pop(key) for key in list(self.modules) if key not in present]
+        added: list[LoadedModule] = []
+        for key, module in present.items():
+            if key in self.modules or module.name.startswith(f"memfd:{ARENA_NAME}"):
+                continue
+            loaded = self._load(module)
+            self.modules[key] = loaded
+            added.append(loaded)
+        if added or gone:
+            self._flags_dead.clear()
+        return added, gone
+
+    def _load(self, module: Module) -> LoadedModule:
+        """Scan one module."""
+        elf = open_module(self.pid, module)
+        try:
+            image = ModuleImage.from_process(module, self.memory, elf)
+        finally:
+            if elf is not None:
+                elf.close()
+        return LoadedModule(module=module, image=image, scan=find_sites(image))
+
+    def image_at(self, addr: int) -> ModuleImage | None:
+        """Return the image of the module that an address lies in, or None."""
+        for loaded in self.modules.values():
+            if loaded.module.start <= addr < loaded.module.end:
+                return loaded.image
+        return None
+
+    def symbol_at(self, addr: int) -> str | None:
+        """Return ``name`` or ``name+0x12`` for an address, or None."""
+        image = self.image_at(addr)
+        named = image.symbols.name_at(Addr(addr)) if image is not None else None
+        if named is None:
+            return None
+        name, off = named
+        return f"{name}+{off:#x}" if off else name
+
+    # --- sites
+
+    def make_records(self, loaded: LoadedModule) -> list[SiteRecord]:
+        """Return records for the promotable sites of a module, with an arena in reach.
+
+        Refused sites have none; they are reported from the scan.
+        """
+        sites = [site for site in loaded.scan.sites if site.refusal is None]
+        if not sites:
+            return []
+        arena = self.arena_for(loaded, len(sites))
+        return [self._record(site, arena) for site in sites]
+
+    def _record(self, site: Site, arena: Arena) -> SiteRecord:
+        """Return a fresh record of one site."""
+        entry = JournalEntry(addr=site.addr, code=site.code, disp_off=site.disp_addr - site.addr)
+        return SiteRecord(
+            site=site, arena=arena, state=SiteState.BASELINE, entry=entry, disp=site.disp
+        )
+
+    def may_guard(self, record: SiteRecord, target: Addr) -> bool:
+        """Tell whether a site's block may branch to a target directly.
+
+        Notes a target that reads the flags in ``record.unsafe_targets`` and
+        refuses the site: its block would destroy them.
+        """
+        if not self.is_code(target):
+            return False
+        far = max(abs(target - record.arena.addr), abs(target - record.arena.end))
+        if not is_within_reach(0, far):
+            return False
+        if record.site.kind is SiteKind.CALL or self._is_flags_dead(target):
+            return True
+        record.unsafe_targets.add(target)
+        record.state = SiteState.REFUSED
+        record.refusal = Refusal.FLAGS_LIVE
+        return False
+
+    def _is_flags_dead(self, target: Addr) -> bool:
+        """Tell whether flags are dead at a jump's target; each is decoded once."""
+        known = self._flags_dead.get(target)
+        if known is None:
+            image = self.image_at(target)
+            known = image is not None and flags_dead_at(image, target)
+            self._flags_dead[target] = known
+        return known
+
+    # --- arenas and stops
+
+    def arena_for(self, loaded: LoadedModule, n_sites: int) -> Arena:
+        """Return an arena that reaches a module, made now if there is none.
+
+        Raises:
+            ArenaError: if there is no room within reach, or a limit forbids it.
+        """
+        module = loaded.module
+        for arena in self.arenas:
+            span = max(arena.end, module.end) - min(arena.addr, module.start)
+            if is_within_reach(0, span) and arena.has_room_for(n_sites):
+                return arena
+        geometry = ArenaGeometry.for_sites(n_sites)
+        start, end = self._reach_of(module)
+        addr = choose_arena_addr(self.read_maps(), start, end, geometry.size)
+        if addr is None:
+            addr = choose_arena_addr(self._maps, module.start, module.end, geometry.size)
+        if addr is None:
+            raise ArenaError(
+                f"no room for an arena of {geometry.size >> 10} KiB within reach of {module.path}"
+            )
+        with self.stop(wake_one=True) as stop:
+            arena = map_arena(self.pid, stop, addr, geometry)
+        self.arenas.append(arena)
+        self.read_maps()
+        return arena
+
+    def _reach_of(self, module: Module) -> tuple[int, int]:
+        """Return a range to reach that includes neighbours a module may branch to."""
+        near = [
+            other.module
+            for other in self.modules.values()
+            if is_within_reach(other.module.start, module.end)
+            and is_within_reach(other.module.end, module.start)
+        ]
+        return min(m.start for m in (module, *near)), max(m.end for m in (module, *near))
+
+    @contextmanager
+    def stop(self, *, wake_one: bool = False, wake_all: bool = False) -> Iterator[Stop]:
+        """Stop the target's threads for the length of the block, and note for how long."""
+        wake = Wake.ALL if wake_all else Wake.ONE_FOR_INJECTION if wake_one else Wake.NONE
+        if wake is not Wake.NONE and self._injection_code is None:
+            self._injection_code = find_injection_code(self.pid, self.memory)
+        with stop_threads(
+            self.pid,
+            memory=self.memory,
+            wake=wake,
+            timeout_ns=self._stop_timeout_ns,
+            code=self._injection_code,
+        ) as stop:
+            yield stop
+        self.stops.add(stop.duration_ns)
+
+    def may_wake_all(self) -> bool:
+        """Tell whether waking every sleeping thread would harm none of them."""
+        for tid in list_tids(self.pid):
+            state = read_thread_state(self.pid, tid)
+            if state.where is ThreadWhere.IN_SYSCALL:
+                rank = rank_disturbance(state.syscall_nr, state.syscall_args)
+                if rank is Disturbance.HARMFUL:
+                    return False
+        return True
+
+
+def _is_arena(mapping: Mapping) -> bool:
+    """Tell whether a mapping is one of ours, of this or an earlier controller."""
+    return mapping.path.startswith(f"/memfd:{ARENA_NAME}")

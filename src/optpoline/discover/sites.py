@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the retpoline sites of one module.
+
+1. Find the thunks.
+2. Look at every byte offset for a branch that would land on one: candidates.
+3. Decode from the last known instruction boundary: a candidate is a site only
+   if an instruction ends where it does.
+4. Say of each site whether, and why, it must not be promoted.
+
+Not a site: what is inside a thunk or a PLT, ``thunk-inline`` code, and a call of
+another module's thunk by way of the PLT; the last two are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from optpoline.discover.flags import FlagsAnalysis
+from optpoline.discover.image import ModuleImage
+from optpoline.discover.relocations import read_relocations
+from optpoline.discover.text import Text
+from optpoline.model import Addr, Refusal, Site, SiteKind, Thunk
+from optpoline.x86.decode import (
+    Flow,
+    Insn,
+    count_indirect_branches,
+    decode_ending_at,
+    is_redirectable,
+    plt_entries_before,
+    scan_branches,
+    scan_slot_jumps,
+)
+from optpoline.x86.thunks import STACK_OPERAND, THUNK_NAME_MARKS
+
+__all__ = ["SiteScan", "count_plain_indirect", "find_sites"]
+
+_KINDS: dict[Flow, SiteKind] = {
+    Flow.CALL: SiteKind.CALL,
+    Flow.JUMP: SiteKind.JUMP,
+    Flow.COND_JUMP: SiteKind.COND_JUMP,
+}
+
+_PAGE_SIZE = 4096
+_DISP_SIZE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteScan:
+    """What was found in one module.
+
+    Attributes:
+        sites: In address order, refused ones included.
+        thunks: In address order, those without a site included.
+        n_inline: Number of ``thunk-inline`` bodies.
+        n_via_plt: Number of branches to another module's thunk by way of the PLT.
+        n_unverified: Number of candidates that are no instruction, or a form we do not know.
+        n_plain_indirect: Number of plain indirect branches, or None if not counted.
+    """
+
+    sites: tuple[Site, ...]
+    thunks: tuple[Thunk, ...]
+    n_inline: int
+    n_via_plt: int
+    n_unverified: int
+    n_plain_indirect: int | None = None
+
+
+def find_sites(image: ModuleImage, *, count_plain: bool = False) -> SiteScan:
+    """Find the retpoline sites of a module.
+
+    Args:
+        image: The module.
+        count_plain: Whether to decode all text to count plain indirect branches as well.
+
+    Returns:
+        What was found; a module that has nothing gives empty tuples.
+
+    Raises:
+        TargetFault: if its text cannot be read.
+
+    Target state: running, or all threads stopped. Nothing is written.
+    """
+    scan = image.thunks
+    sites: list[Site] = []
+    n_unverified = 0
+    if scan.thunks:
+        finder = _SiteFinder(image)
+        for text in image.texts:
+            sites += finder.find_in(text)
+        n_unverified = finder.n_unverified
+    n_via_plt = _count_via_plt(image)
+    n_plain = count_plain_indirect(image) if count_plain else None
+    if not sites:
+        image.drop_text()
+    return SiteScan(
+        sites=tuple(sites),
+        thunks=scan.thunks,
+        n_inline=scan.n_inline,
+        n_via_plt=n_via_plt,
+        n_unverified=n_unverified,
+        n_plain_indirect=n_plain,
+    )
+
+
+def count_plain_indirect(image: ModuleImage) -> int:
+    """Count the indirect calls and jumps of a module that use no thunk, PLT left out."""
+    n_found = 0
+    for span in image.text_sections():
+        text = image.text_at(span.start)
+        if text is not None and not image.is_in_plt(span.start):
+            code = text.code_at(span.start, span.end - span.start)
+            n_found += count_indirect_branches(code, span.start)
+    return n_found
+
+
+def _count_via_plt(image: ModuleImage) -> int:
+    """Count the branches that reach another module's thunk by way of the PLT."""
+    imported = image.dynamic_symbols.undefined_containing(THUNK_NAME_MARKS)
+    if not imported:
+        return 0
+    slots = read_relocations(image).slots_of(imported)
+    jumps = [scan_slot_jumps(text.array, text.addr, slots) for text in image.texts]
+    entries = plt_entries_before(np.concatenate(jumps))
+    return sum(scan_branches(text.array, text.addr, entries).size for text in image.texts)
+
+
+class _SiteFinder:
+    """Finds the sites of one module, text by text."""
+
+    def __init__(self, image: ModuleImage) -> None:
+        """Prepare what all its texts need."""
+        self._image = image
+        self._thunks = {thunk.addr: thunk for thunk in image.thunks.thunks}
+        self._flags = FlagsAnalysis(image)
+        self.n_unverified = 0
+
+    def find_in(self, text: Text) -> Iterator[Site]:
+        """Yield the sites of one text in address order."""
+        ends = scan_branches(text.array, text.addr, self._image.thunks.addrs).tolist()
+        by_boundary: dict[int, set[int]] = {}
+        for end in ends:
+            if self._is_excluded(end - 1):
+                continue
+            boundary = self._image.functions.boundary_before(end - _DISP_SIZE - 1)
+            start = max(int(boundary or 0), text.addr)
+            by_boundary.setdefault(start, set()).add(end)
+        for start, wanted in sorted(by_boundary.items()):
+            code = text.code_at(start, max(wanted) - start)
+            insns = decode_ending_at(code, Addr(start), wanted)
+            good = [insn for insn in insns if self._is_site(insn, text)]
+            self.n_unverified += len(wanted) - len(good)
+            yield from (self._site(insn, text) for insn in good)
+
+    def _is_excluded(self, addr: int) -> bool:
+        """Say whether code at an address is a thunk's own or the PLT's."""
+        return self._image.is_in_plt(addr) or any(
+            addr in body for body in self._image.thunks.bodies
+        )
+
+    def _is_site(self, insn: Insn, text: Text) -> bool:
+        """Say whether an instruction is a branch to a thunk in a form we know."""
+        code = text.code_at(insn.addr, insn.size)
+        return insn.flow in _KINDS and insn.target in self._thunks and is_redirectable(code)
+
+    def _site(self, insn: Insn, text: Text) -> Site:
+        """Describe one site."""
+        assert insn.target is not None
+        off = insn.addr - text.addr
+        name = self._image.symbols.name_at(insn.addr)
+        span = self._image.functions.find(insn.addr)
+        function_addr = span.start if span else None
+        if name is not None:
+            function_addr = Addr(insn.addr - name[1])
+        return Site(
+            addr=insn.addr,
+            code=text.baseline[off : off + insn.size],
+            kind=_KINDS[insn.flow],
+            disp_addr=Addr(insn.end - _DISP_SIZE),
+            thunk=self._thunks[insn.target],
+            module=self._image.module.path,
+            function=name[0] if name else None,
+            function_addr=function_addr,
+            refusal=self._refusal(insn, text),
+        )
+
+    def _refusal(self, insn: Insn, text: Text) -> Refusal | None:
+        """Say why a site must not be promoted, or None."""
+        off = insn.addr - text.addr
+        assert insn.target is not None
+        if text.baseline[off : off + insn.size] != text.code_at(insn.addr, insn.size):
+            return Refusal.FOREIGN_BYTES
+        if self._thunks[insn.target].operand == STACK_OPERAND:
+            return Refusal.UNKNOWN_OPERAND
+        if (insn.end - _DISP_SIZE) % _PAGE_SIZE > _PAGE_SIZE - _DISP_SIZE:
+            return Refusal.PAGE_CROSSING
+        if insn.flow is Flow.CALL:
+            return None
+        return self._flags.refusal_at(insn.addr)

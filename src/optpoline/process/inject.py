@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run system calls in a stopped thread, such that we may die at any instant.
+
+No byte of the target's text is changed and nothing is stepped. The thread is
+put on a ``syscall`` instruction of its own vDSO, under PTRACE_SYSCALL, with a
+signal frame on its stack that restores everything: what follows the ``syscall``
+returns to an ``rt_sigreturn`` trampoline. While we live we restore it ourselves
+and the frame is never used. If we die, the kernel lets the thread go on, and:
+
+====  ==============================  ==========================================
+step  we did                          left alone, the thread
+====  ==============================  ==========================================
+ 1    write frame below the red zone  runs on; the frame is dead stack
+ 2    registers: on the ``syscall``   makes the call, returns to the trampoline,
+                                      which restores registers, vectors and mask;
+                                      signals are still open: a handler runs below
+                                      the frame and returns into this
+ 3    block all signals               as in 2; the mask comes from the frame
+ 4    go to entry stop, exit stop     as in 2, from wherever it is
+ 5    next call: registers again      makes the next call, then as in 2
+ 6    interrupt, go on to event stop  is behind the ``syscall``: returns as in 2
+ 7    signal mask back                as in 6; a signal taken now has its handler
+                                      run below the frame
+ 8    registers back                  is as it was found, restart still pending
+====  ==============================  ==========================================
+
+2 comes before 3 and 7 before 8: otherwise there would be an instant with all
+signals blocked and nothing left to unblock them. 6 is there because the kernel
+restarts an interrupted call only on its way out of a signal check, which a
+system call's exit need not pass; the event stop is inside that check.
+
+Limits, all only if we die between 2 and 8: a call with a restart block (-516)
+answers EINTR, and a call that a signal should have ended is restarted when that
+signal came in between; a seccomp filter is live again.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from dataclasses import dataclass
+
+from optpoline.errors import OptpolineError, ProcessGone, TargetFault, UnsupportedTarget
+from optpoline.model import Mapping
+from optpoline.process.host_cpu import read_xsave_layout
+from optpoline.process.memory import RemoteMemory, store_data
+from optpoline.process.procfs import read_maps, read_state_char, read_status
+from optpoline.process.ptrace import StopCode, Tracer
+from optpoline.x86.registers import USER_CODE_SELECTOR, Registers
+from optpoline.x86.signal_frame import encode_signal_frame
+from optpoline.x86.syscalls import (
+    ERESTART_RESTARTBLOCK,
+    ERESTARTSYS,
+    has_temporary_mask,
+    undisturbed,
+)
+from optpoline.x86.vdso import SIGRETURN_CODES, ReturnPath, find_return_path
+from optpoline.x86.xsave import XsaveLayout
+
+__all__ = [
+    "InjectionCode",
+    "InjectionThread",
+    "find_injection_code",
+    "is_usable_for_injection",
+    "wait_for_stop",
+]
+
+_ALL_SIGNALS = (1 << 64) - 1
+_SEARCH_CHUNK_SIZE = 1 << 20
+_MAX_SEARCH_SIZE = 1 << 28  # libc is searched first; this bounds a target without one
+_RSEQ_CS_OFF = 8  # struct rseq, include/uapi/linux/rseq.h
+_RSEQ_DESCRIPTOR = struct.Struct("<IIQQQ")
+_FIRST_POLL_S = 10e-6
+_MAX_POLL_S = 200e-6
+_CHECK_ALIVE_NS = 1_000_000
+_MAX_STOPS_PER_CALL = 64  # stop signals that may come in between; each costs two stops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InjectionCode:
+    """The two pieces of a target's own code that injection uses.
+
+    Attributes:
+        path: A ``syscall`` instruction and its way to a ``ret``.
+        trampoline_addr: Address of code that calls rt_sigreturn.
+        trampoline_code: That code.
+        xsave_layout: Sizes of XSAVE images on this machine.
+    """
+
+    path: ReturnPath
+    trampoline_addr: int
+    trampoline_code: bytes
+    xsave_layout: XsaveLayout
+
+    def is_present(self, memory: RemoteMemory) -> bool:
+        """Say whether a target still has both."""
+        path, size = self.path, len(self.trampoline_code)
+        try:
+            return (
+                memory.read(path.syscall_addr, len(path.code)) == path.code
+                and memory.read(self.trampoline_addr, size) == self.trampoline_code
+            )
+        except TargetFault:
+            return False
+
+
+def find_injection_code(pid: int, memory: RemoteMemory) -> InjectionCode:
+    """Find what injection needs in a target; takes milliseconds, so do it once.
+
+    Target state: running.
+
+    Raises:
+        UnsupportedTarget: if it has no vDSO, or no rt_sigreturn trampoline.
+    """
+    mappings = read_maps(pid)
+    path = None
+    for mapping in mappings:
+        if mapping.path == "[vdso]":
+            path = find_return_path(memory.read(mapping.start, mapping.size), mapping.start)
+    if path is None:
+        raise UnsupportedTarget(f"process {pid} has no vDSO with a usable syscall instruction")
+    text = [m for m in mappings if m.is_executable and m.path.startswith("/")]
+    text.sort(key=lambda m: "libc" not in m.path.rpartition("/")[2])
+    for mapping in _bounded(text):
+        for code in SIGRETURN_CODES:
+            addr = _search(memory, mapping, code)
+            if addr is not None:
+                return InjectionCode(
+                    path=path,
+                    trampoline_addr=addr,
+                    trampoline_code=code,
+                    xsave_layout=read_xsave_layout(),
+                )
+    raise UnsupportedTarget(f"process {pid} has no rt_sigreturn trampoline in its text")
+
+
+def is_usable_for_injection(
+    tracer: Tracer, memory: RemoteMemory, tid: int, code: StopCode, regs: Registers
+) -> bool:
+    """Say whether a stopped thread can run an injected call and not notice.
+
+    Args:
+        tracer: The tracer that stopped it.
+        memory: Its memory.
+        tid: The thread.
+        code: How it stopped: one that is about to take a signal is left alone.
+        regs: Its registers.
+    """
+    if not code.is_event_stop or regs.cs != USER_CODE_SELECTOR:
+        return False
+    if regs.in_syscall and has_temporary_mask(regs.orig_rax):
+        return False  # setting the mask would lose the one the call is to put back
+    if tracer.has_shadow_stack(tid):
+        return False  # our return address would not be on it
+    return not _is_in_rseq(tracer, memory, tid, regs.rip)
+
+
+def wait_for_stop(tracer: Tracer, pid: int, tid: int, deadline_ns: int) -> StopCode | None:
+    """Wait until a tracee has stopped; None when the deadline passed.
+
+    Raises:
+        ProcessGone: if it exited.
+    """
+    pause_s, checked_ns = _FIRST_POLL_S, time.monotonic_ns()
+    while (code := tracer.poll(tid)) is None:
+        now_ns = time.monotonic_ns()
+        if now_ns >= deadline_ns:
+            return None
+        if now_ns - checked_ns > _CHECK_ALIVE_NS:
+            # A dead thread group leader is not reported while other threads live.
+            checked_ns = now_ns
+            if read_state_char(pid, tid) in "ZX":
+                raise ProcessGone(tid)
+        # A sleep, not a spin: at real-time priority we could keep the very thread
+        # we wait for off its CPU.
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _MAX_POLL_S)
+    return code
+
+
+class InjectionThread:
+    """One stopped thread that runs system calls for us: enter, call ..., leave.
+
+    Between ``enter`` and the end of ``leave`` the thread must not be detached;
+    if that fails (``is_entered`` stays true), let the tracer thread end instead.
+
+    Args:
+        tracer: The tracer that stopped the thread.
+        memory: Its memory.
+        code: What ``find_injection_code`` found.
+        pid: Its process.
+        tid: The thread, at an event stop.
+        regs: Its registers.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        memory: RemoteMemory,
+        code: InjectionCode,
+        *,
+        pid: int,
+        tid: int,
+        regs: Registers,
+    ) -> None:
+        """Keep what is needed; nothing is touched yet."""
+        self._tracer = tracer
+        self._memory = memory
+        self._code = code
+        self._pid = pid
+        self.tid = tid
+        self._regs = regs
+        self._mask = 0
+        self._rsp = 0
+        self._rbp = regs.rbp
+        self._is_masked = False
+        self.is_entered = False
+
+    def enter(self) -> None:
+        """Prepare the way back (step 1).
+
+        On error: the thread is as it was, but for bytes below its red zone.
+
+        Raises:
+            TargetFault: if there is no room on its stack: choose another thread.
+            UnsupportedTarget: if seccomp may forbid the calls.
+        """
+        if read_status(self._pid, tid=self.tid).seccomp:
+            self._tracer.suspend_seccomp(self.tid)
+        self._mask = self._tracer.read_signal_mask(self.tid)
+        frame = encode_signal_frame(
+            regs=undisturbed(self._regs),
+            xstate=self._tracer.read_xstate(self.tid),
+            mask=self._mask,
+            trampoline_addr=self._code.trampoline_addr,
+            layout=self._code.xsave_layout,
+        )
+        self._rsp, rbp = self._code.path.stack_for(frame.addr)
+        self._rbp = self._regs.rbp if rbp is None else rbp
+        # 1. As the thread itself could write: a guard page must fault here, not later.
+        store_data(self.tid, self._rsp, bytes(frame.addr - self._rsp) + frame.data)
+
+    def call(self, nr: int, *args: int | bytes, deadline_ns: int) -> int:
+        """Run one system call and return its result, negative for an error number.
+
+        Args:
+            nr: Number of the call.
+            args: Up to six arguments; bytes are put on its stack and passed by address.
+            deadline_ns: time.monotonic_ns() at which to give up.
+
+        Raises:
+            ProcessGone: if the thread was killed.
+            OptpolineError: if the call did not come back in time; it is still under way.
+        """
+        regs = self._regs.with_call(
+            insn_addr=self._code.path.syscall_addr,
+            sp=self._rsp,
+            nr=nr,
+            args=self._store_arguments(args),
+        )
+        regs = regs._replace(rbp=self._rbp)
+        # 2. Before 3: the frame is what will unblock signals should we die.
+        self._tracer.write_registers(self.tid, regs)
+        self.is_entered = True
+        if not self._is_masked:
+            # 3. So that no signal is dequeued in between: its siginfo would be ours to keep.
+            self._tracer.write_signal_mask(self.tid, _ALL_SIGNALS)
+            self._is_masked = True
+        # 4. Entry, then exit.
+        for _ in range(2):
+            self._go_on_to_syscall_stop(deadline_ns)
+        result = self._tracer.read_registers(self.tid).result
+        if -ERESTART_RESTARTBLOCK <= result <= -ERESTARTSYS:
+            # A stop signal came while it slept in the call: make the call again.
+            return self.call(nr, *args, deadline_ns=deadline_ns)
+        return result
+
+    def _store_arguments(self, args: tuple[int | bytes, ...]) -> tuple[int, ...]:
+        """Put bytes below the prepared stack; signals are blocked while the call runs."""
+        addr = self._rsp
+        values: list[int] = []
+        for arg in args:
+            if isinstance(arg, bytes):
+                addr -= -(-len(arg) // 16) * 16
+                store_data(self.tid, addr, arg)
+                values.append(addr)
+            else:
+                values.append(arg)
+        return tuple(values)
+
+    def leave(self, *, deadline_ns: int) -> None:
+        """Put the thread back to where it was, still stopped.
+
+        Raises:
+            ProcessGone: if it was killed.
+            OptpolineError: if it did not stop in time.
+        """
+        if not self.is_entered:
+            return
+        # 6. To the event stop, where a pending restart is honoured.
+        self._tracer.interrupt(self.tid)
+        self._tracer.cont(self.tid)
+        for _ in range(_MAX_STOPS_PER_CALL):
+            code = self._wait(deadline_ns)
+            if code.is_event_stop:
+                break
+            self._tracer.cont(self.tid, code.delivered_signal)
+        else:
+            raise OptpolineError(f"thread {self.tid} is flooded with stop signals")
+        # 7. Before 8: from here to there the frame still brings the mask back.
+        self._tracer.write_signal_mask(self.tid, self._mask)
+        # 8. With the restart it had pending, if any.
+        self._tracer.write_registers(self.tid, self._regs)
+        self.is_entered = self._is_masked = False
+
+    def _go_on_to_syscall_stop(self, deadline_ns: int) -> None:
+        """Let the thread go on to the next entry or exit of a system call."""
+        signal = 0
+        for _ in range(_MAX_STOPS_PER_CALL):
+            self._tracer.cont_to_syscall(self.tid, signal)
+            code = self._wait(deadline_ns)
+            if code.is_syscall_stop:
+                return
+            # SIGSTOP cannot be blocked. It is passed on from its own stop; the group
+            # stop it begins is stepped over here and taken up again at the detach.
+            signal = code.delivered_signal
+        raise OptpolineError(f"thread {self.tid} is flooded with stop signals")
+
+    def _wait(self, deadline_ns: int) -> StopCode:
+        """Wait for the next stop."""
+        code = wait_for_stop(self._tracer, self._pid, self.tid, deadline_ns)
+        if code is None:
+            raise OptpolineError(f"a system call injected into thread {self.tid} takes too long")
+        return code
+
+
+def _is_in_rseq(tracer: Tracer, memory: RemoteMemory, tid: int, pc: int) -> bool:
+    """Say whether a thread stands in a restartable sequence.
+
+    Running anything else there makes the kernel forget the sequence, and the
+    thread would go on in it unprotected.
+    """
+    area = tracer.find_rseq_area(tid)
+    if not area:
+        return False
+    try:
+        (descriptor_addr,) = struct.unpack("<Q", memory.read(area + _RSEQ_CS_OFF, 8))
+        if not descriptor_addr:
+            return False
+        data = memory.read(descriptor_addr, _RSEQ_DESCRIPTOR.size)
+    except TargetFault:
+        return True
+    _, _, start, size, _ = _RSEQ_DESCRIPTOR.unpack(data)
+    return bool(0 <= pc - start < size)
+
+
+def _bounded(mappings: list[Mapping]) -> list[Mapping]:
+    """Return as many mappings as are worth searching."""
+    total, bounded = 0, []
+    for mapping in mappings:
+        total += mapping.size
+        if total > _MAX_SEARCH_SIZE:
+            break
+        bounded.append(mapping)
+    return bounded
+
+
+def _search(memory: RemoteMemory, mapping: Mapping, code: bytes) -> int | None:
+    """Return where a mapping has these bytes first, or None."""
+    for start in range(mapping.start, mapping.end, _SEARCH_CHUNK_SIZE):
+        size = min(_SEARCH_CHUNK_SIZE + len(code) - 1, mapping.end - start)
+        try:
+            off = memory.read(start, size).find(code)
+        except TargetFault:
+            return None  # beyond the end of a truncated file
+        if off >= 0:
+            return start + off
+    return None

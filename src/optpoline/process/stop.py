@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hold a target still for a moment.
+
+``stop_threads`` is the only way the project stops a program. All requests run
+on a throwaway OS thread (``tracer_thread``), so leaving the ``with`` block lets
+go of everything in every case. Nothing stays attached between stops.
+
+Invariants of the window between the first interrupt and the last detach: no
+garbage collection, and real-time priority where we may have it, because a
+controller of normal priority starves among thousands of busy threads.
+
+Limits: a thread that was running when it was looked at and fell asleep before it
+was interrupted is woken. The calls that answer EINTR then are put right, but a
+transfer it had just begun may be cut short, and a relative timeout of
+epoll_wait or semtimedop begins again.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+from optpoline.errors import OptpolineError
+from optpoline.model import Addr
+from optpoline.process.inject import InjectionCode, find_injection_code
+from optpoline.process.memory import RemoteMemory
+from optpoline.process.stopper import Stopper
+from optpoline.process.tracer_thread import TracerThread
+
+__all__ = ["DEFAULT_TIMEOUT_NS", "Stop", "StoppedThread", "Wake", "stop_threads"]
+
+DEFAULT_TIMEOUT_NS = 500_000_000
+"""How long to wait for threads to stand; 2,000 busy ones took 25 ms."""
+
+_FIFO_PRIORITY = 1
+
+
+class Wake(Enum):
+    """Which sleeping threads may be disturbed."""
+
+    NONE = "none"
+    """None; ``inject`` works only if a running thread was stopped."""
+    ONE_FOR_INJECTION = "one_for_injection"
+    """One, and only when ``inject`` is called and no running thread was stopped."""
+    ALL = "all"
+    """All but those in uninterruptible sleep."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoppedThread:
+    """A thread that stands.
+
+    Attributes:
+        pid: Its process; not the target's for a process that shares its memory.
+        tid: The thread.
+        pc: Its next instruction; in a call, the one behind the ``syscall``.
+        sp: Its stack pointer.
+        in_syscall: Whether it was stopped in a system call.
+        signal: The signal it is about to take, or 0.
+    """
+
+    pid: int
+    tid: int
+    pc: Addr
+    sp: Addr
+    in_syscall: bool
+    signal: int
+
+
+class Stop:
+    """A target that stands; made by ``stop_threads``."""
+
+    def __init__(
+        self, thread: TracerThread, stopper: Stopper, code: InjectionCode | None, wake: Wake
+    ) -> None:
+        """Keep what the requests need."""
+        self._thread = thread
+        self._stopper = stopper
+        self._code = code
+        self._wake = wake
+        self.duration_ns = 0
+        """From first interrupt to last detach; 0 until it is over, or if nobody ran."""
+
+    @property
+    def stopped(self) -> tuple[StoppedThread, ...]:
+        """The threads that stand."""
+        return tuple(
+            StoppedThread(
+                pid=tracee.pid,
+                tid=tracee.tid,
+                pc=Addr(tracee.regs.rip),
+                sp=Addr(tracee.regs.rsp),
+                in_syscall=tracee.regs.in_syscall,
+                signal=tracee.code.delivered_signal,
+            )
+            for tracee in self._stopper.tracees.values()
+        )
+
+    @property
+    def asleep(self) -> tuple[int, ...]:
+        """Threads that slept in the kernel and were left alone; they may wake at any time."""
+        return tuple(sorted(self._stopper.asleep))
+
+    def sweep(self) -> None:
+        """Stop threads that have woken since.
+
+        Raises:
+            StopTimeout: if one does not stop in time.
+            ProcessGone: if the target is gone.
+        """
+        self._thread.call(lambda _: self._stopper.sweep())
+
+    @property
+    def injector_tid(self) -> int | None:
+        """The thread that runs injected calls, None before the first."""
+        return self._stopper.injector_tid
+
+    def inject(self, nr: int, *args: int | bytes) -> int:
+        """Run one system call in the target.
+
+        Args:
+            nr: Number of the call (x86/syscalls.py).
+            args: Up to six arguments; bytes are put on the thread's stack for the
+                length of the call and passed by address.
+
+        Returns:
+            Its result; an error as the negative error number.
+
+        Raises:
+            UnsupportedTarget: if no thread can run it, or seccomp may forbid it.
+            ProcessGone: if the thread was killed.
+        """
+        code = self._code
+        if code is None:
+            raise OptpolineError("nothing can be injected into a stop that may wake no thread")
+        may_wake = self._wake is not Wake.NONE
+        return self._thread.call(lambda _: self._stopper.inject(code, may_wake, nr, args))
+
+    def poke_text(self, addr: int, data: bytes) -> None:
+        """Write program text as the tracer.
+
+        For kernels that let only a tracer write protected memory
+        (proc_mem.force_override=ptrace); elsewhere ``RemoteMemory.write`` does.
+
+        Raises:
+            TargetFault: if it cannot be written.
+        """
+        self._thread.call(lambda _: self._stopper.poke_text(addr, data))
+
+    def _begin(self) -> None:
+        """Stop the threads."""
+        self._thread.call(lambda _: self._stopper.stop())
+
+    def _end(self) -> None:
+        """Let the threads go."""
+        end_ns = self._thread.call(lambda _: self._stopper.release())
+        if self._stopper.begin_ns:
+            self.duration_ns = end_ns - self._stopper.begin_ns
+
+
+@contextmanager
+def stop_threads(
+    pid: int,
+    *,
+    memory: RemoteMemory,
+    wake: Wake = Wake.ONE_FOR_INJECTION,
+    timeout_ns: int = DEFAULT_TIMEOUT_NS,
+    code: InjectionCode | None = None,
+) -> Iterator[Stop]:
+    """Stop the threads of a process, and of those that share its memory, for a block.
+
+    Target state: inside the block every thread that ran stands; outside, all run.
+    On error: all run.
+
+    Args:
+        pid: The target.
+        memory: Its memory, opened on the program that is meant.
+        wake: Which sleeping threads may be disturbed.
+        timeout_ns: How long to wait for threads to stand.
+        code: What ``find_injection_code`` found; searched for when None and wake
+            allows injection, which takes milliseconds before the stop.
+
+    Raises:
+        StopTimeout: if threads do not stop in time.
+        ProcessGone: if the target exits or executes another program.
+        PermissionDenied: if a thread cannot be traced.
+        UnsupportedTarget: if injection is allowed for and cannot work.
+    """
+    if code is None and wake is not Wake.NONE:
+        code = find_injection_code(pid, memory)
+    with _undisturbed():
+        thread = TracerThread()
+        try:
+            stop = thread.call(
+                lambda tracer: Stop(
+                    thread,
+                    Stopper(
+                        pid=pid,
+                        memory=memory,
+                        tracer=tracer,
+                        wakes_all=wake is Wake.ALL,
+                        timeout_ns=timeout_ns,
+                    ),
+                    code,
+                    wake,
+                )
+            )
+            try:
+                stop._begin()
+                yield stop
+            finally:
+                stop._end()
+        finally:
+            thread.finish()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Run a block without garbage collection and at real-time priority if allowed."""
+    has_gc = gc.isenabled()
+    gc.disable()
+    # The tracer thread, started inside, inherits the policy.
+    tid = threading.get_native_id()
+    policy = os.sched_getscheduler(tid)
+    param = os.sched_getparam(tid)
+    try:
+        os.sched_setscheduler(tid, os.SCHED_FIFO, os.sched_param(_FIFO_PRIORITY))
+        is_raised = True
+    except OSError:
+        is_raised = False  # not permitted: RLIMIT_RTPRIO, or a group without real-time share
+    try:
+        yield
+    finally:
+        if is_raised:
+            os.sched_setscheduler(tid, policy, param)
+        if has_gc:
+            gc.enable()

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stop the running threads of a target; runs on the tracer thread of one stop.
+
+Threads asleep in the kernel are left alone: they run no program code until they
+return, and waking them is what programs notice (EINTR, short transfers). New
+threads are found by listing again until a listing has no new one, rather than
+by PTRACE_O_TRACECLONE: once every running thread has stopped only threads not
+yet listed can make others, and no extra kind of stop has to be handled in the
+window. A program that makes threads faster than they can be stopped runs into
+the deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+
+from optpoline.errors import (
+    OptpolineError,
+    PermissionDenied,
+    ProcessGone,
+    StopTimeout,
+    TargetFault,
+    UnsupportedTarget,
+)
+from optpoline.process.inject import (
+    InjectionCode,
+    InjectionThread,
+    is_usable_for_injection,
+    wait_for_stop,
+)
+from optpoline.process.memory import RemoteMemory
+from optpoline.process.procfs import (
+    ThreadState,
+    ThreadWhere,
+    list_tids,
+    read_state_char,
+    read_thread_state,
+)
+from optpoline.process.ptrace import StopCode, Tracer
+from optpoline.process.sharers import find_sharers
+from optpoline.x86.registers import Registers
+from optpoline.x86.syscalls import (
+    ERESTART_RESTARTBLOCK,
+    ERESTARTNOHAND,
+    Disturbance,
+    has_temporary_mask,
+    is_restartable_eintr,
+    rank_disturbance,
+)
+
+__all__ = ["Stopper", "Tracee"]
+
+_EINTR = 4
+_DEAD_STATES = "ZXx"
+_FIRST_POLL_S = 10e-6
+_MAX_POLL_S = 200e-6
+_CHECK_STATE_NS = 1_000_000
+_LEAVE_TIMEOUT_NS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tracee:
+    """A thread that has stopped.
+
+    Attributes:
+        pid: Its process; another than the target's for one that shares its memory.
+        tid: The thread.
+        code: Why it stopped.
+        regs: Its registers, with an EINTR of our making already undone.
+    """
+
+    pid: int
+    tid: int
+    code: StopCode
+    regs: Registers
+
+
+@dataclass(slots=True)
+class Stopper:
+    """The state of one stop.
+
+    Attributes:
+        pid: The target.
+        memory: Its memory.
+        tracer: Requests of the tracer thread.
+        wakes_all: Whether sleeping threads are interrupted too.
+        deadline_ns: time.monotonic_ns() by which all must stand; set at the first interrupt.
+        timeout_ns: The same as a duration.
+        tracees: Threads that have stopped.
+        asleep: Threads left asleep.
+        begin_ns: When the first thread was interrupted, 0 before.
+    """
+
+    pid: int
+    memory: RemoteMemory
+    tracer: Tracer
+    wakes_all: bool
+    timeout_ns: int
+    deadline_ns: int = 0
+    tracees: dict[int, Tracee] = field(default_factory=dict)
+    asleep: dict[int, int] = field(default_factory=dict)
+    begin_ns: int = 0
+    _pids: list[int] = field(default_factory=list)
+    _pending: dict[int, int] = field(default_factory=dict)
+    _left_seized: set[int] = field(default_factory=set)
+    _injection: InjectionThread | None = None
+
+    def stop(self) -> None:
+        """Stop every running thread.
+
+        On error: whatever was stopped is let go by ``release`` or the thread's end.
+
+        Raises:
+            StopTimeout: if threads do not stop in time.
+            ProcessGone: if the target exits or executes another program.
+            PermissionDenied: if a thread cannot be traced.
+        """
+        self._pids = [self.pid, *find_sharers(self.pid)]
+        self.sweep()
+        if not self.memory.is_current() or not (self.tracees or self.asleep):
+            raise ProcessGone(self.pid, f"process {self.pid} has exited or run a new program")
+
+    def sweep(self) -> None:
+        """Stop threads that have woken or appeared, until none has."""
+        while True:
+            self._find_running()
+            if not self._pending:
+                return
+            self._interrupt_pending()
+            self._collect_pending()
+            if time.monotonic_ns() >= self.deadline_ns:
+                raise StopTimeout(self.timeout_ns, tuple(sorted(self._pending)))
+
+    def inject(
+        self, code: InjectionCode, may_wake: bool, nr: int, args: tuple[int | bytes, ...]
+    ) -> int:
+        """Run a system call in a thread of the target.
+
+        Raises:
+            UnsupportedTarget: if no thread can be used.
+            ProcessGone: if the thread is killed.
+        """
+        if self._injection is None:
+            self._injection = self._enter_injection(code, may_wake)
+        deadline_ns = time.monotonic_ns() + max(self.timeout_ns, _LEAVE_TIMEOUT_NS)
+        return self._injection.call(nr, *args, deadline_ns=deadline_ns)
+
+    @property
+    def injector_tid(self) -> int | None:
+        """The thread that runs injected calls, None before the first."""
+        return self._injection.tid if self._injection is not None else None
+
+    def poke_text(self, addr: int, data: bytes) -> None:
+        """Write text through a stopped thread, where /proc/PID/mem does not allow it.
+
+        Raises:
+            TargetFault: if it cannot be written, or no thread is stopped.
+        """
+        try:
+            self.memory.write(addr, data)
+            return
+        except TargetFault:
+            tid = next((t.tid for t in self.tracees.values() if t.pid == self.pid), None)
+            if tid is None:
+                raise
+        start = addr & -8
+        end = (addr + len(data) + 7) & -8
+        words = bytearray(self.memory.read(start, end - start))
+        words[addr - start : addr - start + len(data)] = data
+        for off in range(0, len(words), 8):
+            self.tracer.poke_text(tid, start + off, bytes(words[off : off + 8]))
+
+    def release(self) -> int:
+        """Let every thread go on; return when, as time.monotonic_ns().
+
+        What cannot be let go here (it is not stopped, or an injected call hangs)
+        goes when the tracer thread ends.
+        """
+        if self._injection is not None:
+            try:
+                self._injection.leave(deadline_ns=time.monotonic_ns() + _LEAVE_TIMEOUT_NS)
+            except OptpolineError:
+                # Detached half-way it would return through its signal frame, and so it
+                # does when this thread ends; a killed one is gone either way.
+                self.tracees.pop(self._injection.tid, None)
+        for tid in (*self._pending, *self._left_seized):
+            self._try_detach(tid)
+        for tracee in self.tracees.values():
+            try:
+                self.tracer.detach(tracee.tid, tracee.code.delivered_signal)
+            except OptpolineError:
+                continue  # killed meanwhile
+        self.tracees = {}
+        return time.monotonic_ns()
+
+    def _try_detach(self, tid: int) -> None:
+        """Detach a thread that may have stopped too late."""
+        try:
+            code = self.tracer.poll(tid)
+            if code is not None:
+                self._restore_wait(self.pid, tid, self.tracer.read_registers(tid))
+                self.tracer.detach(tid, code.delivered_signal)
+        except OptpolineError:
+            return  # gone, or still not stopped: the thread's end lets it go
+
+    def _find_running(self) -> None:
+        """Seize running threads that are not ours yet; note who is asleep."""
+        self.asleep = {}
+        uninterruptible: dict[int, list[int]] = {}
+        for pid in tuple(self._pids):
+            try:
+                tids = list_tids(pid)
+            except ProcessGone:
+                if pid == self.pid:
+                    raise
+                self._pids.remove(pid)
+                continue
+            for tid in tids:
+                if tid in self.tracees or tid in self._left_seized:
+                    continue
+                try:
+                    state = read_state_char(pid, tid)
+                except ProcessGone:
+                    continue
+                if state == "R" or (state == "S" and self.wakes_all):
+                    if self._seize(pid, tid):
+                        self._pending[tid] = pid
+                elif state not in _DEAD_STATES:
+                    self.asleep[tid] = pid
+                    if state == "D":
+                        uninterruptible.setdefault(pid, []).append(tid)
+        for pid, parents in uninterruptible.items():
+            new = [p for p in find_sharers(pid, tids=parents) if p not in self._pids]
+            if new:
+                self._pids += new
+                self._find_running()
+
+    def _seize(self, pid: int, tid: int) -> bool:
+        """Seize a thread; False if it is gone."""
+        try:
+            self.tracer.seize(tid)
+        except ProcessGone:
+            return False
+        except PermissionDenied:
+            try:
+                if read_state_char(pid, tid) in _DEAD_STATES:
+                    return False
+            except ProcessGone:
+                return False
+            raise
+        return True
+
+    def _interrupt_pending(self) -> None:
+        """Ask all seized threads to stop; waiting comes after, so that they stop at once."""
+        if not self.begin_ns:
+            self.begin_ns = time.monotonic_ns()
+            self.deadline_ns = self.begin_ns + self.timeout_ns
+        for tid in tuple(self._pending):
+            try:
+                self.tracer.interrupt(tid)
+            except ProcessGone:
+                del self._pending[tid]
+
+    def _collect_pending(self) -> None:
+        """Wait until the interrupted threads stand."""
+        pause_s, checked_ns = _FIRST_POLL_S, time.monotonic_ns()
+        while self._pending:
+            has_progress = False
+            for tid, pid in tuple(self._pending.items()):
+                try:
+                    code = self.tracer.poll(tid)
+                    if code is not None:
+                        self._take(pid, tid, code)
+                except ProcessGone:
+                    code = StopCode(0)
+                if code is not None:
+                    self._pending.pop(tid, None)
+                    has_progress = True
+            if has_progress or not self._pending:
+                pause_s = _FIRST_POLL_S
+                continue
+            now_ns = time.monotonic_ns()
+            if now_ns >= self.deadline_ns:
+                raise StopTimeout(self.timeout_ns, tuple(sorted(self._pending)))
+            if now_ns - checked_ns > _CHECK_STATE_NS:
+                checked_ns = now_ns
+                self._drop_unstoppable()
+            # A sleep, not a spin: at real-time priority we could keep the very
+            # threads we wait for off their CPU.
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_POLL_S)
+
+    def _drop_unstoppable(self) -> None:
+        """Give up waiting for threads that died or sleep uninterruptibly."""
+        for tid, pid in tuple(self._pending.items()):
+            try:
+                state = read_state_char(pid, tid)
+            except ProcessGone:
+                state = "X"
+            if state in _DEAD_STATES:
+                del self._pending[tid]
+            elif state == "D":
+                # It runs no program code either: the trap comes before any.
+                del self._pending[tid]
+                self._left_seized.add(tid)
+                self.asleep[tid] = pid
+
+    def _take(self, pid: int, tid: int, code: StopCode) -> None:
+        """Add a thread that stands."""
+        regs = self._restore_wait(pid, tid, self.tracer.read_registers(tid))
+        self.tracees[tid] = Tracee(pid=pid, tid=tid, code=code, regs=regs)
+
+    def _restore_wait(self, pid: int, tid: int, regs: Registers) -> Registers:
+        """Undo an EINTR that our stop caused.
+
+        With -ERESTARTNOHAND the kernel waits again when there is no signal to
+        handle, and answers EINTR when there is one.
+        """
+        if not regs.in_syscall or regs.result != -_EINTR:
+            return regs
+        is_socket = _is_socket(pid, regs.rdi)
+        if is_restartable_eintr(regs, is_socket=is_socket):
+            regs = regs.with_result(-ERESTARTNOHAND)
+            self.tracer.write_registers(tid, regs)
+        return regs
+
+    def _enter_injection(self, code: InjectionCode, may_wake: bool) -> InjectionThread:
+        """Choose a thread and prepare it."""
+        if not code.is_present(self.memory):
+            raise UnsupportedTarget(f"process {self.pid} has unmapped the code that injection uses")
+        for tracee in sorted(self.tracees.values(), key=_rank_stopped):
+            if (injection := self._try_enter(tracee, code)) is not None:
+                return injection
+        for tid in self._rank_asleep() if may_wake else ():
+            if not self._seize(self.pid, tid):
+                continue
+            self._pending[tid] = self.pid
+            self._interrupt_pending()
+            stop_code = wait_for_stop(
+                self.tracer, self.pid, tid, time.monotonic_ns() + self.timeout_ns
+            )
+            if stop_code is None:
+                raise StopTimeout(self.timeout_ns, (tid,))
+            del self._pending[tid]
+            self.asleep.pop(tid, None)
+            self._take(self.pid, tid, stop_code)
+            injection = self._try_enter(self.tracees[tid], code)
+            if injection is not None:
+                return injection
+        raise UnsupportedTarget(
+            f"no thread of process {self.pid} can run a system call for us now",
+            hint="its threads sleep in calls that must not be disturbed; try again later",
+        )
+
+    def _try_enter(self, tracee: Tracee, code: InjectionCode) -> InjectionThread | None:
+        """Prepare a thread for injection, or return None if it will not do."""
+        if tracee.pid != self.pid:
+            return None
+        if not is_usable_for_injection(
+            self.tracer, self.memory, tracee.tid, tracee.code, tracee.regs
+        ):
+            return None
+        injection = InjectionThread(
+            self.tracer, self.memory, code, pid=tracee.pid, tid=tracee.tid, regs=tracee.regs
+        )
+        try:
+            injection.enter()
+        except TargetFault:
+            return None  # no room on its stack
+        return injection
+
+    def _rank_asleep(self) -> list[int]:
+        """Return sleeping threads that may be woken, those that notice least first."""
+        ranked = []
+        for tid, pid in self.asleep.items():
+            if pid != self.pid:
+                continue
+            try:
+                state = read_thread_state(pid, tid)
+            except ProcessGone:
+                continue
+            rank = _rank_waking(state)
+            if rank < Disturbance.HARMFUL:
+                ranked.append((rank, tid))
+        return [tid for _, tid in sorted(ranked)]
+
+
+def _rank_stopped(tracee: Tracee) -> int:
+    """Order stopped threads: in user code, in a restarted call, with a restart block."""
+    if not tracee.regs.in_syscall or tracee.regs.result >= 0:
+        return 0
+    return 2 if tracee.regs.result == -ERESTART_RESTARTBLOCK else 1
+
+
+def _rank_waking(state: ThreadState) -> Disturbance:
+    """Say how much a sleeping thread would notice of being woken."""
+    if state.state == "T":
+        # Stopped by job control: it has left its call already.
+        is_masked = state.where is ThreadWhere.IN_SYSCALL and has_temporary_mask(state.syscall_nr)
+        return Disturbance.HARMFUL if is_masked else Disturbance.NONE
+    if state.where is ThreadWhere.RUNNING:
+        return Disturbance.NONE  # it has just woken by itself
+    if state.state != "S" or state.where is not ThreadWhere.IN_SYSCALL:
+        return Disturbance.HARMFUL
+    return rank_disturbance(state.syscall_nr, state.syscall_args)
+
+
+def _is_socket(pid: int, fd: int) -> bool:
+    """Say whether a descriptor of the target is a socket."""
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:")
+    except OSError:
+        return False

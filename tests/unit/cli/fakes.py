@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An API in memory, for tests of the command line."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from optpoline.cli.api import OnEvent
+from optpoline.errors import OptpolineError
+from optpoline.report.summary import (
+    DetachOutcome,
+    DetachResult,
+    LeftBehind,
+    ModuleSummary,
+    SessionState,
+    SiteState,
+    SiteSummary,
+    Summary,
+    TargetShare,
+)
+
+__all__ = ["FakeApi", "FakeEvent", "FakeKind", "FakeListing", "FakeSession", "make_site"]
+
+
+class FakeKind(Enum):
+    """Kinds of event the fakes send."""
+
+    ATTACHED = 1
+    RELEARNED = 2
+    PROMOTED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class FakeEvent:
+    """An event."""
+
+    kind: FakeKind
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeListing:
+    """What find_sites returns."""
+
+    modules: tuple[ModuleSummary, ...]
+    sites: tuple[SiteSummary, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def make_site(address: int = 0x401136, **changes: object) -> SiteSummary:
+    """Return a promoted site with two targets."""
+    site = SiteSummary(
+        module="/usr/bin/lua",
+        address=address,
+        offset=address - 0x400000,
+        function="_ZN4Base3runEi+0x12",
+        kind="call",
+        operand="rax",
+        thunk="__x86_indirect_thunk_rax",
+        state=SiteState.PROMOTED,
+        refusal=None,
+        hit_rate=0.9934,
+        rate_hz=1.25e6,
+        targets=(
+            TargetShare(address=0x401200, function="luaV_execute", share=0.75, promoted=True),
+            TargetShare(address=0x401300, function=None, share=0.25, promoted=False),
+        ),
+    )
+    return replace(site, **changes)  # type: ignore[arg-type]
+
+
+def make_summary(**changes: object) -> Summary:
+    """Return the summary of a session at work."""
+    module = ModuleSummary(path="/usr/bin/lua", n_sites=2, n_refused=1, n_thunks=3, n_plain=None)
+    summary = Summary(
+        pid=4711,
+        state=SessionState.WATCHING,
+        modules=(module,),
+        sites=(make_site(), make_site(0x401150, state=SiteState.REFUSED, refusal="it is odd")),
+        promoted=1,
+        hit_rate=0.9934,
+        stops=3,
+        stop_ms_max=0.31,
+        stop_ms_total=0.9,
+        learning_s=1.0,
+        relearned=0,
+        notes=(),
+    )
+    return replace(summary, **changes)  # type: ignore[arg-type]
+
+
+@dataclass
+class FakeSession:
+    """A session; ``calls`` says what was done to it."""
+
+    calls: list[str] = field(default_factory=list)
+    errors: dict[str, OptpolineError] = field(default_factory=dict)
+    on_watch: Callable[[threading.Event], SessionState] = lambda stop: SessionState.WATCHING
+    before: Summary = field(default_factory=make_summary)
+    result: DetachResult = field(
+        default_factory=lambda: DetachResult(
+            outcome=DetachOutcome.CLEAN, restored=1, foreign=(), notes=()
+        )
+    )
+    after_state: SessionState = SessionState.RESTORED
+    detached: bool = False
+    on_event: OnEvent = lambda event: None
+
+    def _call(self, name: str, text: str) -> None:
+        """Note a call, or fail as told."""
+        self.calls.append(text)
+        if name in self.errors:
+            raise self.errors[name]
+
+    def learn(self, *, seconds: float) -> None:
+        """Learn."""
+        self._call("learn", f"learn {seconds:g}")
+
+    def promote(self) -> None:
+        """Promote."""
+        self._call("promote", "promote")
+        self.on_event(FakeEvent(FakeKind.PROMOTED, "1 of 2 sites in 0.012 s"))
+
+    def watch(self, *, seconds: float | None, stop: threading.Event) -> SessionState:
+        """Watch."""
+        self._call("watch", "watch" if seconds is None else "watch limited")
+        return self.on_watch(stop)
+
+    def summary(self) -> Summary:
+        """Summarize; restored sites are no longer promoted."""
+        if not self.detached:
+            return self.before
+        return replace(self.before, state=self.after_state, promoted=0, sites=(), stops=4)
+
+    def detach(self, *, leave: bool) -> DetachResult:
+        """Detach."""
+        self._call("detach", "leave" if leave else "detach")
+        self.detached = True
+        return replace(self.result, outcome=DetachOutcome.LEFT) if leave else self.result
+
+
+@dataclass
+class FakeApi:
+    """An API."""
+
+    session: FakeSession = field(default_factory=FakeSession)
+    attach_errors: list[OptpolineError] = field(default_factory=list)
+    attached: list[int] = field(default_factory=list)
+    listing: FakeListing | None = None
+    left: LeftBehind | None = None
+    restore_error: OptpolineError | None = None
+    found: list[int | str] = field(default_factory=list)
+
+    def attach(self, pid: int, *, learn_s: float, on_event: OnEvent) -> FakeSession:
+        """Attach."""
+        self.attached.append(pid)
+        if self.attach_errors:
+            raise self.attach_errors.pop(0)
+        self.session.on_event = on_event
+        on_event(FakeEvent(FakeKind.ATTACHED, "2 sites in 1 module"))
+        on_event(FakeEvent(FakeKind.RELEARNED, "relearned one site"))
+        return self.session
+
+    def find_sites(self, target: int | str) -> FakeListing:
+        """List sites."""
+        self.found.append(target)
+        assert self.listing is not None
+        return self.listing
+
+    def read_status(self, pid: int) -> LeftBehind | None:
+        """Say what is left."""
+        return self.left
+
+    def restore(self, pid: int) -> DetachResult:
+        """Restore."""
+        if self.restore_error is not None:
+            raise self.restore_error
+        return self.session.result

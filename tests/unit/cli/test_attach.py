@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``attach``: what it does to a session, says, writes and exits with."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from optpoline.cli.console import Console
+from optpoline.cli.drive import SessionPlan, drive_session
+from optpoline.cli.main import main
+from optpoline.errors import (
+    ControllerActive,
+    NoSites,
+    OptpolineError,
+    PermissionDenied,
+    ProcessGone,
+    SiteChanged,
+    UnsupportedTarget,
+)
+from optpoline.report.summary import DetachOutcome, DetachResult, SessionState
+from optpoline.report.table import Style
+from tests.unit.cli.fakes import FakeApi, FakeSession
+
+PROMOTED_LINE = "promoted 1 of 2 sites in 0.012 s"
+
+
+def api_ending_with(state: SessionState) -> FakeApi:
+    return FakeApi(session=FakeSession(on_watch=lambda stop: state))
+
+
+def test_learns_promotes_watches_and_restores(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi()
+    assert main(["attach", "4711"], api=api) == 0
+    assert api.attached == [4711]
+    assert api.session.calls == ["learn 1", "promote", "watch", "detach"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0] == "attached: 2 sites in 1 module"
+    assert lines[1] == PROMOTED_LINE
+    assert "relearned one site" not in err
+    assert "restored: every byte is as it was before" in err
+    assert "1 of 2 sites promoted, hit rate 99.3%" in err
+
+
+def test_hex_pid() -> None:
+    api = FakeApi()
+    assert main(["attach", "0x1267", "-q"], api=api) == 0
+    assert api.attached == [4711]
+
+
+@pytest.mark.parametrize("pid", ["-1", "0", "x", "0x", "99999999999", "4711.0", "", "٣"])
+def test_bad_pid_is_a_usage_error(pid: str, capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi()
+    assert main(["attach", "--", pid], api=api) == 2
+    assert api.attached == []
+    assert capsys.readouterr().err.startswith("optpoline: error: ")
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "soon"])
+def test_bad_duration_is_a_usage_error(seconds: str) -> None:
+    assert main(["attach", "1", f"--duration={seconds}"], api=FakeApi()) == 2
+
+
+def test_too_short_a_duration_promotes_nothing_and_restores() -> None:
+    api = FakeApi()
+    assert main(["attach", "1", "--duration", "0"], api=api) == 0
+    assert api.session.calls == ["detach"]
+
+
+def test_too_short_a_duration_still_promotes_what_is_to_be_left() -> None:
+    api = FakeApi()
+    assert main(["attach", "1", "--duration", "0", "--leave"], api=api) == 0
+    assert api.session.calls == ["promote", "leave"]
+
+
+def test_learning_never_exceeds_the_duration() -> None:
+    api = api_ending_with(SessionState.EXITED)
+    assert main(["attach", "1", "--duration", "9", "--learn-seconds", "99"], api=api) == 0
+    assert api.session.calls[0] == "learn 9"
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attach", "1", "-q"], api=FakeApi()) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_verbose_says_more(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attach", "1", "-v"], api=FakeApi()) == 0
+    assert "relearned one site" in capsys.readouterr().err
+
+
+def test_target_that_exits_is_orderly(capsys: pytest.CaptureFixture[str]) -> None:
+    api = api_ending_with(SessionState.EXITED)
+    api.session.errors["detach"] = ProcessGone(1)
+    assert main(["attach", "1", "--duration", "60", "--json", "-"], api=api) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["state"] == "exited"
+    assert document["promoted"] == 1
+    assert document["detach"]["outcome"] == "gone"
+
+
+@pytest.mark.parametrize("step", ["learn", "promote", "watch"])
+def test_target_that_is_gone_in_any_step_is_orderly(step: str) -> None:
+    api = FakeApi()
+    api.session.errors[step] = ProcessGone(1)
+    assert main(["attach", "1"], api=api) == 0
+    assert api.session.calls[-1] == "detach"
+
+
+@pytest.mark.parametrize("step", ["learn", "promote", "watch"])
+def test_error_in_any_step_restores_first(step: str, capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi()
+    api.session.errors[step] = SiteChanged(0x10, b"\xe8", b"\xcc")
+    assert main(["attach", "1", "--leave"], api=api) == 7
+    assert api.session.calls[-1] == "detach"
+    assert "bytes at 0x10 are cc, expected e8" in capsys.readouterr().err
+
+
+def test_failing_rollback_does_not_hide_the_error(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi()
+    api.session.errors = {"promote": ControllerActive("first"), "detach": OptpolineError("second")}
+    assert main(["attach", "1"], api=api) == 7
+    err = capsys.readouterr().err
+    assert "first" in err
+    assert "restoring failed: second" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "kind"),
+    [
+        (OptpolineError("a"), 1, "other"),
+        (NoSites("a"), 3, "no_sites"),
+        (ProcessGone(1, "a"), 4, "target_gone"),
+        (PermissionDenied("a", hint="b"), 5, "permission"),
+        (UnsupportedTarget("a"), 6, "unsupported"),
+        (ControllerActive("a"), 7, "refused"),
+    ],
+)
+def test_errors_at_attach(
+    error: OptpolineError, exit_code: int, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = FakeApi(attach_errors=[error])
+    assert main(["attach", "1", "--json", "-"], api=api) == exit_code
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {
+        "schema_version": 1,
+        "error": {"kind": kind, "exit_code": exit_code, "message": "a", "hint": error.hint},
+    }
+    assert "optpoline: error: a" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_signals_end_it_in_order(number: signal.Signals, exit_code: int) -> None:
+    def send_and_wait(stop: threading.Event) -> SessionState:
+        os.kill(os.getpid(), number)
+        assert stop.wait(30)
+        return SessionState.WATCHING
+
+    before = signal.getsignal(number)
+    api = FakeApi(session=FakeSession(on_watch=send_and_wait))
+    assert main(["attach", "1", "-q"], api=api) == exit_code
+    assert api.session.calls[-1] == "detach"
+    assert signal.getsignal(number) == before
+
+
+def test_stop_while_learning_promotes_nothing() -> None:
+    stop = threading.Event()
+
+    class Interrupted(FakeSession):
+        def learn(self, *, seconds: float) -> None:
+            super().learn(seconds=seconds)
+            stop.set()
+
+    session = Interrupted()
+    plan = SessionPlan(learn_s=1.0, duration_s=None, leave=False)
+    console = Console(io.StringIO(), Style())
+    end = drive_session(session, plan, stop, console)
+    assert session.calls == ["learn 1", "detach"]
+    assert end.summary.state is SessionState.RESTORED
+
+
+def test_json_document(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    assert main(["attach", "1", "-q", "--json", str(path)], api=FakeApi()) == 0
+    document = json.loads(path.read_text())
+    assert list(document)[0] == "schema_version"
+    assert document["schema_version"] == 1
+    assert document["state"] == "restored"
+    assert document["n_sites"] == 2
+    assert document["promoted"] == 1
+    assert document["hit_rate"] == 0.9934
+    assert document["stops"] == 4
+    assert document["sites"][0] == {
+        "module": "/usr/bin/lua",
+        "address": "0x401136",
+        "offset": "0x1136",
+        "function": "_ZN4Base3runEi+0x12",
+        "kind": "call",
+        "operand": "rax",
+        "thunk": "__x86_indirect_thunk_rax",
+        "state": "promoted",
+        "refusal": None,
+        "hit_rate": 0.9934,
+        "rate_hz": 1.25e6,
+        "targets": [
+            {"address": "0x401200", "function": "luaV_execute", "share": 0.75, "promoted": True},
+            {"address": "0x401300", "function": None, "share": 0.25, "promoted": False},
+        ],
+    }
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_left_promotions_are_reported_as_left(capsys: pytest.CaptureFixture[str]) -> None:
+    api = api_ending_with(SessionState.WATCHING)
+    assert main(["attach", "1", "--leave", "--json", "-"], api=api) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["state"] == "left"
+    assert document["detach"]["outcome"] == "left"
+
+
+def test_existing_json_file_is_kept_and_nothing_is_touched(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    path.write_text("precious")
+    api = FakeApi()
+    assert main(["attach", "1", "--json", str(path)], api=api) == 2
+    assert api.attached == []
+    assert path.read_text() == "precious"
+    assert main(["attach", "1", "-f", "-q", "--json", str(path)], api=api) == 0
+    assert json.loads(path.read_text())["schema_version"] == 1
+
+
+def test_json_into_a_missing_directory_is_found_before_the_attach(tmp_path: Path) -> None:
+    api = FakeApi()
+    assert main(["attach", "1", "--json", str(tmp_path / "no" / "out.json")], api=api) == 1
+    assert api.attached == []
+
+
+def test_json_into_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attach", "1", "-q", "--json", "/dev/null"], api=FakeApi()) == 0
+
+
+def test_foreign_bytes_at_the_end_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi()
+    api.session.result = DetachResult(
+        outcome=DetachOutcome.FOREIGN_BYTES,
+        restored=0,
+        foreign=(0x401136,),
+        notes=("0x401136 holds another patcher's bytes",),
+    )
+    assert main(["attach", "1"], api=api) == 0
+    assert "note: 0x401136 holds another patcher's bytes" in capsys.readouterr().err

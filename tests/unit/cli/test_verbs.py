@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``status``, ``detach``, ``sites``, ``doctor`` and what all verbs have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optpoline.cli.main import main
+from optpoline.errors import ControllerActive
+from optpoline.report.summary import DetachOutcome, DetachResult, LeftBehind, ModuleSummary
+from tests.unit.cli.fakes import FakeApi, FakeListing, make_site
+
+VERBS = ("run", "attach", "status", "detach", "sites", "doctor")
+
+LEFT = LeftBehind(
+    pid=4711,
+    controller_pid=99,
+    controller_alive=False,
+    arenas=2,
+    sites=12,
+    baseline=3,
+    foreign=0,
+    site_addresses=((0x401136, "patched"),),
+)
+LUA = ModuleSummary(path="/usr/bin/lua", n_sites=1, n_refused=0, n_thunks=3, n_plain=7)
+
+
+def run_optpoline(*args: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    source = Path(__file__).parents[3] / "src"
+    return subprocess.run(
+        [sys.executable, "-m", "optpoline.cli", *args],
+        env=os.environ | {"PYTHONPATH": str(source)},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"], api=FakeApi()) == 0
+    out = capsys.readouterr().out
+    assert f"optpoline {verb}" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    for option in ("--json", "--force", "--quiet", "--verbose", "--color"):
+        assert option in out
+
+
+def test_help_lists_every_verb_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"], api=FakeApi()) == 0
+    out = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"\n  {verb} " in out
+    assert "..." not in out
+
+
+@pytest.mark.parametrize("args", [[], ["bogus"], ["attach"], ["status", "1", "2"], ["sites", "-z"]])
+def test_usage_errors(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args, api=FakeApi()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("optpoline: error: ")
+
+
+@pytest.mark.parametrize("json_option", [["--json", "-"], ["--json=-"]])
+def test_usage_errors_as_json(json_option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", *json_option, "--bogus"], api=FakeApi()) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "usage"
+
+
+def test_json_option_of_the_child_is_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--bogus", "--", "x", "--json", "-"], api=FakeApi()) == 125
+    assert capsys.readouterr().out == ""
+
+
+def test_status_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "4711"], api=FakeApi()) == 0
+    assert capsys.readouterr().out == "process 4711: nothing of optpoline is in it\n"
+    assert main(["status", "4711", "--json", "-"], api=FakeApi()) == 0
+    assert json.loads(capsys.readouterr().out)["left_behind"] is None
+
+
+def test_status_of_something(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "4711"], api=FakeApi(left=LEFT)) == 0
+    out = capsys.readouterr().out
+    assert "12 sites promoted by controller 99 (gone)" in out
+    assert "0x401136" not in out
+    assert main(["status", "-v", "4711"], api=FakeApi(left=LEFT)) == 0
+    assert "0x401136 patched" in capsys.readouterr().out
+    assert main(["status", "4711", "--json", "-"], api=FakeApi(left=LEFT)) == 0
+    left = json.loads(capsys.readouterr().out)["left_behind"]
+    assert left["promoted"] == 12
+    assert left["controller_alive"] is False
+    assert left["sites"] == [{"address": "0x401136", "state": "patched"}]
+
+
+def test_detach_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["detach", "4711"], api=FakeApi()) == 0
+    assert "nothing to undo" in capsys.readouterr().err
+
+
+def test_detach(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["detach", "4711", "--json", "-"], api=FakeApi(left=LEFT)) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["detach"] == {
+        "outcome": "clean",
+        "restored": 1,
+        "foreign": [],
+        "notes": [],
+    }
+    assert "restored 1 site; nothing of optpoline is left" in err
+
+
+def test_detach_that_leaves_foreign_bytes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi(left=LEFT)
+    api.session.result = DetachResult(
+        outcome=DetachOutcome.FOREIGN_BYTES, restored=11, foreign=(0x401136,), notes=()
+    )
+    assert main(["detach", "4711"], api=api) == 7
+    assert "restored 11 sites; 1 site left alone" in capsys.readouterr().err
+
+
+def test_detach_under_a_living_controller() -> None:
+    api = FakeApi(left=LEFT, restore_error=ControllerActive("another one"))
+    assert main(["detach", "4711"], api=api) == 7
+
+
+def test_sites_of_a_process_and_of_files(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi(listing=FakeListing(modules=(LUA,), sites=(make_site(),), notes=("a note",)))
+    for target in ("4711", "0x1267", "./4711", "/usr/bin/lua"):
+        assert main(["sites", target], api=api) == 0
+    assert api.found == [4711, 4711, "./4711", "/usr/bin/lua"]
+    out, err = capsys.readouterr()
+    assert "/usr/bin/lua: 1 site, 3 thunks\n" in out
+    assert "Base::run(int)+0x12" in out
+    assert "0x401136  call" in out
+    assert "1 site in 1 module" in err
+    assert "note: a note" in err
+
+
+def test_sites_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi(listing=FakeListing(modules=(LUA,), sites=(make_site(),)))
+    assert main(["sites", "4711", "--json", "-"], api=api) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["n_sites"] == 1
+    assert document["modules"][0]["n_plain"] == 7
+    assert document["sites"][0]["address"] == "0x401136"
+
+
+def test_no_sites_says_what_there_is_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi(listing=FakeListing(modules=(LUA,)))
+    assert main(["sites", "4711"], api=api) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "process 4711 has no retpoline site: 3 thunks in its modules, 7 plain indirect br" in err
+
+
+def test_sites_of_a_number_no_process_has() -> None:
+    assert main(["sites", "0"], api=FakeApi()) == 2
+
+
+def test_doctor_exits_with_what_an_attach_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(1 << 22)], api=FakeApi()) == 4
+    out = capsys.readouterr().out
+    assert f"process {1 << 22} cannot be attached to" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert main(["doctor", str(os.getpid()), "--json", "-"], api=FakeApi()) == 6
+    document = json.loads(capsys.readouterr().out)
+    assert document["attachable"] is False
+    assert document["exit_code"] == 6
+    assert document["target"][0]["status"] == "fail"
+
+
+def test_colours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE"):
+        monkeypatch.delenv(name, raising=False)
+    main(["doctor"], api=FakeApi())
+    assert "\x1b" not in capsys.readouterr().out
+    main(["doctor", "--color", "always"], api=FakeApi())
+    assert "\x1b[" in capsys.readouterr().out
+    monkeypatch.setenv("CLICOLOR_FORCE", "1")
+    main(["doctor"], api=FakeApi())
+    assert "\x1b[" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(["doctor"], api=FakeApi())
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_interrupt_outside_of_a_session() -> None:
+    class Interrupted(FakeApi):
+        def read_status(self, pid: int) -> LeftBehind | None:
+            raise KeyboardInterrupt
+
+    assert main(["status", "1"], api=Interrupted()) == 130
+
+
+def test_unforeseen_os_error_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(FakeApi):
+        def read_status(self, pid: int) -> LeftBehind | None:
+            raise OSError(24, "Too many open files", "/proc/1/maps")
+
+    assert main(["status", "1"], api=Broken()) == 1
+    assert capsys.readouterr().err == "optpoline: error: /proc/1/maps: Too many open files\n"
+
+
+def test_reader_that_goes_away() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = run_optpoline("doctor", stdout=writing)
+    finally:
+        os.close(writing)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_help_imports_no_engine() -> None:
+    code = (
+        "import sys; from optpoline.cli.main import main; main(['--help']);"
+        "heavy = {'numpy', 'iced_x86', 'elftools', 'cpp_demangle', 'rich'} & set(sys.modules);"
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    source = Path(__file__).parents[3] / "src"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
