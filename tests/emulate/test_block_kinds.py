@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kind of block on an emulated CPU: where it goes and what it leaves alone.
 
-``OPTPOLINE_EMULATE_RUNS`` sets how many runs each kind gets (default 400).
+``OPTPOLINE_EMULATE_RUNS`` sets how many runs each kind gets (default 180).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.emulate.block_kinds import KINDS, LAYOUTS, OPERANDS, Layout, encode_i
 from tests.emulate.block_model import run_plan
 from tests.emulate.machine import ARITHMETIC_FLAGS, Machine, State, random_state
 
-N_RUNS = int(os.environ.get("OPTPOLINE_EMULATE_RUNS", "400"))
+N_RUNS = int(os.environ.get("OPTPOLINE_EMULATE_RUNS", "180"))
 U64_MAX = (1 << 64) - 1
 
 

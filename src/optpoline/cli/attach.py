@@ -7,7 +7,7 @@ import signal
 
 import click
 
-from optpoline.cli.drive import SessionEnd, SessionPlan, describe_event, drive_session
+from optpoline.cli.drive import SessionPlan, describe_event, drive_session
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import PID, pass_invocation, session_options, shared_options
 from optpoline.cli.signals import SignalRelay
@@ -34,7 +34,8 @@ def attach_command(
 ) -> None:
     """Promote a running program; Ctrl-C restores it.
 
-    It ends with Ctrl-C, after --duration, or when the program exits. At the end every byte is put back, unless --leave is given.
+    It ends with Ctrl-C, after --duration, or when the program exits. Then every
+    byte is put back, unless --leave is given.
     """
     invocation.progress = not no_progress
     invocation.sink.validate_writable()
@@ -46,14 +47,8 @@ def attach_command(
         )
         end = drive_session(session, plan, relay.stop, console)
         received = relay.received
-    _report(invocation, end)
+    console.say_all(format_summary(end.summary, console.style))
+    invocation.sink.write(session_document(end.summary, end.detach, command="attach"))
     # Ctrl-C is the ordinary way to end this; the other signals show in the status.
     if received is not None and received != signal.SIGINT:
         invocation.exit_code = 128 + received
-
-
-def _report(invocation: Invocation, end: SessionEnd) -> None:
-    """Tell people, then scripts."""
-    console = invocation.console()
-    console.say_all(format_summary(end.summary, console.style))
-    invocation.sink.write(session_document(end.summary, end.detach, command="attach"))

@@ -109,6 +109,8 @@ def drive_session(
     except BaseException:
         _roll_back(session, console)
         raise
+    finally:
+        console.close_progress()
     return _let_go(session, plan.leave, is_gone=is_gone, elapsed_s=clock() - started)
 
 

@@ -19,7 +19,12 @@ from optpoline.controller.target import Target
 from optpoline.errors import ArenaError, ProcessGone, StopTimeout, UnsupportedTarget
 from optpoline.model import Addr
 from optpoline.patch.blocks import point_back
-from optpoline.patch.quiescence import ThreadPosition, find_words, is_thread_quiescent
+from optpoline.patch.quiescence import (
+    MAX_STACK_SCAN_SIZE,
+    ThreadPosition,
+    find_words,
+    is_thread_quiescent,
+)
 from optpoline.process.procfs import ThreadWhere, list_tids, read_thread_state
 from optpoline.process.stop import Stop
 
@@ -99,22 +104,28 @@ def unmap_when_quiescent(
     """
     if not ranges:
         return ()
-    start, end = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    name = f"the arena at {min(r[0] for r in ranges):#x} stays mapped"
     quiescent: set[int] = set()
+    stacks: set[tuple[int, int]] = set()
     holders: tuple[int, ...] = ()
-    for _ in range(MAX_TRIES):
-        try:
-            with target.stop(wake_one=True) as stop:
-                holders = _find_holders(target, stop, ranges, quiescent)
-                if not holders and not _find_switched_away(target, ranges):
-                    for first, last in ranges:
-                        unmap_range(stop, first, last)
-                    return ()
-        except (StopTimeout, ArenaError, UnsupportedTarget) as error:
-            return (f"the arena at {start:#x}-{end:#x} stays mapped: {error}",)
-        time.sleep(TRY_EVERY_S)
-    names = ", ".join(str(tid) for tid in holders) or "a saved context"
-    return (f"the arena at {start:#x} stays mapped: {names} may still return into it",)
+    try:
+        for _ in range(MAX_TRIES):
+            with target.stop() as stop:
+                holders = _find_holders(target, stop, ranges, quiescent, stacks)
+            if not holders:
+                break
+            time.sleep(TRY_EVERY_S)
+        else:
+            names = ", ".join(str(tid) for tid in holders)
+            return (f"{name}: threads {names} may still return into it",)
+        if _find_switched_away(target, ranges, tuple(stacks)):
+            return (f"{name}: a saved context may still return into it",)
+        with target.stop(wake_one=True) as stop:
+            for first, last in ranges:
+                unmap_range(stop, first, last)
+    except (StopTimeout, ArenaError, UnsupportedTarget) as error:
+        return (f"{name}: {error}",)
+    return ()
 
 
 def _find_holders(
@@ -122,16 +133,24 @@ def _find_holders(
     stop: Stop,
     ranges: Sequence[tuple[Addr, Addr]],
     quiescent: set[int],
+    stacks: set[tuple[int, int]],
 ) -> tuple[int, ...]:
-    """Return threads that may still be inside; add the others to ``quiescent``."""
+    """Return threads that may still be inside; add the others to ``quiescent``.
+
+    Adds the mappings that hold nothing but a thread's stack to ``stacks``.
+    """
     positions = {
         thread.tid: ThreadPosition(tid=thread.tid, pc=thread.pc, sp=thread.sp)
         for thread in stop.stopped
     }
     for tid in stop.asleep:
-        if tid not in quiescent and _is_sleeper_quiescent(target, tid, ranges):
-            quiescent.add(tid)
+        if tid not in quiescent:
+            sleeper = _find_quiescent_sleeper(target, tid, ranges)
+            if sleeper is not None:
+                quiescent.add(tid)
+                _add_stack(target, sleeper.sp, stacks)
     for tid, position in positions.items():
+        _add_stack(target, position.sp, stacks)
         if tid not in quiescent and _is_quiescent(target, position, ranges):
             quiescent.add(tid)
     return tuple(tid for tid in list_tids(target.pid) if tid not in quiescent)
@@ -149,34 +168,48 @@ def _is_quiescent(
     )
 
 
-def _is_sleeper_quiescent(
+def _add_stack(target: Target, sp: Addr, stacks: set[tuple[int, int]]) -> None:
+    """Note a mapping that is scanned as a stack, so that dead frames in it do not count."""
+    for mapping in target.maps:
+        if mapping.start <= sp < mapping.end and mapping.path != "[heap]":
+            if mapping.path == "[stack]" or mapping.size <= MAX_STACK_SCAN_SIZE:
+                stacks.add((mapping.start, mapping.end))
+
+
+def _find_quiescent_sleeper(
     target: Target, tid: int, ranges: Sequence[tuple[Addr, Addr]]
-) -> bool:
-    """Tell whether a thread that sleeps in the kernel is quiescent, without stopping it.
+) -> ThreadPosition | None:
+    """Return where a sleeping thread is if it is quiescent, without stopping it.
 
     What was read counts only if the thread did not run meanwhile.
     """
     try:
         before = read_thread_state(target.pid, tid)
+        if before.state in "ZX":
+            return ThreadPosition(tid=tid, pc=Addr(0), sp=Addr(0))
         if before.where is ThreadWhere.RUNNING:
-            return False
+            return None
         position = ThreadPosition(tid=tid, pc=before.pc, sp=before.sp)
         if not _is_quiescent(target, position, ranges):
-            return False
+            return None
         after = read_thread_state(target.pid, tid)
-        switches = (before.n_voluntary, before.n_nonvoluntary)
-        return (after.n_voluntary, after.n_nonvoluntary) == switches
     except ProcessGone:
-        return True
+        return None
+    switches = (before.n_voluntary, before.n_nonvoluntary)
+    return position if (after.n_voluntary, after.n_nonvoluntary) == switches else None
 
 
-def _find_switched_away(target: Target, ranges: Sequence[tuple[Addr, Addr]]) -> bool:
+def _find_switched_away(
+    target: Target,
+    ranges: Sequence[tuple[Addr, Addr]],
+    stacks: Sequence[tuple[int, int]],
+) -> bool:
     """Tell whether memory outside the threads' stacks holds a context inside a range."""
     for first, last in ranges:
         found = find_words(
             read=target.memory.read,
             maps=target.maps,
-            skip=[],
+            skip=stacks,
             start=first,
             end=last,
             max_size=MAX_SEARCH_SIZE,

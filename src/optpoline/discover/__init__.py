@@ -5,10 +5,8 @@ from optpoline.discover.flags import flags_dead_at
 from optpoline.discover.image import ModuleImage
 from optpoline.discover.sites import SiteScan, count_plain_indirect, find_sites
 from optpoline.discover.symbols import SymbolTable
-from optpoline.discover.text import Memory
 
 __all__ = [
-    "Memory",
     "ModuleImage",
     "SiteScan",
     "SymbolTable",

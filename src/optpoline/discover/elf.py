@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from elftools.common.exceptions import ELFError
 from elftools.common.utils import struct_parse
@@ -22,11 +22,14 @@ from elftools.elf.sections import StringTableSection
 
 from optpoline.errors import UnsupportedTarget
 
-__all__ = ["ElfFacts", "RawSymbols", "Segment", "read_elf", "read_elf_headers"]
+__all__ = ["ElfFacts", "RawSymbols", "Segment", "read_at", "read_elf", "read_elf_headers"]
 
 _PF_X = 1
 _SHF_EXECINSTR = 4
 _PLT_PREFIX = ".plt"
+
+_USER_SPACE_END = 1 << 56
+"""No program is above, with five-level page tables either."""
 
 _E_SHOFF = slice(0x28, 0x30)
 _E_SHNUM = slice(0x3C, 0x40)
@@ -76,6 +79,7 @@ class ElfFacts:
         segments: Its PT_LOADs.
         dynamic: Address and size of PT_DYNAMIC, or None.
         eh_frame_hdr: Address and size of PT_GNU_EH_FRAME, or None.
+        eh_frame: Address and size of the .eh_frame section, or None.
         text_sections: (start, end) of each executable section.
         plt_sections: (start, end) of those that hold PLT entries.
         symbols: Its .symtab, or None if stripped.
@@ -89,6 +93,7 @@ class ElfFacts:
     segments: tuple[Segment, ...]
     dynamic: tuple[int, int] | None
     eh_frame_hdr: tuple[int, int] | None
+    eh_frame: tuple[int, int] | None
     text_sections: tuple[tuple[int, int], ...]
     plt_sections: tuple[tuple[int, int], ...]
     symbols: RawSymbols | None
@@ -142,6 +147,18 @@ def read_elf_headers(head: bytes, path: str) -> ElfFacts:
     return read_elf(io.BytesIO(header), path)
 
 
+def read_at(stream: IO[bytes], off: int, size: int) -> bytes:
+    """Read a part of a file that its headers name, as much as there is of it.
+
+    Headers of a broken file may name any part; none is asked for that is not there.
+    """
+    file_size = stream.seek(0, io.SEEK_END)
+    if off >= file_size:
+        return b""
+    stream.seek(off)
+    return stream.read(min(size, file_size - off))
+
+
 def _facts(elf: ELFFile, path: str) -> ElfFacts:
     """Collect the facts of an opened file."""
     kind = elf.header["e_type"]
@@ -161,6 +178,7 @@ def _facts(elf: ELFFile, path: str) -> ElfFacts:
         segments=loads,
         dynamic=special.get("PT_DYNAMIC"),
         eh_frame_hdr=special.get("PT_GNU_EH_FRAME"),
+        eh_frame=next(((s.addr, s.size) for s in sections if s.name == ".eh_frame"), None),
         text_sections=tuple(span for _, span in text),
         plt_sections=tuple(span for name, span in text if name.startswith(_PLT_PREFIX)),
         symbols=_read_symbols(elf, sections, ".symtab"),
@@ -180,6 +198,8 @@ def _read_segments(elf: ELFFile) -> tuple[tuple[Segment, ...], dict[str, tuple[i
         if header["p_type"] != "PT_LOAD":
             special[header["p_type"]] = (header["p_vaddr"], header["p_memsz"])
             continue
+        if header["p_vaddr"] + header["p_memsz"] > _USER_SPACE_END:
+            raise ValueError(f"a segment at {header['p_vaddr']:#x}")
         loads.append(
             Segment(
                 addr=header["p_vaddr"],
@@ -224,9 +244,7 @@ def _read_header(elf: ELFFile, index: int) -> Container:
 
 def _section_data(elf: ELFFile, section: _Section) -> bytes:
     """Read the bytes of a section."""
-    elf.stream.seek(section.file_off)
-    data: bytes = elf.stream.read(section.size)
-    return data
+    return read_at(elf.stream, section.file_off, section.size)
 
 
 def _read_symbols(elf: ELFFile, sections: list[_Section], name: str) -> RawSymbols | None:

@@ -15,12 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from optpoline.discover.text import Memory
 from optpoline.errors import TargetFault
 from optpoline.model import Addr
+from optpoline.process.memory import Memory
 from optpoline.x86.decode import AddrArray
 
-__all__ = ["FunctionIndex", "FunctionTable", "Span", "read_unwind_ranges"]
+__all__ = [
+    "FunctionIndex",
+    "FunctionTable",
+    "Span",
+    "read_frame_ranges",
+    "read_unwind_ranges",
+]
 
 _HDR_FORMAT = struct.Struct("<BBBBiI")
 """version, three encodings, offset of .eh_frame, number of entries."""
@@ -28,8 +34,14 @@ _HDR_FORMAT = struct.Struct("<BBBBiI")
 _HDR_ENCODINGS = (0x1B, 0x03, 0x3B)
 """What every linker writes: pcrel sdata4, udata4, and a table of datarel sdata4 pairs."""
 
-_FDE_SIZE = 16
-"""Bytes of an FDE up to its pc_range: length, CIE pointer, pc_begin, pc_range, 4 bytes each."""
+_FDE = struct.Struct("<IIiI")
+"""Head of an FDE: length, distance to its CIE, pc_begin, pc_range; a CIE's distance is 0."""
+
+_EXTENDED_LENGTH = 0xFFFFFFFF
+"""A length in 64 bits follows; nobody writes that, and 0 ends the section."""
+
+_AUGMENTATIONS = (b"zR", b"zRS", b"zPR", b"zLR", b"zPLR")
+_PCREL_SDATA4 = 0x1B
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +154,7 @@ def read_unwind_ranges(memory: Memory, hdr: Span) -> tuple[AddrArray, AddrArray]
             return none, none
         starts, fde_addrs = table[:, 0], table[:, 1]
         lowest = int(fde_addrs.min())
-        raw = memory.read(Addr(lowest), int(fde_addrs.max()) + _FDE_SIZE - lowest)
+        raw = memory.read(Addr(lowest), int(fde_addrs.max()) + _FDE.size - lowest)
     except TargetFault:
         return none, none
     words = np.ndarray(shape=(len(raw) - 3,), dtype="<i4", buffer=raw, strides=(1,))
@@ -151,6 +163,44 @@ def read_unwind_ranges(memory: Memory, hdr: Span) -> tuple[AddrArray, AddrArray]
     sizes = words[offs + 12].astype(np.int64)
     is_usual = (pc_begins == starts) & (sizes > 0)
     return starts, np.where(is_usual, sizes, 0)
+
+
+def read_frame_ranges(memory: Memory, frame: Span) -> tuple[AddrArray, AddrArray]:
+    """Read start and size of each function from an ``.eh_frame`` in memory.
+
+    For programs without ``.eh_frame_hdr``, such as what GCC links with
+    ``-static``. Slower than the sorted table, as records lie behind one another.
+    """
+    try:
+        raw = memory.read(frame.start, frame.end - frame.start)
+    except TargetFault:
+        raw = b""
+    is_usual_cie: dict[int, bool] = {}
+    rows: list[tuple[int, int]] = []
+    off = 0
+    while off + _FDE.size <= len(raw):
+        length, cie_delta, pc_begin, size = _FDE.unpack_from(raw, off)
+        if length in (0, _EXTENDED_LENGTH):
+            break
+        if cie_delta == 0:
+            is_usual_cie[off] = _has_usual_pointers(raw[off : off + 4 + length])
+        elif is_usual_cie.get(off + 4 - cie_delta, False) and size > 0:
+            rows.append((frame.start + off + 8 + pc_begin, size))
+        off += 4 + length
+    table = np.array(rows, dtype=np.int64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _has_usual_pointers(cie: bytes) -> bool:
+    """Say whether the FDEs of a CIE hold their range as two pcrel sdata4 words."""
+    # length, id 0 and version come before the augmentation string
+    augmentation, _, rest = cie[9:].partition(b"\0")
+    if augmentation not in _AUGMENTATIONS or len(rest) < 4:
+        return False
+    # One byte each on this architecture: code alignment, data alignment, return address column.
+    size = rest[3]
+    # In all these the encoding of pointers (R) is the last byte of the augmentation data.
+    return rest[3 + size : 4 + size] == bytes((_PCREL_SDATA4,))
 
 
 def _read_search_table(memory: Memory, hdr: Span) -> AddrArray:

@@ -15,13 +15,20 @@ from typing import BinaryIO
 
 import numpy as np
 
-from optpoline.discover.elf import ElfFacts, Segment, read_elf, read_elf_headers
-from optpoline.discover.functions import FunctionIndex, FunctionTable, Span, read_unwind_ranges
+from optpoline.discover.elf import ElfFacts, Segment, read_at, read_elf, read_elf_headers
+from optpoline.discover.functions import (
+    FunctionIndex,
+    FunctionTable,
+    Span,
+    read_frame_ranges,
+    read_unwind_ranges,
+)
 from optpoline.discover.symbols import SymbolTable
-from optpoline.discover.text import FileMemory, Memory, SegmentBytes, Text, make_text
+from optpoline.discover.text import FileMemory, SegmentBytes, Text, make_text
 from optpoline.discover.thunks import ThunkScan, find_thunks
 from optpoline.errors import OptpolineError
 from optpoline.model import Addr, Module
+from optpoline.process.memory import Memory
 
 __all__ = ["ModuleImage"]
 
@@ -153,18 +160,26 @@ class ModuleImage:
     def functions(self) -> FunctionIndex:
         """Where its functions are."""
         bias = self.module.load_bias
-        none = np.zeros(0, dtype=np.int64)
-        unwound = (none, none)
-        if self.facts.eh_frame_hdr is not None:
-            addr, size = self.facts.eh_frame_hdr
-            span = Span(Addr(addr + bias), Addr(addr + bias + size))
-            unwound = read_unwind_ranges(self._memory, span)
         boundaries = [start + bias for start, _ in self.facts.text_sections]
         boundaries += [span.start for span in self.code_ranges]
         if self.facts.entry:
             boundaries.append(self.facts.entry + bias)
         named = FunctionTable(*self.symbols.function_ranges())
-        return FunctionIndex(named, FunctionTable(*unwound), boundaries)
+        return FunctionIndex(named, self._unwound_functions(), boundaries)
+
+    def _unwound_functions(self) -> FunctionTable:
+        """Read the unwind table: the sorted one if there is one."""
+        bias = self.module.load_bias
+        if self.facts.eh_frame_hdr is not None:
+            addr, size = self.facts.eh_frame_hdr
+            span = Span(Addr(addr + bias), Addr(addr + bias + size))
+            return FunctionTable(*read_unwind_ranges(self._memory, span))
+        if self.facts.eh_frame is not None:
+            addr, size = self.facts.eh_frame
+            span = Span(Addr(addr + bias), Addr(addr + bias + size))
+            return FunctionTable(*read_frame_ranges(self._memory, span))
+        none = np.zeros(0, dtype=np.int64)
+        return FunctionTable(none, none)
 
     @cached_property
     def thunks(self) -> ThunkScan:
@@ -232,5 +247,5 @@ def _read_file(
 
 def _read_segment(stream: BinaryIO, segment: Segment) -> SegmentBytes:
     """Read the bytes that a file holds for a segment."""
-    stream.seek(segment.file_off)
-    return SegmentBytes(segment=segment, data=stream.read(segment.file_size))
+    data = read_at(stream, segment.file_off, segment.file_size)
+    return SegmentBytes(segment=segment, data=data)

@@ -5,7 +5,9 @@ A label's address is stored in data (a table of ``&&label``), relocated there,
 or taken by an instruction. More addresses are collected than are labels; one at
 which no instruction begins is none.
 
-Limit: a table of differences between labels holds no address and is not seen.
+Limits: a table of differences between labels holds no address and is not seen. In a
+position-independent file that is not loaded, small numbers look like addresses: there
+only relocations and rip-relative instructions count, and DT_RELR is not decoded.
 """
 
 from __future__ import annotations
@@ -102,9 +104,12 @@ def _has(addrs: AddrArray, addr: Addr) -> bool:
 
 def _collect_taken_addrs(image: ModuleImage) -> AddrArray:
     """Collect each address of the module's text that data or instructions hold."""
-    found = [scan_code_pointers(text.array, text.addr) for text in image.texts]
+    is_loaded = bool(image.module.mappings) or not image.facts.is_position_independent
+    found = [
+        scan_code_pointers(text.array, text.addr, with_absolute=is_loaded) for text in image.texts
+    ]
     found.append(read_relocations(image).pointers(image))
-    for addr, size in image.data_ranges():
+    for addr, size in image.data_ranges() if is_loaded else ():
         # Compilers align tables of labels; only whole words are looked at.
         start = addr + -addr % 8
         n_words = max(addr + size - start, 0) // 8

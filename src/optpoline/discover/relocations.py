@@ -96,7 +96,8 @@ def _read_tables(image: ModuleImage, dynamic: Addr, size: int) -> list[AddrArray
         tables: list[AddrArray] = []
         for addr_tag, size_tag in ((_DT_RELA, _DT_RELASZ), (_DT_JMPREL, _DT_PLTRELSZ)):
             table, table_size = values.get(addr_tag, 0), values.get(size_tag, 0)
-            if not table or not table_size:
+            # The program can write here: a size beyond the module is not believed.
+            if not table or not 0 < table_size <= module.end - module.start:
                 continue
             # glibc adds the load bias in place, other dynamic linkers do not.
             if not module.start <= table < module.end:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -19,21 +18,9 @@ from optpoline.errors import TargetFault
 from optpoline.model import Addr
 from optpoline.x86.decode import TextArray
 
-__all__ = ["FileMemory", "Memory", "SegmentBytes", "Text", "make_text"]
+__all__ = ["FileMemory", "SegmentBytes", "Text", "make_text"]
 
 _INT3 = 0xCC
-
-
-class Memory(Protocol):
-    """Something that addresses can be read from."""
-
-    def read(self, addr: Addr, size: int, /) -> bytes:
-        """Read exactly ``size`` bytes.
-
-        Raises:
-            TargetFault: if any of them cannot be read.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +47,7 @@ class FileMemory:
         """Keep the segments."""
         self._segments = tuple(segments)
 
-    def read(self, addr: Addr, size: int, /) -> bytes:
+    def read(self, addr: int, size: int) -> bytes:
         """Read from the segment that holds the whole range.
 
         Raises:

@@ -33,7 +33,7 @@ from optpoline.x86.signal_frame import (
     RED_ZONE_SIZE,
 )
 
-__all__ = ["ThreadPosition", "find_words", "is_thread_quiescent"]
+__all__ = ["MAX_STACK_SCAN_SIZE", "ThreadPosition", "find_words", "is_thread_quiescent"]
 
 ReadMemory = Callable[[int, int], bytes]
 

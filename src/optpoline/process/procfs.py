@@ -111,6 +111,8 @@ def read_maps(pid: int, *, proc_root: Path = _PROC) -> tuple[Mapping, ...]:
         PermissionDenied: if we may not look.
     """
     text = _read_text(f"{proc_root}/{pid}/maps", pid)
+    if not text:
+        raise ProcessGone(pid, f"process {pid} has no memory: it has exited, or is the kernel's")
     mappings = []
     for line in text.splitlines():
         fields = line.split(maxsplit=5)

@@ -256,12 +256,18 @@ def _mov_imm_offs() -> NDArray[np.int64]:
     return table
 
 
-def scan_code_pointers(text: TextArray, base: Addr) -> AddrArray:
+def scan_code_pointers(text: TextArray, base: Addr, *, with_absolute: bool = True) -> AddrArray:
     """Find where the text itself takes an address, as far as its bytes tell.
 
     Looks for ``lea reg, [rip+disp32]``, ``lea reg, [disp32]`` and for ``mov``
     and ``push`` of an immediate. More is returned than is meant as a pointer:
     the caller keeps what points to where it is interested in.
+
+    Args:
+        text: Bytes of the text.
+        base: Address of the first.
+        with_absolute: Whether to look at absolute addresses too, not only at
+            those relative to rip.
 
     Returns:
         The addresses, unsorted, with repetitions.
@@ -276,6 +282,8 @@ def scan_code_pointers(text: TextArray, base: Addr) -> AddrArray:
     modrm = text[lea + 1] & 0xC7
     relative = lea[modrm == 0x05]
     found.append(relative.astype(np.int64) + (base + 6) + words[relative + 2])
+    if not with_absolute:
+        return found[0]
     absolute = lea[(modrm == 0x04) & (text[lea + 2] == 0x25)]
     found.append(words[absolute + 3].astype(np.int64))
     # b8+r mov reg, imm32; with REX.W (48, 49) before it mov reg, imm64

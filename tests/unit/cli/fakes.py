@@ -22,7 +22,15 @@ from optpoline.report.summary import (
     TargetShare,
 )
 
-__all__ = ["FakeApi", "FakeEvent", "FakeKind", "FakeListing", "FakeSession", "make_site"]
+__all__ = [
+    "FakeApi",
+    "FakeEvent",
+    "FakeKind",
+    "FakeListing",
+    "FakeSession",
+    "make_site",
+    "make_summary",
+]
 
 
 class FakeKind(Enum):
@@ -50,18 +58,24 @@ class FakeListing:
     notes: tuple[str, ...] = ()
 
 
-def make_site(address: int = 0x401136, **changes: object) -> SiteSummary:
-    """Return a promoted site with two targets."""
-    site = SiteSummary(
+def make_site(
+    address: int = 0x401136,
+    *,
+    state: SiteState = SiteState.PROMOTED,
+    refusal: str | None = None,
+    function: str | None = "_ZN4Base3runEi+0x12",
+) -> SiteSummary:
+    """Return a site with two targets."""
+    return SiteSummary(
         module="/usr/bin/lua",
         address=address,
         offset=address - 0x400000,
-        function="_ZN4Base3runEi+0x12",
+        function=function,
         kind="call",
         operand="rax",
         thunk="__x86_indirect_thunk_rax",
-        state=SiteState.PROMOTED,
-        refusal=None,
+        state=state,
+        refusal=refusal,
         hit_rate=0.9934,
         rate_hz=1.25e6,
         targets=(
@@ -69,13 +83,12 @@ def make_site(address: int = 0x401136, **changes: object) -> SiteSummary:
             TargetShare(address=0x401300, function=None, share=0.25, promoted=False),
         ),
     )
-    return replace(site, **changes)  # type: ignore[arg-type]
 
 
-def make_summary(**changes: object) -> Summary:
+def make_summary() -> Summary:
     """Return the summary of a session at work."""
     module = ModuleSummary(path="/usr/bin/lua", n_sites=2, n_refused=1, n_thunks=3, n_plain=None)
-    summary = Summary(
+    return Summary(
         pid=4711,
         state=SessionState.WATCHING,
         modules=(module,),
@@ -89,7 +102,6 @@ def make_summary(**changes: object) -> Summary:
         relearned=0,
         notes=(),
     )
-    return replace(summary, **changes)  # type: ignore[arg-type]
 
 
 @dataclass

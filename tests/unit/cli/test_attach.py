@@ -194,7 +194,7 @@ def test_json_document(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     assert main(["attach", "1", "-q", "--json", str(path)], api=FakeApi()) == 0
     document = json.loads(path.read_text())
-    assert list(document)[0] == "schema_version"
+    assert next(iter(document)) == "schema_version"
     assert document["schema_version"] == 1
     assert document["state"] == "restored"
     assert document["n_sites"] == 2
@@ -260,3 +260,24 @@ def test_foreign_bytes_at_the_end_are_told(capsys: pytest.CaptureFixture[str]) -
     )
     assert main(["attach", "1"], api=api) == 0
     assert "note: 0x401136 holds another patcher's bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_progress_line_does_not_outlive_the_session(fails: bool) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    session = FakeSession(on_watch=lambda stop: SessionState.EXITED)
+    if fails:
+        session.errors["watch"] = ControllerActive("another one")
+    stream = Terminal()
+    plan = SessionPlan(learn_s=1.0, duration_s=None, leave=False)
+    console = Console(stream, Style())
+    if fails:
+        with pytest.raises(ControllerActive):
+            drive_session(session, plan, threading.Event(), console)
+    else:
+        drive_session(session, plan, threading.Event(), console)
+    assert "watching" in stream.getvalue()
+    assert stream.getvalue().endswith("\r\x1b[K")

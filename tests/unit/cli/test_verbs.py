@@ -59,7 +59,7 @@ def test_help_lists_every_verb_in_a_line(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     for verb in VERBS:
         assert f"\n  {verb} " in out
-    assert "..." not in out
+    assert "..." not in out.partition("Commands:")[2]
 
 
 @pytest.mark.parametrize("args", [[], ["bogus"], ["attach"], ["status", "1", "2"], ["sites", "-z"]])
@@ -224,14 +224,15 @@ def test_reader_that_goes_away() -> None:
 
 def test_help_imports_no_engine() -> None:
     code = (
-        "import sys; from optpoline.cli.main import main; main(['--help']);"
+        "import sys, types; package = types.ModuleType('optpoline');"
+        "package.__path__ = [sys.argv[1]]; sys.modules['optpoline'] = package;"
+        "from optpoline.cli.main import main; main(['--help']);"
         "heavy = {'numpy', 'iced_x86', 'elftools', 'cpp_demangle', 'rich'} & set(sys.modules);"
         "sys.exit(repr(heavy) if heavy else 0)"
     )
-    source = Path(__file__).parents[3] / "src"
+    source = Path(__file__).parents[3] / "src" / "optpoline"
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(source)},
+        [sys.executable, "-c", code, str(source)],
         capture_output=True,
         text=True,
         timeout=60,

@@ -233,8 +233,15 @@ def test_not_dumpable(proc: FakeProc) -> None:
 
 @pytest.mark.parametrize(
     ("scope", "cap", "allowed"),
-    [(0, 0, True), (1, 0, False), (2, 0, False), (3, 0, False)]
-    + [(1, CAP_SYS_PTRACE, True), (2, CAP_SYS_PTRACE, True), (3, CAP_SYS_PTRACE, False)],
+    [
+        (0, 0, True),
+        (1, 0, False),
+        (2, 0, False),
+        (3, 0, False),
+        (1, CAP_SYS_PTRACE, True),
+        (2, CAP_SYS_PTRACE, True),
+        (3, CAP_SYS_PTRACE, False),
+    ],
 )
 def test_yama(proc: FakeProc, scope: int, cap: int, allowed: bool) -> None:
     proc.set_sysctl("kernel/yama/ptrace_scope", str(scope))

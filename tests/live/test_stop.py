@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stopping real programs and letting them go, at every turn of their lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from optpoline.errors import ProcessGone, StopTimeout
+from optpoline.process.memory import RemoteMemory
+from optpoline.process.procfs import (
+    list_tids,
+    read_start_time,
+    read_state_char,
+    read_status,
+    read_thread_state,
+)
+from optpoline.process.stop import Wake, stop_threads
+from optpoline.x86.syscalls import SYS_GETPID
+from tests.live.conftest import StartTarget
+
+pytestmark = pytest.mark.live
+
+AVX = ("-mavx",)
+
+
+def _is_untraced(pid: int) -> bool:
+    return all(read_status(pid, tid=tid).tracer_pid == 0 for tid in list_tids(pid))
+
+
+def test_running_threads_stand_and_run_on(start_target: StartTarget) -> None:
+    target = start_target("calls", "spin", "3", flags=AVX)
+    with RemoteMemory(target.pid) as memory:
+        with stop_threads(target.pid, memory=memory) as stop:
+            tids = {thread.tid for thread in stop.stopped}
+            assert tids | set(stop.asleep) == set(list_tids(target.pid))
+            assert {read_state_char(target.pid, tid) for tid in tids} == {"t"}
+            assert not any(thread.in_syscall for thread in stop.stopped)
+        assert stop.duration_ns > 0
+        assert _is_untraced(target.pid)
+    assert target.finish().startswith("ok")
+
+
+def test_sleeping_threads_are_not_disturbed(start_target: StartTarget) -> None:
+    target = start_target("calls", "read", "4", flags=AVX)
+    target.wait_for_state("S")
+    tids = list_tids(target.pid)
+    before = {tid: read_thread_state(target.pid, tid) for tid in tids}
+    with RemoteMemory(target.pid) as memory:
+        for _ in range(20):
+            with stop_threads(target.pid, memory=memory, wake=Wake.NONE) as stop:
+                assert stop.stopped == ()
+                assert stop.asleep == tids
+            assert stop.duration_ns == 0
+    assert {tid: read_thread_state(target.pid, tid) for tid in tids} == before
+    assert target.finish().startswith("ok 4 ")
+
+
+def test_all_can_be_woken(start_target: StartTarget) -> None:
+    target = start_target("calls", "epoll", "3", flags=AVX)
+    target.wait_for_state("S")
+    with RemoteMemory(target.pid) as memory:
+        for _ in range(20):
+            with stop_threads(target.pid, memory=memory, wake=Wake.ALL) as stop:
+                assert {thread.tid for thread in stop.stopped} == set(list_tids(target.pid))
+    assert target.finish().startswith("ok")
+
+
+def test_many_running_threads(start_target: StartTarget) -> None:
+    target = start_target("calls", "spin", "64", flags=AVX)
+    durations_ns = []
+    with RemoteMemory(target.pid) as memory:
+        for _ in range(20):
+            with stop_threads(target.pid, memory=memory, wake=Wake.NONE) as stop:
+                assert len(stop.stopped) >= 60
+            durations_ns.append(stop.duration_ns)
+    print(f"64 threads: median {sorted(durations_ns)[10] / 1e6:.3f} ms, "  # noqa: T201
+          f"max {max(durations_ns) / 1e6:.3f} ms")  # fmt: skip
+    assert target.finish().startswith("ok")
+
+
+def test_threads_that_come_and_go(start_target: StartTarget) -> None:
+    target = start_target("calls", "short", "6", flags=AVX)
+    with RemoteMemory(target.pid) as memory:
+        for _ in range(200):
+            with stop_threads(target.pid, memory=memory, wake=Wake.NONE):
+                pass
+        assert _is_untraced(target.pid)
+    assert target.finish().startswith("ok")
+
+
+def test_timeout_lets_everything_go(start_target: StartTarget) -> None:
+    target = start_target("calls", "spin", "8", flags=AVX)
+    with RemoteMemory(target.pid) as memory:
+        for _ in range(20):
+            with (
+                pytest.raises(StopTimeout) as caught,
+                stop_threads(target.pid, memory=memory, wake=Wake.NONE, timeout_ns=1),
+            ):
+                pytest.fail("not reached")
+            assert caught.value.waited_ns == 1
+            assert _is_untraced(target.pid)
+    assert target.finish().startswith("ok")
+
+
+def test_group_stopped_target_stays_stopped(start_target: StartTarget) -> None:
+    target = start_target("calls", "spin", "2", flags=AVX)
+    os.kill(target.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, target.pid, os.WSTOPPED)
+    with RemoteMemory(target.pid) as memory:
+        for _ in range(10):
+            with stop_threads(target.pid, memory=memory) as stop:
+                assert stop.stopped == ()
+                assert stop.inject(SYS_GETPID) == target.pid
+            target.wait_for_state("T")
+            assert _is_untraced(target.pid)
+    os.kill(target.pid, signal.SIGCONT)
+    assert target.finish().startswith("ok")
+
+
+# Not epoll: there Linux itself answers EINTR to stop and continue, signal(7).
+@pytest.mark.parametrize("mode", ["spin", "read", "nanosleep"])
+def test_stop_signal_in_the_middle(start_target: StartTarget, mode: str) -> None:
+    target = start_target("calls", mode, "2", flags=AVX)
+    with RemoteMemory(target.pid) as memory:
+        for _ in range(10):
+            with stop_threads(target.pid, memory=memory) as stop:
+                assert stop.inject(SYS_GETPID) == target.pid
+                os.kill(target.pid, signal.SIGSTOP)
+                assert stop.inject(SYS_GETPID) == target.pid
+            target.wait_for_state("T")
+            os.kill(target.pid, signal.SIGCONT)
+            target.wait_for_state("RS")
+    assert target.finish().startswith("ok")
+
+
+def test_killed_in_the_middle(start_target: StartTarget) -> None:
+    target = start_target("calls", "spin", "4", flags=AVX)
+    with RemoteMemory(target.pid) as memory, pytest.raises(ProcessGone):
+        with stop_threads(target.pid, memory=memory) as stop:
+            assert stop.inject(SYS_GETPID) == target.pid
+            os.kill(target.pid, signal.SIGKILL)
+            stop.inject(SYS_GETPID)
+    # Its parent, here ourselves, still learns how it ended.
+    target.finish(-signal.SIGKILL)
+
+
+@pytest.mark.parametrize("wake", list(Wake))
+def test_exit_while_stopping(start_target: StartTarget, wake: Wake) -> None:
+    for usec in range(0, 20_000, 1_500):
+        target = start_target("events", "exit", str(usec))
+        with pytest.raises(ProcessGone):
+            with RemoteMemory(target.pid) as memory:
+                while True:
+                    with stop_threads(target.pid, memory=memory, wake=wake):
+                        pass
+        target.finish(7)
+
+
+def test_exec_while_stopping(start_target: StartTarget) -> None:
+    target = start_target("events", "exec", "20", "3000")
+    start_time = read_start_time(target.pid)
+    n_programs = 0
+    while True:
+        try:
+            if read_state_char(target.pid, target.pid) == "Z":
+                break
+            with RemoteMemory(target.pid) as memory:
+                n_programs += 1
+                while True:
+                    with stop_threads(target.pid, memory=memory, wake=Wake.NONE):
+                        pass
+        except ProcessGone:
+            continue
+    assert n_programs > 5
+    assert read_start_time(target.pid) == start_time
+    assert target.finish() == "ok\n"
+
+
+def test_vfork_child_is_stopped_too(start_target: StartTarget) -> None:
+    target = start_target("events", "vfork")
+    target.wait_for_state("D")
+    with RemoteMemory(target.pid) as memory:
+        with stop_threads(target.pid, memory=memory, wake=Wake.NONE) as stop:
+            (child,) = stop.stopped
+            assert read_status(child.pid).ppid == target.pid
+            assert stop.asleep == (target.pid,)
+        assert _is_untraced(child.pid)
+    assert target.finish() == "ok\n"

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counting blocks: their cells, what is read from them, and when they grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optpoline.learn.counting import (
+    FIRST_OPEN_SLOTS,
+    MAX_OPEN_SLOTS,
+    MIN_COUNT_TO_GROW,
+    SiteCounts,
+    n_cells,
+    next_open_slots,
+    plan_counting,
+    read_counts,
+    subtract,
+)
+from optpoline.model import Addr, BlockPlan, Count, Guard, Miss, TreeNode
+from tests.emulate.block_model import run_plan
+
+CELLS_ADDR = Addr(0x7000_0000)
+THUNK_ADDR = Addr(0x40_0000)
+addresses = st.integers(1, (1 << 64) - 1).map(Addr)
+
+
+def chain(targets: list[Addr]) -> TreeNode:
+    """Return guards in a row."""
+    tree: TreeNode = Miss()
+    for target in reversed(targets):
+        tree = Guard(target, None, tree)
+    return tree
+
+
+def make_plan(targets: list[Addr], n_open: int) -> BlockPlan:
+    """Return a counting plan for known targets."""
+    return plan_counting(
+        operand="rax",
+        thunk_addr=THUNK_ADDR,
+        tree=chain(targets),
+        n_open=n_open,
+        cells_addr=CELLS_ADDR,
+    )
+
+
+def all_cells(plan: BlockPlan) -> list[int]:
+    """Return the addresses of every cell of a plan."""
+    cells: list[int] = [] if plan.miss_count_addr is None else [plan.miss_count_addr]
+    cells += [addr for _, addr in plan.hit_count_addrs]
+    for slot in plan.open_slots:
+        cells += [slot.target_addr, slot.count_addr]
+    return cells
+
+
+def reader(cells: dict[int, int]) -> Callable[[Addr], int]:
+    """Return a load of counter cells; all that was not written is 0."""
+    return lambda addr: cells.get(addr, 0)
+
+
+@given(st.lists(addresses, unique=True, max_size=40), st.integers(0, 64))
+def test_cells_are_aligned_apart_and_inside_what_was_asked_for(targets, n_open):
+    plan = make_plan(targets, n_open)
+    cells = all_cells(plan)
+    assert len(set(cells)) == len(cells) == n_cells(len(targets), n_open)
+    assert sorted(cells) == [CELLS_ADDR + 8 * i for i in range(len(cells))]
+    assert [target for target, _ in plan.hit_count_addrs] == targets
+
+
+@given(
+    known=st.lists(addresses, unique=True, max_size=6),
+    taken=st.lists(st.integers(0, 11), max_size=300),
+    others=st.lists(addresses, unique=True, min_size=12, max_size=12),
+    n_open=st.integers(0, 8),
+)
+def test_what_was_taken_is_what_is_read(known, taken, others, n_open):
+    plan = make_plan(known, n_open)
+    universe = [*known, *(other for other in others if other not in known)][:12]
+    cells: dict[int, int] = {}
+    seen: dict[Addr, int] = {}
+    for i in taken:
+        target = universe[i % len(universe)]
+        run_plan(plan, target, cells)
+        seen[target] = seen.get(target, 0) + 1
+    counts = read_counts(plan, reader(cells))
+    assert counts.total == len(taken)
+    for count in counts.counts:
+        assert count.hit_count == seen[count.target]
+    # First come, first served: known ones, then as many as there are slots.
+    strangers = [target for target in seen if target not in known]
+    expected = {t for t in seen if t in known} | set(strangers[:n_open])
+    assert {count.target for count in counts.counts} == expected
+    assert counts.n_unknown == sum(seen[target] for target in strangers[n_open:])
+    order = [(-count.hit_count, count.target) for count in counts.counts]
+    assert order == sorted(order)
+
+
+@given(
+    first=st.lists(st.integers(0, 8), max_size=100),
+    second=st.lists(st.integers(0, 8), max_size=100),
+)
+def test_subtract_gives_the_second_window(first, second):
+    targets = [Addr(0x1000 * (i + 1)) for i in range(9)]
+    plan = make_plan(targets[:2], 4)
+    cells: dict[int, int] = {}
+    for i in first:
+        run_plan(plan, targets[i], cells)
+    earlier = read_counts(plan, reader(cells))
+    for i in second:
+        run_plan(plan, targets[i], cells)
+    window = subtract(read_counts(plan, reader(cells)), earlier)
+    assert window.total == len(second)
+    for count in window.counts:
+        assert count.hit_count == second.count(targets.index(count.target))
+
+
+def test_subtract_leaves_out_what_did_not_move_or_went_back() -> None:
+    a, b, c = Addr(16), Addr(32), Addr(48)
+    earlier = SiteCounts(
+        counts=(Count(target=a, hit_count=10), Count(target=b, hit_count=5)), n_unknown=7
+    )
+    later = SiteCounts(
+        counts=(
+            Count(target=a, hit_count=10),
+            Count(target=c, hit_count=3),
+            Count(target=b, hit_count=2),
+        ),
+        n_unknown=5,
+    )
+    assert subtract(later, earlier) == SiteCounts(
+        counts=(Count(target=c, hit_count=3),), n_unknown=0
+    )
+
+
+def test_two_slots_with_one_target_are_added_up() -> None:
+    # Two threads claimed a slot each, for the same target at the same moment.
+    plan = make_plan([Addr(0x1000)], 2)
+    one, other = plan.open_slots
+    cells = {
+        one.target_addr: 0x2000,
+        one.count_addr: 3,
+        other.target_addr: 0x2000,
+        other.count_addr: 4,
+    }
+    assert read_counts(plan, reader(cells)).counts == (Count(target=Addr(0x2000), hit_count=7),)
+
+
+def test_slot_with_a_target_and_no_count_yet() -> None:
+    plan = make_plan([], 1)
+    cells = {int(plan.open_slots[0].target_addr): 0x2000}
+    assert read_counts(plan, reader(cells)) == SiteCounts(counts=(), n_unknown=0)
+
+
+def test_shares_add_up_to_what_is_known() -> None:
+    counts = SiteCounts(
+        counts=(Count(target=Addr(16), hit_count=6), Count(target=Addr(32), hit_count=2)),
+        n_unknown=2,
+    )
+    assert counts.total == 10
+    assert counts.shares() == {16: pytest.approx(0.6), 32: pytest.approx(0.2)}
+    assert SiteCounts(counts=(), n_unknown=0).shares() == {}
+
+
+@pytest.mark.parametrize(
+    ("n_known", "n_unknown", "expected"),
+    [
+        (0, 0, 0),
+        (0, MIN_COUNT_TO_GROW - 1, 0),
+        (0, MIN_COUNT_TO_GROW, FIRST_OPEN_SLOTS),
+        (1, 1000, FIRST_OPEN_SLOTS),
+        (4, 1000, 8),
+        (12, 1000, 24),
+        (36, 1000, MAX_OPEN_SLOTS),
+        (100, 1000, MAX_OPEN_SLOTS),
+    ],
+)
+def test_slots_double_until_the_bound(n_known: int, n_unknown: int, expected: int) -> None:
+    counts = SiteCounts(
+        counts=tuple(Count(target=Addr(16 * (i + 1)), hit_count=10) for i in range(n_known)),
+        n_unknown=n_unknown,
+    )
+    assert next_open_slots(counts) == expected
+
+
+def test_site_grows_only_above_half_a_percent_unknown() -> None:
+    known = (Count(target=Addr(16), hit_count=99_500),)
+    assert next_open_slots(SiteCounts(counts=known, n_unknown=499)) == 0
+    assert next_open_slots(SiteCounts(counts=known, n_unknown=501)) == FIRST_OPEN_SLOTS
+
+
+def test_a_site_with_80_targets_is_known_after_four_rounds() -> None:
+    targets = [Addr(0x1000 + 16 * i) for i in range(80)]
+    known: list[Addr] = []
+    n_open, rounds = FIRST_OPEN_SLOTS, 0
+    while n_open:
+        rounds += 1
+        plan, cells = make_plan(known, n_open), dict[int, int]()
+        for i in range(8000):
+            run_plan(plan, targets[i % 80], cells)
+        counts = read_counts(plan, reader(cells))
+        known = [count.target for count in counts.counts]
+        n_open = next_open_slots(counts)
+    assert rounds == 4
+    assert sorted(known) == targets

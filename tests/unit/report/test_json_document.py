@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents are what docs/json.md says they are."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from optpoline.errors import OptpolineError
+from optpoline.process.permissions import Check, CheckStatus
+from optpoline.report.json_document import (
+    JsonObject,
+    JsonValue,
+    checks_document,
+    detach_document,
+    encode_document,
+    error_document,
+    session_document,
+    sites_document,
+    status_document,
+)
+from optpoline.report.summary import DetachOutcome, DetachResult, LeftBehind
+from tests.unit.cli.fakes import make_summary
+
+RESULT = DetachResult(outcome=DetachOutcome.CLEAN, restored=1, foreign=(0x10,), notes=("n",))
+LEFT = LeftBehind(
+    pid=1,
+    controller_pid=2,
+    controller_alive=True,
+    arenas=1,
+    sites=1,
+    baseline=0,
+    foreign=0,
+    site_addresses=((0x10, "patched"),),
+)
+CHECK = Check(name="kind", status=CheckStatus.OK, sentence="fine")
+SUMMARY = make_summary()
+
+DOCUMENTS: dict[str, JsonObject] = {
+    "session": session_document(SUMMARY, RESULT, command="attach"),
+    "sites": sites_document("1", SUMMARY.modules, SUMMARY.sites, ("n",)),
+    "status": status_document(1, LEFT),
+    "detach": detach_document(1, RESULT),
+    "doctor": checks_document(1, (CHECK,), (CHECK,), 0),
+    "error": error_document(OptpolineError("m", hint="h"), 1),
+}
+
+
+def field_names(value: JsonValue) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield name
+            yield from field_names(inner)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for inner in value:
+            yield from field_names(inner)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_begin_with_their_version(name: str) -> None:
+    text = encode_document(DOCUMENTS[name])
+    assert text.startswith('{\n  "schema_version": 1,')
+    assert text.endswith("}\n")
+    assert json.loads(text) == json.loads(json.dumps(DOCUMENTS[name]))
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_field_is_documented(name: str) -> None:
+    manual = (Path(__file__).parents[3] / "docs" / "json.md").read_text()
+    documented = set(re.findall(r"`([a-z_]+)`", manual))
+    assert set(field_names(DOCUMENTS[name])) <= documented
+
+
+def test_what_was_promised_is_there() -> None:
+    promised = {"state", "sites", "promoted", "hit_rate", "stops", "stop_ms_max"} | {
+        "stop_ms_total",
+        "learning_s",
+        "schema_version",
+    }
+    document = DOCUMENTS["session"]
+    assert promised <= set(document)
+    sites = document["sites"]
+    assert isinstance(sites, Sequence)
+    site = sites[0]
+    assert isinstance(site, Mapping)
+    assert {"module", "address", "function", "kind", "targets"} <= set(site)
+
+
+def test_numbers_json_does_not_have_are_refused() -> None:
+    document = session_document(replace(SUMMARY, hit_rate=math.nan), None, command="run")
+    with pytest.raises(ValueError, match="JSON"):
+        encode_document(document)
+
+
+def test_absent_results_are_null() -> None:
+    assert status_document(1, None)["left_behind"] is None
+    assert detach_document(1, None)["detach"] is None
+    assert session_document(SUMMARY, None, command="run", exit_status=3)["exit_status"] == 3

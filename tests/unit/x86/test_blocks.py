@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of blocks: golden files, and rules that hold for every kind of block.
+
+``OPTPOLINE_UPDATE_GOLDEN=1`` writes the golden files anew; read the difference.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from optpoline.errors import EncodeRangeError
+from optpoline.model import Addr, BlockPlan, Guard, Miss, Split, tree_targets
+from optpoline.x86.assembler import JMP32_SIZE, REGISTER_NUMBERS
+from optpoline.x86.blocks import (
+    BLOCK_ALIGNMENT,
+    HEAD_SIZE,
+    POISON,
+    block_literals,
+    encode_block,
+    encode_redirect,
+    fits_immediate,
+)
+from tests.emulate.block_kinds import (
+    KINDS,
+    LAYOUTS,
+    OPERANDS,
+    Image,
+    Layout,
+    LiteralTable,
+    encode_image,
+)
+from tests.emulate.disassemble import disassemble
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "blocks"
+UPDATE = "OPTPOLINE_UPDATE_GOLDEN" in os.environ
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def name_addr(image: Image, addr: int) -> str:
+    """Return a name for an address that a block branches or points to."""
+    layout = image.layout
+    if addr == layout.thunk_addr:
+        return "thunk"
+    if addr in layout.targets:
+        return f"target {layout.targets.index(Addr(addr))}"
+    for value, literal_addr in image.literals.values.items():
+        if addr == literal_addr:
+            return f"literal {value:#x}"
+    if layout.counter_addr <= addr < layout.counter_addr + 4096:
+        return f"counter {(addr - layout.counter_addr) // 8}"
+    return f"+{addr - layout.block_addr:#x}"
+
+
+def listing(image: Image) -> str:
+    """Return a block as offset, bytes, instruction and what it refers to."""
+    lines: list[str] = []
+    for insn in disassemble(image.code, image.layout.block_addr):
+        code = image.code[insn.off : insn.off + insn.size].hex(" ")
+        line = f"{insn.off:04x}  {code:32}  {insn.mnemonic} {insn.text}".rstrip()
+        addr = insn.branch_addr if insn.branch_addr is not None else insn.memory_addr
+        if addr is not None:
+            line = f"{line:80}  ; {name_addr(image, addr)}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def check_golden(name: str, text: str) -> None:
+    """Compare text with a golden file."""
+    path = GOLDEN / f"{name}.txt"
+    if UPDATE:
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=lambda layout: layout.name)
+@each_kind
+def test_golden_kind(kind: str, layout: Layout) -> None:
+    operand = "rax" if layout.name == "fixed" else "r11"
+    image = encode_image(KINDS[kind](layout, operand), layout)
+    check_golden(f"{kind}-{layout.name}-{operand}", listing(image))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=lambda layout: layout.name)
+def test_golden_registers(layout: Layout) -> None:
+    # One guard and one open slot: each instruction that names the operand.
+    parts: list[str] = []
+    for operand in OPERANDS:
+        plan = KINDS["learn-mixed"](layout, operand)
+        tree = Guard(layout.targets[0], None, Miss())
+        plan = BlockPlan(
+            operand=operand,
+            tree=tree,
+            thunk_addr=plan.thunk_addr,
+            miss_count_addr=plan.miss_count_addr,
+            open_slots=plan.open_slots[:1],
+        )
+        parts.append(f"{operand}\n{listing(encode_image(plan, layout))}")
+    check_golden(f"registers-{layout.name}", "\n".join(parts))
+
+
+def test_no_golden_file_is_left_over() -> None:
+    names = {f"{kind}-fixed-rax.txt" for kind in KINDS} | {f"{kind}-pie-r11.txt" for kind in KINDS}
+    names |= {"registers-fixed.txt", "registers-pie.txt"}
+    assert {path.name for path in GOLDEN.iterdir()} == names
+
+
+@each_layout
+@each_kind
+def test_rules_of_every_block(kind: str, layout: Layout) -> None:
+    for operand in OPERANDS:
+        check_rules(KINDS[kind](layout, operand), layout)
+
+
+def check_rules(plan: BlockPlan, layout: Layout) -> None:
+    """Check what must hold for the bytes of any block."""
+    image = encode_image(plan, layout)
+    insns = disassemble(image.code, layout.block_addr)
+    starts = {insn.off for insn in insns}
+    targets = set(tree_targets(plan.tree))
+    cells = {addr for _, addr in plan.hit_count_addrs}
+    cells |= {slot.count_addr for slot in plan.open_slots}
+    cells |= set() if plan.miss_count_addr is None else {plan.miss_count_addr}
+    slots = {slot.target_addr for slot in plan.open_slots}
+    literals = set(image.literals.values.values())
+
+    assert {insn.mnemonic for insn in insns} <= {
+        *("cmp", "cmpq", "movq", "incq", "je", "jne", "jb", "jmp", "int3")
+    }
+    for insn, following in pairwise(insns):
+        if insn.mnemonic == "jmp":
+            assert following.mnemonic == "int3"
+        elif insn.mnemonic in ("je", "jb", "jne"):
+            assert following.mnemonic != "int3"
+    assert insns[-1].mnemonic == "int3"
+    for insn in insns:
+        assert not insn.is_indirect
+        assert insn.writes == ()
+        if insn.branch_addr is not None:
+            off = insn.branch_addr - layout.block_addr
+            assert insn.branch_addr in targets | {plan.thunk_addr} or off in starts
+            # Forward only: a block cannot loop.
+            assert insn.branch_addr in targets | {plan.thunk_addr} or off > insn.off
+        match insn.mnemonic:
+            case "incq":
+                assert insn.memory_addr in cells
+            case "movq":
+                assert insn.memory_addr in slots
+            case "cmp" | "cmpq":
+                assert insn.memory_addr is None or insn.memory_addr in literals | slots
+    guarded = {insn.branch_addr for insn in insns} & targets
+    assert guarded == targets
+    assert tuple(image.literals.values) == tuple(
+        dict.fromkeys(value for value in image.literals.values if not fits_immediate(value))
+    )
+    assert set(block_literals(plan)) == set(image.literals.values)
+
+
+@each_layout
+@each_kind
+def test_counters_decide_no_branch_to_a_target(kind: str, layout: Layout) -> None:
+    # What follows a compare with a counter cell stays inside the block.
+    plan = KINDS[kind](layout, "rdx")
+    image = encode_image(plan, layout)
+    slots = {slot.target_addr for slot in plan.open_slots}
+    for insn, following in pairwise(disassemble(image.code, layout.block_addr)):
+        if insn.mnemonic.startswith("cmp") and insn.memory_addr in slots:
+            assert following.mnemonic in ("je", "jne")
+            assert following.branch_addr is not None
+            assert 0 < following.branch_addr - layout.block_addr < len(image.code)
+
+
+@each_layout
+@each_kind
+def test_head_can_be_redirected(kind: str, layout: Layout) -> None:
+    for operand in OPERANDS:
+        check_head(encode_image(KINDS[kind](layout, operand), layout), layout)
+
+
+def check_head(image: Image, layout: Layout) -> None:
+    """Check what one 8-byte store may do to the head of a block."""
+    addr, other = layout.block_addr, layout.other_addr
+    insns = disassemble(image.code, addr)
+    boundaries = [insn.off for insn in insns if 0 < insn.off < HEAD_SIZE]
+    assert insns[0].size >= JMP32_SIZE
+    assert all(off >= JMP32_SIZE for off in boundaries)
+
+    head = image.code.ljust(HEAD_SIZE, bytes((POISON,)))[:HEAD_SIZE]
+    new = encode_redirect(head, addr, other).to_bytes(HEAD_SIZE, "little")
+    jump, stop = disassemble(new[: JMP32_SIZE + 1], addr)
+    assert (jump.mnemonic, jump.branch_addr) == ("jmp", other)
+    # No straight-line speculation past the jump into half an instruction.
+    assert stop.mnemonic == "int3"
+    # Byte 5 can change only where no thread can be about to execute it.
+    assert JMP32_SIZE not in boundaries or head[JMP32_SIZE] == POISON
+    assert new[JMP32_SIZE + 1 :] == head[JMP32_SIZE + 1 :]
+
+
+def test_redirect_out_of_reach() -> None:
+    head = bytes(8)
+    with pytest.raises(EncodeRangeError) as caught:
+        encode_redirect(head, Addr(0x1000), Addr(0x1005 + (1 << 31)))
+    assert caught.value.dst_addr == 0x1005 + (1 << 31)
+    encode_redirect(head, Addr(0x1000), Addr(0x1005 + (1 << 31) - 1))
+
+
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [
+        (0, True),
+        ((1 << 31) - 1, True),
+        (1 << 31, False),
+        ((1 << 32) - 1, False),
+        ((1 << 64) - 1, False),
+    ],
+)
+def test_fits_immediate(value: int, fits: bool) -> None:
+    assert fits_immediate(value) is fits
+
+
+@each_layout
+def test_compares_with_all_64_bits_of_rsp_too(layout: Layout) -> None:
+    # No thunk takes its target in rsp; the encoder does not depend on that.
+    assert "rsp" in REGISTER_NUMBERS
+    image = encode_image(KINDS["learn-mixed"](layout, "rsp"), layout)
+    compares = [
+        insn for insn in disassemble(image.code, layout.block_addr) if insn.mnemonic == "cmpq"
+    ]
+    assert compares
+    assert all(insn.text.endswith(("%rsp", "(%rip)")) for insn in compares)
+
+
+@pytest.mark.parametrize("operand", ["eax", "rip", "xmm0", "", "r16"])
+def test_unknown_operand(operand: str) -> None:
+    with pytest.raises(KeyError):
+        encode_image(KINDS["one"](LAYOUTS[0], operand), LAYOUTS[0])
+
+
+def far_plan(*, target: int = 0x40_0000, thunk: int = 0x40_1000, miss: int | None = None):
+    """Return a plan with one address to be put out of reach."""
+    return BlockPlan(
+        operand="rax",
+        tree=Guard(Addr(target), None, Miss()),
+        thunk_addr=Addr(thunk),
+        miss_count_addr=None if miss is None else Addr(miss),
+    )
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        far_plan(target=0x7F00_0000_0000),
+        far_plan(thunk=0x7F00_0000_0000),
+        far_plan(miss=0x7F00_0000_0000),
+        far_plan(target=(1 << 64) - 1),
+    ],
+)
+def test_out_of_reach_is_an_error_never_an_indirect_branch(plan: BlockPlan) -> None:
+    with pytest.raises(EncodeRangeError):
+        encode_block(plan, Addr(0x1000_0000), LiteralTable(Addr(0x1100_0000)))
+
+
+def test_literal_out_of_reach() -> None:
+    target = Addr(0x5555_5555_0000)
+    with pytest.raises(EncodeRangeError):
+        encode_block(
+            far_plan(target=target, thunk=target + 64),
+            Addr(target - 4096),
+            LiteralTable(Addr(0x1000)),
+        )
+
+
+def test_a_literal_is_shared_between_nodes() -> None:
+    layout = LAYOUTS[1]
+    key = layout.targets[1]
+    tree = Split(
+        key, Guard(layout.targets[0], None, Miss()), Guard(key, None, Miss())
+    )
+    plan = BlockPlan(operand="rbx", tree=tree, thunk_addr=layout.thunk_addr)
+    assert block_literals(plan) == (key, layout.targets[0])
+    assert len(encode_image(plan, layout).literals.values) == 2
+
+
+def test_size_of_a_whole_dispatch_site() -> None:
+    # 128 guards in binary order: every inner branch finds its width.
+    layout = LAYOUTS[1]
+    targets = tuple(Addr(layout.targets[0] + 64 * i) for i in range(128))
+
+    def balanced(low: int, high: int) -> Guard | Miss:
+        if low == high:
+            return Miss()
+        middle = (low + high) // 2
+        return Guard(targets[middle], balanced(low, middle), balanced(middle + 1, high))
+
+    plan = BlockPlan(operand="rdi", tree=balanced(0, 128), thunk_addr=layout.thunk_addr)
+    image = encode_image(plan, layout)
+    insns = disassemble(image.code, layout.block_addr)
+    assert {insn.branch_addr for insn in insns if insn.mnemonic == "je"} == set(targets)
+    assert len(image.code) < 128 * 24
+    assert layout.block_addr % BLOCK_ALIGNMENT == 0
