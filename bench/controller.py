@@ -9,6 +9,7 @@ summary.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -23,7 +24,19 @@ from typing import cast
 from bench.errors import BenchError
 from bench.paths import OPTPOLINE
 
-__all__ = ["Controller", "Summary", "attach_and_settle"]
+__all__ = [
+    "ATTACHED_LINE",
+    "LEARNING_LINE",
+    "PROMOTED_LINE",
+    "Controller",
+    "Summary",
+    "attach_and_settle",
+]
+
+ATTACHED_LINE = "attached: "
+LEARNING_LINE = "learning "
+PROMOTED_LINE = "promoted "
+"""How the lines begin that tell of its progress."""
 
 _PROMOTED_S = 30.0
 """Longest wait for the first promotion; it is due after the learning window of 1 s."""
@@ -73,7 +86,7 @@ class Summary:
             rate = fields["hit_rate"]
             return cls(
                 state=str(fields["state"]),
-                sites=int(cast(int, fields["sites"])),
+                sites=int(cast(int, fields["n_sites"])),
                 promoted=int(cast(int, fields["promoted"])),
                 hit_rate=None if rate is None else float(cast(float, rate)),
                 stops=int(cast(int, fields["stops"])),
@@ -100,10 +113,10 @@ class Controller:
         self.work: list[tuple[int, int]] = []
         self.started_ns = time.monotonic_ns()
         self._lines: list[tuple[int, str]] = []
-        with tempfile.NamedTemporaryFile(prefix="optpoline-", suffix=".json", delete=False) as made:
-            self._json = Path(made.name)
+        self._directory = Path(tempfile.mkdtemp(prefix="optpoline-"))
+        self._json = self._directory / "summary.json"
         self._process = subprocess.Popen(
-            [str(OPTPOLINE), "attach", str(pid), "--json", str(self._json), *extra],
+            [str(OPTPOLINE), "attach", str(pid), "--verbose", "--json", str(self._json), *extra],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -122,12 +135,14 @@ class Controller:
         """Whether the command has not ended yet."""
         return self._process.poll() is None
 
-    def said_ns(self, word: str, *, last: bool = False) -> int | None:
-        """When it first (or last) wrote a line that begins with a word; None if never."""
-        times = [at for at, line in list(self._lines) if line.startswith(word)]
-        if not times:
-            return None
-        return times[-1] if last else times[0]
+    def said_ns(self, word: str) -> int | None:
+        """When it first wrote a line that begins with a word; None if never."""
+        return next((at for at, line in list(self._lines) if line.startswith(word)), None)
+
+    def last_said_ns(self) -> int:
+        """When it wrote its last line; 0 if it wrote none."""
+        lines = list(self._lines)
+        return lines[-1][0] if lines else 0
 
     def words(self) -> str:
         """Its last lines, for an error message."""
@@ -147,12 +162,13 @@ class Controller:
             self._reader.join(timeout=5)
             if self._process.stderr is not None:
                 self._process.stderr.close()
-        if self.summary is None:
+        try:
             if status != 0:
-                self._json.unlink(missing_ok=True)
                 raise BenchError(f"optpoline ended with status {status}:\n{self.words()}")
-            self.summary = Summary.from_file(self._json)
-            self._json.unlink(missing_ok=True)
+            if self.summary is None:
+                self.summary = Summary.from_file(self._json)
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def __enter__(self) -> Controller:
         """Return the running controller."""
@@ -213,11 +229,10 @@ def _settle(controller: Controller, drive: Callable[[], int]) -> None:
         controller.work.append((now, elapsed))
         if not controller.is_running():
             raise BenchError(f"optpoline ended early:\n{controller.words()}")
-        changed = controller.said_ns("promoted ", last=True)
-        if changed is None:
+        if controller.said_ns(PROMOTED_LINE) is None:
             if now - begin > _PROMOTED_S * 1e9:
                 raise BenchError(
                     f"nothing was promoted within {_PROMOTED_S:.0f} s:\n{controller.words()}"
                 )
-        elif now - changed > _QUIET_S * 1e9 or now - begin > _SETTLED_S * 1e9:
+        elif now - controller.last_said_ns() > _QUIET_S * 1e9 or now - begin > _SETTLED_S * 1e9:
             return

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from bench import statistics
 from bench.build import Variant
-from bench.controller import Controller, Summary, attach_and_settle
+from bench.controller import LEARNING_LINE, PROMOTED_LINE, Controller, Summary, attach_and_settle
 from bench.errors import BenchError
 from bench.rounds import take_turns
 
@@ -151,7 +151,7 @@ def learning_slowdown(controller: Controller, before_ns: int) -> float | None:
     Returns:
         Median time over ``before_ns``, or None where none lay wholly inside.
     """
-    begin, end = controller.said_ns("learning"), controller.said_ns("promoted ")
+    begin, end = controller.said_ns(LEARNING_LINE), controller.said_ns(PROMOTED_LINE)
     if begin is None or end is None:
         return None
     inside = [took for at, took in controller.work if at - took >= begin and at <= end]

@@ -50,13 +50,13 @@ class RedisServer:
         self.name = name
         self.result: str | None = "answered"
         self._test = test
-        self._client = executable.with_name("redis-benchmark")
         self._directory = Path(tempfile.mkdtemp(prefix="redis-"))
         self._socket = self._directory / "socket"
-        self._cpu = str(max(os.sched_getaffinity(0)))
+        self._pinned = ("taskset", "-c", str(max(os.sched_getaffinity(0))))
+        client = str(executable.with_name("redis-benchmark"))
+        self._client = (*self._pinned, client, "-s", str(self._socket), *_CLIENT)
         self._process = subprocess.Popen(
-            ["taskset", "-c", self._cpu]
-            + [str(executable), *_SERVER, "--unixsocket", str(self._socket)],
+            [*self._pinned, str(executable), *_SERVER, "--unixsocket", str(self._socket)],
             cwd=self._directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -114,8 +114,7 @@ class RedisServer:
     def _ask(self, test: str, requests: int) -> None:
         """Run redis-benchmark, and check that it got through."""
         said = run_command(
-            ["taskset", "-c", self._cpu, str(self._client), "-s", str(self._socket)]
-            + [*_CLIENT, "-t", test, "-n", str(requests)],
+            [*self._client, "-t", test, "-n", str(requests)],
             timeout_s=120,
         )
         if len(said.splitlines()) < 2:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -163,12 +162,11 @@ def test_static_program(start_target: StartTarget) -> None:
 def test_seccomp_is_suspended(start_target: StartTarget) -> None:
     target = start_target("events", "seccomp")
     target.wait_for_state("S")
-    with RemoteMemory(target.pid) as memory:
-        with stop_threads(target.pid, memory=memory) as stop:
-            try:
-                assert stop.inject(SYS_GETPPID) == os.getpid()
-            except UnsupportedTarget as error:
-                pytest.skip(f"cannot suspend seccomp: {error}")
+    with RemoteMemory(target.pid) as memory, stop_threads(target.pid, memory=memory) as stop:
+        try:
+            assert stop.inject(SYS_GETPPID) == os.getpid()
+        except UnsupportedTarget as error:
+            pytest.skip(f"cannot suspend seccomp: {error}")
     assert target.finish() == "ok\n"
 
 

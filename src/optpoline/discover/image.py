@@ -229,8 +229,13 @@ class ModuleImage:
         return self._memory.read(addr, size)
 
     def drop_text(self) -> None:
-        """Forget text that was read; it is read again when needed."""
+        """Forget text that was read; it is read again, from memory alone, when needed.
+
+        For modules without a site, most of which are large libraries.
+        """
         self.__dict__.pop("texts", None)
+        if self.module.mappings:
+            self._files = ()
 
 
 def _read_file(

@@ -150,9 +150,10 @@ class _SiteFinder:
         for start, wanted in sorted(by_boundary.items()):
             code = text.code_at(start, max(wanted) - start)
             insns = decode_ending_at(code, Addr(start), wanted)
-            good = [insn for insn in insns if self._is_site(insn, text)]
-            self.n_unverified += len(wanted) - len(good)
-            yield from (self._site(insn, text) for insn in good)
+            found = [(insn, self._find_thunk(insn, text)) for insn in insns]
+            sites = [self._site(insn, thunk, text) for insn, thunk in found if thunk is not None]
+            self.n_unverified += len(wanted) - len(sites)
+            yield from sites
 
     def _is_excluded(self, addr: int) -> bool:
         """Say whether code at an address is a thunk's own or the PLT's."""
@@ -160,39 +161,40 @@ class _SiteFinder:
             addr in body for body in self._image.thunks.bodies
         )
 
-    def _is_site(self, insn: Insn, text: Text) -> bool:
-        """Say whether an instruction is a branch to a thunk in a form we know."""
-        code = text.code_at(insn.addr, insn.size)
-        return insn.flow in _KINDS and insn.target in self._thunks and is_redirectable(code)
+    def _find_thunk(self, insn: Insn, text: Text) -> Thunk | None:
+        """Return the thunk an instruction branches to in a form we know, or None."""
+        if insn.target is None or not is_redirectable(text.code_at(insn.addr, insn.size)):
+            return None
+        return self._thunks.get(insn.target)
 
-    def _site(self, insn: Insn, text: Text) -> Site:
+    def _site(self, insn: Insn, thunk: Thunk, text: Text) -> Site:
         """Describe one site."""
-        assert insn.target is not None
         off = insn.addr - text.addr
+        code = text.baseline[off : off + insn.size]
         name = self._image.symbols.name_at(insn.addr)
         span = self._image.functions.find(insn.addr)
         function_addr = span.start if span else None
         if name is not None:
             function_addr = Addr(insn.addr - name[1])
+        if code != text.code_at(insn.addr, insn.size):
+            refusal: Refusal | None = Refusal.FOREIGN_BYTES
+        else:
+            refusal = self._refusal(insn, thunk)
         return Site(
             addr=insn.addr,
-            code=text.baseline[off : off + insn.size],
+            code=code,
             kind=_KINDS[insn.flow],
             disp_addr=Addr(insn.end - _DISP_SIZE),
-            thunk=self._thunks[insn.target],
+            thunk=thunk,
             module=self._image.module.path,
             function=name[0] if name else None,
             function_addr=function_addr,
-            refusal=self._refusal(insn, text),
+            refusal=refusal,
         )
 
-    def _refusal(self, insn: Insn, text: Text) -> Refusal | None:
-        """Say why a site must not be promoted, or None."""
-        off = insn.addr - text.addr
-        assert insn.target is not None
-        if text.baseline[off : off + insn.size] != text.code_at(insn.addr, insn.size):
-            return Refusal.FOREIGN_BYTES
-        if self._thunks[insn.target].operand == STACK_OPERAND:
+    def _refusal(self, insn: Insn, thunk: Thunk) -> Refusal | None:
+        """Say why a site whose bytes are its own must not be promoted, or None."""
+        if thunk.operand == STACK_OPERAND:
             return Refusal.UNKNOWN_OPERAND
         if (insn.end - _DISP_SIZE) % _PAGE_SIZE > _PAGE_SIZE - _DISP_SIZE:
             return Refusal.PAGE_CROSSING

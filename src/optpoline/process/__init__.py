@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Processes as the kernel shows them: /proc, ptrace, memory, ELF mappings; knows no site."""

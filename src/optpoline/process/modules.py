@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from optpoline.errors import TargetFault
-from optpoline.model import Addr, Mapping, Module
+from optpoline.model import Mapping, Module
 from optpoline.process.memory import Memory, RemoteMemory
 from optpoline.process.procfs import read_maps
 
@@ -126,9 +126,7 @@ def find_modules(
     return tuple(sorted(modules, key=lambda module: module.start))
 
 
-def open_module(
-    pid: int, module: Module, *, proc_root: Path = Path("/proc")
-) -> BinaryIO | None:
+def open_module(pid: int, module: Module, *, proc_root: Path = Path("/proc")) -> BinaryIO | None:
     """Open the very file that is mapped, or return None if it cannot be had.
 
     ``map_files`` leads to it even when it is deleted, but needs a capability;
@@ -186,9 +184,7 @@ def _find_images(group: list[Mapping], memory: Memory, table_addr: int) -> list[
     return modules
 
 
-def _read_headers_before(
-    group: list[Mapping], mapping: Mapping, memory: Memory
-) -> _Headers | None:
+def _read_headers_before(group: list[Mapping], mapping: Mapping, memory: Memory) -> _Headers | None:
     """Read the ELF headers of the image a mapping belongs to: the nearest below it."""
     heads = [m for m in group if m.offset == 0]
     heads.sort(key=lambda m: (m.start > mapping.start, abs(mapping.start - m.start)))

@@ -174,7 +174,7 @@ def read_status(pid: int, *, tid: int | None = None, proc_root: Path = _PROC) ->
         ProcessGone: if it does not exist.
     """
     directory = f"{proc_root}/{pid}" if tid is None else f"{proc_root}/{pid}/task/{tid}"
-    fields = _read_status_fields(f"{directory}/status", pid)
+    fields = _read_status_fields(f"{directory}/status", pid if tid is None else tid)
     own_id = int(fields["Pid"])
     return ProcessStatus(
         pid=own_id,

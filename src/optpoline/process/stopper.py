@@ -334,25 +334,33 @@ class Stopper:
             if (injection := self._try_enter(tracee, code)) is not None:
                 return injection
         for tid in self._rank_asleep() if may_wake else ():
-            if not self._seize(self.pid, tid):
-                continue
-            self._pending[tid] = self.pid
-            self._interrupt_pending()
-            stop_code = wait_for_stop(
-                self.tracer, self.pid, tid, time.monotonic_ns() + self.timeout_ns
-            )
-            if stop_code is None:
-                raise StopTimeout(self.timeout_ns, (tid,))
-            del self._pending[tid]
-            self.asleep.pop(tid, None)
-            self._take(self.pid, tid, stop_code)
-            injection = self._try_enter(self.tracees[tid], code)
+            tracee = self._wake(tid)
+            injection = None if tracee is None else self._try_enter(tracee, code)
             if injection is not None:
                 return injection
         raise UnsupportedTarget(
             f"no thread of process {self.pid} can run a system call for us now",
             hint="its threads sleep in calls that must not be disturbed; try again later",
         )
+
+    def _wake(self, tid: int) -> Tracee | None:
+        """Stop a sleeping thread; None if it exits instead."""
+        if not self._seize(self.pid, tid):
+            return None
+        self._pending[tid] = self.pid
+        self._interrupt_pending()
+        deadline_ns = time.monotonic_ns() + self.timeout_ns
+        try:
+            code = wait_for_stop(self.tracer, self.pid, tid, deadline_ns)
+            if code is None:
+                raise StopTimeout(self.timeout_ns, (tid,))
+            self._take(self.pid, tid, code)
+        except ProcessGone:
+            return None
+        finally:
+            self.asleep.pop(tid, None)
+        del self._pending[tid]
+        return self.tracees[tid]
 
     def _try_enter(self, tracee: Tracee, code: InjectionCode) -> InjectionThread | None:
         """Prepare a thread for injection, or return None if it will not do."""

@@ -113,7 +113,8 @@ def _model_path(code: bytes, addr: int, off: int) -> ReturnPath | None:
             case Mnemonic.POP if insn.op0_kind == OpKind.REGISTER:
                 if insn.op0_register == Register.RSP:
                     return None
-                rbp_kept = rbp_kept and insn.op0_register != Register.RBP
+                if insn.op0_register == Register.RBP:
+                    rbp_kept = False
                 sp_off += 8
             case Mnemonic.LEAVE if rbp_kept:
                 from_rbp, sp_off, lowest_off, rbp_kept = True, 8, 0, False
