@@ -17,7 +17,7 @@ from bench.build import Variant
 from bench.errors import BenchError
 from bench.programs.lua import build_lua, lua_workload
 from bench.tables import console, percent, print_measured
-from bench.workload import measure_workload
+from bench.workload import PROMOTED, measure_workload
 
 __all__ = ["main"]
 
@@ -53,7 +53,7 @@ def main() -> int:
     console.print()
     print_measured("Lua 5.4", rows)
     triples = [
-        (row.of(Variant.PLAIN), row.of(Variant.RETPOLINE), row.samples["promoted"]) for row in rows
+        (row.of(Variant.PLAIN), row.of(Variant.RETPOLINE), row.samples[PROMOTED]) for row in rows
     ]
     mean = statistics.recovered_mean(triples)
     console.print(

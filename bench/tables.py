@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import statistics
-from bench.build import Variant
+from bench.figures import Figure
 from bench.statistics import Estimate
+from bench.verdicts import judge_group, judge_workload
 from bench.workload import PROMOTED, Measured
 
-__all__ = ["console", "percent", "print_measured"]
+__all__ = ["console", "percent", "print_figures", "print_measured"]
 
-console = Console(width=100, highlight=False)
+console = Console(width=110, highlight=False)
 
 
 def percent(estimate: Estimate) -> str:
@@ -28,23 +29,43 @@ def percent(estimate: Estimate) -> str:
     return f"{value:.1f} % ({low:.1f} to {high:.1f})"
 
 
-def print_measured(title: str, rows: Sequence[Measured]) -> None:
-    """Print the medians of each variant side by side, and what was recovered."""
-    table = Table(title=title, title_justify="left")
+def print_measured(
+    title: str,
+    rows: Sequence[Measured],
+    *,
+    mean: Estimate | None = None,
+    peer: Estimate | None = None,
+) -> None:
+    """Print the medians of each variant side by side, what was recovered, and the verdicts."""
+    if not rows:
+        return
+    table = Table(title=f"{title} (medians, ms)", title_justify="left")
     table.add_column("workload")
-    with_peer = any(Variant.PGO.value in row.samples for row in rows)
-    names = [Variant.PLAIN.value, Variant.RETPOLINE.value]
-    names += [Variant.PGO.value] if with_peer else []
+    names = list(rows[0].samples)
     for name in names:
-        table.add_column(f"{name}, ms", justify="right")
-    if any(PROMOTED in row.samples for row in rows):
-        table.add_column("promoted live, ms", justify="right")
-        table.add_column("recovered", justify="right")
+        table.add_column("promoted live" if name == PROMOTED else name, justify="right")
+    is_promoted = PROMOTED in names
+    table.add_column("recovered" if is_promoted else "overhead", justify="right")
+    table.add_column("bar")
     for row in rows:
-        cells = [row.name]
-        shown = [*names, PROMOTED] if PROMOTED in row.samples else names
-        cells += [f"{statistics.median(row.samples[name]).value / 1e6:.1f}" for name in shown]
-        if PROMOTED in row.samples:
-            cells.append(percent(row.recovered))
-        table.add_row(*cells)
+        verdict = judge_workload(row)
+        medians = [f"{statistics.median(row.samples[name]).value / 1e6:.2f}" for name in names]
+        share = percent(row.recovered if is_promoted else row.overhead)
+        table.add_row(row.name, *medians, share, verdict.word)
+    console.print(table)
+    if mean is not None:
+        word = judge_group(title, rows).word
+        console.print(f"geometric mean recovered: {percent(mean)}, {word}")
+    if peer is not None:
+        console.print(f"geometric mean recovered by gcc -fprofile-use instead: {percent(peer)}")
+
+
+def print_figures(figures: Sequence[Figure]) -> None:
+    """Print the figures of attaching with their bars."""
+    table = Table(title="attaching", title_justify="left")
+    for name in ("figure", "value", "at most", ""):
+        table.add_column(name, justify="left" if name in ("figure", "") else "right")
+    for figure in figures:
+        word = "met" if figure.is_met else "MISSED"
+        table.add_row(figure.name, f"{figure.value:.3g} {figure.unit}", f"{figure.bar:g}", word)
     console.print(table)

@@ -16,7 +16,7 @@ from bench.controller import LEARNING_LINE, PROMOTED_LINE, Controller, Summary, 
 from bench.errors import BenchError
 from bench.rounds import take_turns
 
-__all__ = ["PROMOTED", "Measured", "Worker", "Workload", "measure_workload"]
+__all__ = ["PROMOTED", "Measured", "Worker", "Workload", "learning_slowdown", "measure_workload"]
 
 PROMOTED = "promoted"
 """The retpoline build with optpoline attached; the other variants have their build's name."""
@@ -45,6 +45,10 @@ class Worker(Protocol):
         trace: TracebackType | None,
     ) -> None:
         """End it."""
+
+
+_BEFORE = 7
+"""Iterations before attaching, whose median is what learning is compared with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +127,9 @@ def measure_workload(
             retpoline = builds[Variant.RETPOLINE]
             name = f"{workload.name} ({PROMOTED})"
             driver = stack.enter_context(workload.start(retpoline, name))
-            before = [driver.iterate() for _ in range(3)]
+            before = [driver.iterate() for _ in range(_BEFORE)]
             controller = stack.enter_context(attach_and_settle(driver.pid, driver.iterate))
-            slowdown = learning_slowdown(controller, min(before))
+            slowdown = learning_slowdown(controller, statistics.median(before).value)
             drivers[PROMOTED] = driver
         work = {name: driver.iterate for name, driver in drivers.items()}
         samples = take_turns(work, rounds=rounds)
@@ -141,7 +145,7 @@ def measure_workload(
     )
 
 
-def learning_slowdown(controller: Controller, before_ns: int) -> float | None:
+def learning_slowdown(controller: Controller, before_ns: float) -> float | None:
     """Slowdown of the iterations that lay wholly between "learning" and "promoted".
 
     Args:

@@ -6,25 +6,33 @@
 ...     session.learn(seconds=1)
 ...     session.promote()
 ...     session.watch(seconds=60)
+
+Names are imported when first used (PEP 562): ``optpoline --help`` needs none.
 """
 
-from optpoline.controller.config import Config
-from optpoline.controller.events import Event, EventKind
-from optpoline.controller.session import Session, attach
-from optpoline.controller.summaries import SiteReport, find_sites
-from optpoline.controller.summary import (
-    DetachOutcome,
-    DetachResult,
-    LeftBehind,
-    ModuleSummary,
-    SessionState,
-    SiteState,
-    SiteSummary,
-    Summary,
-    TargetShare,
-)
-from optpoline.controller.takeover import read_status, restore
-from optpoline.errors import OptpolineError
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optpoline.controller.config import Config
+    from optpoline.controller.events import Event, EventKind
+    from optpoline.controller.session import Session, attach
+    from optpoline.controller.summaries import SiteReport, find_sites
+    from optpoline.controller.summary import (
+        DetachOutcome,
+        DetachResult,
+        LeftBehind,
+        ModuleSummary,
+        SessionState,
+        SiteState,
+        SiteSummary,
+        Summary,
+        TargetShare,
+    )
+    from optpoline.controller.takeover import read_status, restore
+    from optpoline.errors import OptpolineError
 
 __all__ = [
     "Config",
@@ -47,3 +55,27 @@ __all__ = [
     "read_status",
     "restore",
 ]
+
+_MODULES = {
+    "Config": "controller.config",
+    "Event": "controller.events",
+    "EventKind": "controller.events",
+    "OptpolineError": "errors",
+    "Session": "controller.session",
+    "SiteReport": "controller.summaries",
+    "attach": "controller.session",
+    "find_sites": "controller.summaries",
+    "read_status": "controller.takeover",
+    "restore": "controller.takeover",
+}
+"""Where each name is; those not listed are records of controller.summary."""
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_MODULES.get(name, 'controller.summary')}")
+    value: object = getattr(module, name)
+    globals()[name] = value
+    return value

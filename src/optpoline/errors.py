@@ -111,7 +111,7 @@ class SiteChanged(OptpolineError):
     def __init__(self, addr: int, expected: bytes, found: bytes) -> None:
         """Keep what was compared."""
         super().__init__(
-            f"bytes at {addr:#x} are {found.hex(' ')}, expected {expected.hex(' ')}; left as they are"
+            f"bytes at {addr:#x} are {found.hex(' ')}, not {expected.hex(' ')}; left as they are"
         )
         self.addr = addr
         self.expected = expected
@@ -138,7 +138,7 @@ class StopTimeout(OptpolineError):
         """Name the threads that did not stop."""
         names = ", ".join(str(tid) for tid in tids)
         super().__init__(
-            f"threads {names} did not stop within {waited_ns / 1e6:.1f} ms; all threads were resumed"
+            f"threads {names} did not stop within {waited_ns / 1e6:.1f} ms; all were resumed"
         )
         self.waited_ns = waited_ns
         self.tids = tids

@@ -78,9 +78,7 @@ LAYOUTS = (
         0x5555_5556_6000,
     ),
     # Around 2 GiB, where an immediate would turn negative; neighbours one byte apart.
-    _layout(
-        "edge", 0x7000_0000, tuple(0x7FFF_FFF8 + i for i in range(16)), 0x6FFF_0000
-    ),
+    _layout("edge", 0x7000_0000, tuple(0x7FFF_FFF8 + i for i in range(16)), 0x6FFF_0000),
     # Far ends of the reach of a direct branch.
     _layout(
         "far",

@@ -27,9 +27,7 @@ from tests.emulate.test_block_kinds import check_run, interesting_values, random
     counting=st.booleans(),
     seed=st.integers(0, 1 << 32),
 )
-def test_planned_tree_runs_as_its_model(
-    layout, operand, hits, extra, n_misses, counting, seed
-):
+def test_planned_tree_runs_as_its_model(layout, operand, hits, extra, n_misses, counting, seed):
     counts = {layout.targets[i]: n for i, n in hits.items()}
     counts |= {Addr(layout.targets[0] + off): n for off, n in extra.items()}
     planned = plan_tree(

@@ -14,4 +14,13 @@ __x86_indirect_thunk_\reg:
         THUNK \reg
         .endr
 
+/* A thunk that goes on to another one is no site. In a section of its own, so that
+ * the jump is not made short. */
+        .section .text.onward, "ax", @progbits
+        .globl  __llvm_retpoline_r11
+        .type   __llvm_retpoline_r11, @function
+__llvm_retpoline_r11:
+        jmp     __x86_indirect_thunk_r11
+        .size   __llvm_retpoline_r11, . - __llvm_retpoline_r11
+
         .section .note.GNU-stack, "", @progbits

@@ -6,7 +6,7 @@
         .globl  _start
         .type   _start, @function
 _start:
-        .irp function, dead_labels, live_label, live_carry, live_shift, live_lea, cold_parent
+        .irp function, dead_labels, live_label, live_carry, live_shift, live_lea, cold_parent, live_cold
         call    \function               /* tells a function from a cold part */
         .endr
         call    live_call
@@ -100,6 +100,27 @@ cold_1: xor     %eax, %eax
         ret
 END cold_parent.cold
 
+/* The label goes on to another part of the function, which reads the flags. */
+FUNCTION live_cold
+        DISPATCH live_cold_table
+live_cold_1:
+        mov     %rdi, %rax
+        jmp     live_cold.cold
+END live_cold
+
+FUNCTION live_cold.cold
+        sete    %al
+        ret
+END live_cold.cold
+
+/* Nobody calls it, but its address is taken: a function, so its label is its own. */
+FUNCTION live_taken
+        DISPATCH taken_table
+taken_1:
+        sete    %al
+        ret
+END live_taken
+
 /* A call needs no flags, wherever labels are. */
 FUNCTION live_call
         lea     call_1(%rip), %rax
@@ -161,6 +182,10 @@ carry_table:
         .quad   carry_1
 shift_table:
         .quad   shift_1
+live_cold_table:
+        .quad   live_cold_1
+taken_table:
+        .quad   taken_1, live_taken
 cold_table:
         .quad   cold_1
 

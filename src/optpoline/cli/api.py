@@ -13,8 +13,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from optpoline.errors import TargetFault
-from optpoline.report.summary import (
+from optpoline.controller.summary import (
     DetachResult,
     LeftBehind,
     ModuleSummary,
@@ -22,6 +21,7 @@ from optpoline.report.summary import (
     SiteSummary,
     Summary,
 )
+from optpoline.errors import TargetFault
 
 if TYPE_CHECKING:
     import optpoline
@@ -47,7 +47,7 @@ OnEvent = Callable[[SessionEvent], None]
 class SessionHandle(Protocol):
     """An attached session (``optpoline.Session``)."""
 
-    def learn(self, *, seconds: float) -> object:
+    def learn(self, *, seconds: float, stop: threading.Event) -> object:
         """Count targets for a window."""
 
     def promote(self) -> object:

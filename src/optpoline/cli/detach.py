@@ -7,10 +7,10 @@ import click
 
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import PID, pass_invocation, shared_options
+from optpoline.controller.summary import DetachOutcome
 from optpoline.errors import OptpolineError
 from optpoline.report.json_document import detach_document
 from optpoline.report.session_text import format_detach
-from optpoline.report.summary import DetachOutcome
 
 __all__ = ["detach_command"]
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 from optpoline.cli.api import SessionEvent, SessionHandle
 from optpoline.cli.console import Console
+from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState, Summary
 from optpoline.errors import OptpolineError, ProcessGone
 from optpoline.report.session_text import format_progress
-from optpoline.report.summary import DetachOutcome, DetachResult, SessionState, Summary
 
 __all__ = ["SessionEnd", "SessionPlan", "describe_event", "drive_session"]
 
@@ -131,7 +131,7 @@ def _keep_promoted(
     window_s = plan.learn_s if limit_s is None else min(plan.learn_s, limit_s)
     if window_s > 0 and not stop.is_set():
         _show_progress(session, console, clock() - started)
-        session.learn(seconds=window_s)
+        session.learn(seconds=window_s, stop=stop)
     # Too little time to promote for; but what is to be left has to be made first.
     if stop.is_set() or (remaining_s() == 0 and not plan.leave):
         return

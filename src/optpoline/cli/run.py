@@ -18,10 +18,10 @@ from optpoline.cli.drive import SessionEnd, SessionPlan, describe_event, drive_s
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import pass_invocation, session_options, shared_options
 from optpoline.cli.signals import SignalRelay
+from optpoline.controller.summary import SessionState, Summary
 from optpoline.errors import NoSites, OptpolineError, ProcessGone
 from optpoline.report.json_document import session_document
 from optpoline.report.session_text import format_summary
-from optpoline.report.summary import SessionState, Summary
 
 __all__ = ["run_command"]
 

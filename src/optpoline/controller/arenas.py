@@ -116,9 +116,7 @@ def _map_parts(
                 hint="raise its limit of address space" if result == -12 else None,
             )
         if number == 0:
-            fcntl.fcntl(
-                fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
-            )
+            fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
     return arena
 
 

@@ -94,9 +94,7 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
     )
 
 
-def unmap_when_quiescent(
-    target: Target, ranges: Sequence[tuple[Addr, Addr]]
-) -> tuple[str, ...]:
+def unmap_when_quiescent(target: Target, ranges: Sequence[tuple[Addr, Addr]]) -> tuple[str, ...]:
     """Unmap address ranges that no text leads to, each as a whole.
 
     Returns:
@@ -171,9 +169,10 @@ def _is_quiescent(
 def _add_stack(target: Target, sp: Addr, stacks: set[tuple[int, int]]) -> None:
     """Note a mapping that is scanned as a stack, so that dead frames in it do not count."""
     for mapping in target.maps:
-        if mapping.start <= sp < mapping.end and mapping.path != "[heap]":
-            if mapping.path == "[stack]" or mapping.size <= MAX_STACK_SCAN_SIZE:
-                stacks.add((mapping.start, mapping.end))
+        if not mapping.start <= sp < mapping.end or mapping.path == "[heap]":
+            continue
+        if mapping.path == "[stack]" or mapping.size <= MAX_STACK_SCAN_SIZE:
+            stacks.add((mapping.start, mapping.end))
 
 
 def _find_quiescent_sleeper(

@@ -23,7 +23,7 @@ from optpoline.patch.blocks import Block, add_block, redirect
 from optpoline.promote.policy import Action, Policy
 from optpoline.promote.tree import PlannedTree
 
-__all__ = ["demote", "fit_counts", "promote_first", "promote_again"]
+__all__ = ["demote", "fit_counts", "promote_again", "promote_first"]
 
 
 def fit_counts(record: SiteRecord, counts: SiteCounts, may_guard: TargetFilter) -> SiteCounts:

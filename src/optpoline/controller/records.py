@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from optpoline.controller.summary import SiteState
 from optpoline.learn.counting import SiteCounts
 from optpoline.model import Addr, Refusal, Site
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block
 from optpoline.patch.layout import JournalEntry
 from optpoline.promote.tree import PlannedTree
-from optpoline.controller.summary import SiteState
 
 __all__ = ["SiteRecord"]
 

@@ -117,7 +117,8 @@ class Session:
             raise NoSites(self._describe_no_sites())
         self._next_maps_s = time.monotonic() + self.config.maps_every_s
         n_modules = sum(1 for loaded in target.modules.values() if loaded.scan.sites)
-        self._tell(EventKind.ATTACHED, f"{len(self.sites)} sites in {n_modules} modules")
+        message = f"{_count(len(self.sites), 'site')} in {_count(n_modules, 'module')}"
+        self._tell(EventKind.ATTACHED, message)
 
     def _describe_no_sites(self) -> str:
         """Say what the target has instead of retpoline sites."""
@@ -169,9 +170,7 @@ class Session:
     @property
     def sites(self) -> tuple[Site, ...]:
         """All sites found, refused ones included."""
-        return tuple(
-            site for loaded in self.target.modules.values() for site in loaded.scan.sites
-        )
+        return tuple(site for loaded in self.target.modules.values() for site in loaded.scan.sites)
 
     def _tell(self, kind: EventKind, message: str) -> None:
         """Tell the caller what happened."""
@@ -185,19 +184,23 @@ class Session:
 
     # --- learning and promoting
 
-    def learn(self, seconds: float | None = None) -> None:
+    def learn(self, seconds: float | None = None, stop: threading.Event | None = None) -> None:
         """Count the targets of every site that is not promoted, for a while.
 
         Args:
             seconds: Length of the window; None for ``Config.learn_s``.
+            stop: Ends the window early when set.
 
         Raises:
             ProcessGone: if the target exits meanwhile.
         """
         length_s = self.config.learn_s if seconds is None else seconds
-        self._learn([r for r in self.records if r.state is SiteState.BASELINE], length_s)
+        baseline = [r for r in self.records if r.state is SiteState.BASELINE]
+        self._learn(baseline, length_s, stop)
 
-    def _learn(self, records: list[SiteRecord], length_s: float) -> None:
+    def _learn(
+        self, records: list[SiteRecord], length_s: float, stop: threading.Event | None
+    ) -> None:
         """Run one first window over baseline sites."""
         moves: list[Move] = []
         for record in records:
@@ -212,9 +215,11 @@ class Session:
             record.state = SiteState.LEARNING
         begin_window(linked, begin_s)
         self.state = SessionState.LEARNING
-        self._tell(EventKind.LEARNING, f"learning {len(linked)} sites for {length_s:g} s")
+        self._tell(EventKind.LEARNING, f"learning {_count(len(linked), 'site')} for {length_s:g} s")
         try:
             while (left_s := begin_s + length_s - time.monotonic()) > 0:
+                if stop is not None and stop.is_set():
+                    break
                 self._sleep(min(left_s, self.config.wave_s))
                 grow_full(linked, self.target.may_guard)
         finally:
@@ -254,7 +259,7 @@ class Session:
         self.state = SessionState.PROMOTED
         self._tell(
             EventKind.PROMOTED,
-            f"{n_promoted} of {len(learned)} sites in {time.monotonic() - begin_s:.3f} s",
+            f"{n_promoted} of {_count(len(learned), 'site')} in {time.monotonic() - begin_s:.3f} s",
         )
         return n_promoted
 
@@ -281,7 +286,7 @@ class Session:
                     break
                 left_s = self.config.poll_s if end_s is None else end_s - now_s
                 self._sleep(min(self.config.poll_s, left_s))
-                if not self._step(time.monotonic()):
+                if not self._step(time.monotonic(), stop):
                     break
         except ProcessGone:
             self.state = SessionState.EXITED
@@ -289,23 +294,23 @@ class Session:
             self._tell(EventKind.EXITED, f"process {self.pid} exited")
         return self.state
 
-    def _step(self, now_s: float) -> bool:
+    def _step(self, now_s: float, stop: threading.Event | None) -> bool:
         """Do what is due; tell whether there is still something to watch."""
         assert self._sampler is not None
         due = self._sampler.poll(self.records, now_s)
         if due:
             n_again, n_demoted = self._sampler.sample(due)
             if n_again:
-                self._tell(EventKind.RELEARNED, f"{n_again} sites promoted anew")
+                self._tell(EventKind.RELEARNED, f"{_count(n_again, 'site')} promoted anew")
             if n_demoted:
-                self._tell(EventKind.DEMOTED, f"{n_demoted} sites back on their thunk")
+                self._tell(EventKind.DEMOTED, f"{_count(n_demoted, 'site')} back on the thunk")
         self._sampler.relink(self.records, now_s)
         if now_s >= self._next_maps_s:
             self._next_maps_s = now_s + self.config.maps_every_s
-            return self._check_maps()
+            return self._check_maps(stop)
         return True
 
-    def _check_maps(self) -> bool:
+    def _check_maps(self, stop: threading.Event | None) -> bool:
         """Notice exec and new modules; tell whether the program is still the same."""
         before = self.target.maps
         if self.target.read_maps() == before:
@@ -316,9 +321,9 @@ class Session:
             return False
         fresh = self._add_modules()
         if fresh:
-            names = {record.site.module for record in fresh}
-            self._tell(EventKind.MODULE_ADDED, f"{', '.join(sorted(names))}: {len(fresh)} sites")
-            self._learn(fresh, self.config.learn_s)
+            names = ", ".join(sorted({record.site.module for record in fresh}))
+            self._tell(EventKind.MODULE_ADDED, f"{names}: {_count(len(fresh), 'site')}")
+            self._learn(fresh, self.config.learn_s, stop)
             self.promote()
             self.state = SessionState.WATCHING
         return True
@@ -349,9 +354,7 @@ class Session:
         """
         target = self.target
         if self.state in (SessionState.EXITED, SessionState.EXECED):
-            result = DetachResult(
-                outcome=DetachOutcome.GONE, restored=0, foreign=(), notes=()
-            )
+            result = DetachResult(outcome=DetachOutcome.GONE, restored=0, foreign=(), notes=())
         else:
             result = let_go(target, self.records, leave=leave)
             if result.outcome is DetachOutcome.GONE:
@@ -394,3 +397,12 @@ class Session:
         reasons = [s.refusal for s in self.sites if s.refusal is not None]
         reasons += [r.refusal for r in self.records if r.refusal is not None]
         return {reason: reasons.count(reason) for reason in set(reasons)}
+
+
+def _count(n: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> _count(1, "site"), _count(2, "site")
+    ('1 site', '2 sites')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

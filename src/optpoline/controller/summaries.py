@@ -17,12 +17,11 @@ from optpoline.controller.summary import (
     TargetShare,
 )
 from optpoline.controller.target import LoadedModule, Target
-from optpoline.discover import ModuleImage
+from optpoline.discover import ModuleImage, count_plain_indirect
 from optpoline.discover import find_sites as scan_image
 from optpoline.model import Module, Site
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import list_modules, open_module
-from optpoline.process.permissions import check_attachable
 
 __all__ = ["SiteReport", "find_sites", "summarise"]
 
@@ -67,7 +66,6 @@ def find_sites(subject: int | str | Path) -> SiteReport:
 
 def _find_in_process(pid: int) -> SiteReport:
     """Find the sites of all modules of a process."""
-    check_attachable(pid)
     with RemoteMemory(pid) as memory:
         images: list[tuple[Module, ModuleImage]] = []
         for module in list_modules(pid):
@@ -81,13 +79,14 @@ def _find_in_process(pid: int) -> SiteReport:
 def _report(subject: str, images: Sequence[tuple[Module, ModuleImage]]) -> SiteReport:
     """Scan images and report."""
     loaded = [LoadedModule(module=m, image=i, scan=scan_image(i)) for m, i in images]
-    sites: list[SiteSummary] = []
-    for one in loaded:
-        for site in one.scan.sites:
-            sites.append(_site_summary(site, one.module, None, _no_symbol))
+    sites = [
+        _site_summary(site, one.module, None, _no_symbol)
+        for one in loaded
+        for site in one.scan.sites
+    ]
     return SiteReport(
         subject=subject,
-        modules=_module_summaries(loaded, []),
+        modules=_module_summaries(loaded, [], count_plain=True),
         sites=tuple(sorted(sites, key=lambda site: site.address)),
         notes=scan_notes(loaded),
     )
@@ -110,9 +109,18 @@ def _no_symbol(_: int) -> None:
 
 
 def _module_summaries(
-    loaded: Sequence[LoadedModule], records: Sequence[SiteRecord]
+    loaded: Sequence[LoadedModule],
+    records: Sequence[SiteRecord],
+    *,
+    count_plain: bool = False,
 ) -> tuple[ModuleSummary, ...]:
-    """Return summaries of the modules that have sites or thunks."""
+    """Return summaries of the executable and of the modules that have sites or thunks.
+
+    Args:
+        loaded: The modules.
+        records: Records of their sites.
+        count_plain: Whether to decode the executable to count what it has instead.
+    """
     refused = [record for record in records if record.refusal is not None]
     return tuple(
         ModuleSummary(
@@ -121,10 +129,12 @@ def _module_summaries(
             n_refused=sum(1 for site in one.scan.sites if site.refusal is not None)
             + sum(1 for record in refused if record.site.module == one.module.path),
             n_thunks=len(one.scan.thunks),
-            n_plain=one.scan.n_plain_indirect,
+            n_plain=count_plain_indirect(one.image)
+            if count_plain and (one.module.is_main or len(loaded) == 1)
+            else None,
         )
         for one in loaded
-        if one.scan.sites or one.scan.thunks
+        if one.scan.sites or one.scan.thunks or (count_plain and one.module.is_main)
     )
 
 

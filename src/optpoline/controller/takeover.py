@@ -111,9 +111,9 @@ def _hidden_sites(memory: RemoteMemory, arenas: Sequence[_LeftArena]) -> tuple[i
         found = read_entries(memory, arena.entries)
         for entry, state in _classify(memory, arena).items():
             now = found[entry.addr]
-            if state == "foreign" and len(now) == len(entry.code):
-                if _leads_into(entry, now, arena):
-                    hidden.append(int(entry.addr))
+            is_whole = len(now) == len(entry.code)
+            if state == "foreign" and is_whole and _leads_into(entry, now, arena):
+                hidden.append(int(entry.addr))
     return tuple(hidden)
 
 

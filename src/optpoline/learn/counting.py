@@ -134,9 +134,7 @@ def subtract(later: SiteCounts, earlier: SiteCounts) -> SiteCounts:
     ]
     counts = [count for count in counts if count.hit_count > 0]
     counts.sort(key=lambda count: (-count.hit_count, count.target))
-    return SiteCounts(
-        counts=tuple(counts), n_unknown=max(0, later.n_unknown - earlier.n_unknown)
-    )
+    return SiteCounts(counts=tuple(counts), n_unknown=max(0, later.n_unknown - earlier.n_unknown))
 
 
 def next_open_slots(counts: SiteCounts) -> int:

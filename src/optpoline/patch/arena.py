@@ -92,7 +92,7 @@ class Arena:
         self._view = memoryview(self._memory)
         # One aligned native u64 store per item: never torn (see store_u64).
         self._words = self._view.cast("Q")
-        self._memory[: HEADER_SIZE] = header.pack().ljust(HEADER_SIZE, b"\0")
+        self._memory[:HEADER_SIZE] = header.pack().ljust(HEADER_SIZE, b"\0")
         self._journal: dict[int, JournalEntry] = {}
         self._next_code = geometry.code_off
         self._next_literal = geometry.literal_off

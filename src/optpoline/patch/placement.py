@@ -48,9 +48,7 @@ def is_within_reach(one_addr: int, other_addr: int) -> bool:
     return abs(one_addr - other_addr) < REACH_SIZE
 
 
-def choose_arena_addr(
-    maps: Sequence[Mapping], start: int, end: int, size: int
-) -> Addr | None:
+def choose_arena_addr(maps: Sequence[Mapping], start: int, end: int, size: int) -> Addr | None:
     """Return an address for an arena of ``size`` bytes, or None if there is no room.
 
     Args:

@@ -334,8 +334,8 @@ class Stopper:
             if (injection := self._try_enter(tracee, code)) is not None:
                 return injection
         for tid in self._rank_asleep() if may_wake else ():
-            tracee = self._wake(tid)
-            injection = None if tracee is None else self._try_enter(tracee, code)
+            woken = self._wake(tid)
+            injection = None if woken is None else self._try_enter(woken, code)
             if injection is not None:
                 return injection
         raise UnsupportedTarget(

@@ -196,9 +196,7 @@ def _best_roots(
     return costs[rows, best], first[:, 0] + column + np.where(best >= length, n, 0)
 
 
-def _rebuild(
-    targets: Sequence[Addr], choice: NDArray[np.int64], i: int, j: int
-) -> TreeNode:
+def _rebuild(targets: Sequence[Addr], choice: NDArray[np.int64], i: int, j: int) -> TreeNode:
     """Return the tree that ``choice`` describes for targets i..j-1."""
     if i == j:
         return Miss()

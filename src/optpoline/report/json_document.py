@@ -14,9 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from optpoline.errors import OptpolineError
-from optpoline.process.permissions import Check
-from optpoline.report.summary import (
+from optpoline.controller.summary import (
     DetachResult,
     LeftBehind,
     ModuleSummary,
@@ -24,6 +22,8 @@ from optpoline.report.summary import (
     Summary,
     TargetShare,
 )
+from optpoline.errors import OptpolineError
+from optpoline.process.permissions import Check
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optpoline.report.demangle import readable_name, shorten_middle
-from optpoline.report.summary import (
+from optpoline.controller.summary import (
     DetachOutcome,
     DetachResult,
     LeftBehind,
@@ -16,6 +15,7 @@ from optpoline.report.summary import (
     Summary,
     TargetShare,
 )
+from optpoline.report.demangle import readable_name, shorten_middle
 from optpoline.report.table import Colour, Column, Style, format_table, printable
 
 __all__ = [

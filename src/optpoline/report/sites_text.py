@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from optpoline.controller.summary import ModuleSummary, SiteSummary
 from optpoline.report.demangle import readable_name, shorten_middle
 from optpoline.report.session_text import count_of
-from optpoline.report.summary import ModuleSummary, SiteSummary
 from optpoline.report.table import Colour, Column, Style, format_table, printable
 
 __all__ = ["format_no_sites", "format_sites"]

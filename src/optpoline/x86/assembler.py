@@ -235,9 +235,10 @@ class Assembler:
         """Make short branches long that do not reach; tell whether there were any."""
         changed = False
         for item, off in zip(self._items, offsets, strict=True):
-            if isinstance(item, _Branch) and item.label is not None and not item.is_long:
-                if labels[item.label] - (off + 2) > 127:
-                    item.is_long = changed = True
+            if not isinstance(item, _Branch) or item.label is None or item.is_long:
+                continue
+            if labels[item.label] - (off + 2) > 127:
+                item.is_long = changed = True
         return changed
 
     def _emit(self, offsets: list[int], labels: dict[Label, int]) -> bytes:

@@ -111,10 +111,9 @@ def _model_path(code: bytes, addr: int, off: int) -> ReturnPath | None:
                     lowest_off=min(lowest_off, sp_off),
                 )
             case Mnemonic.POP if insn.op0_kind == OpKind.REGISTER:
-                if insn.op0_register == Register.RSP:
+                if insn.op0_register in _STACK_REGISTERS - {Register.RBP}:
                     return None
-                if insn.op0_register == Register.RBP:
-                    rbp_kept = False
+                rbp_kept = rbp_kept and insn.op0_register not in _STACK_REGISTERS
                 sp_off += 8
             case Mnemonic.LEAVE if rbp_kept:
                 from_rbp, sp_off, lowest_off, rbp_kept = True, 8, 0, False

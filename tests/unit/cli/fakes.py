@@ -10,7 +10,7 @@ from enum import Enum
 
 from optpoline.cli.api import OnEvent
 from optpoline.errors import OptpolineError
-from optpoline.report.summary import (
+from optpoline.controller.summary import (
     DetachOutcome,
     DetachResult,
     LeftBehind,
@@ -127,7 +127,7 @@ class FakeSession:
         if name in self.errors:
             raise self.errors[name]
 
-    def learn(self, *, seconds: float) -> None:
+    def learn(self, *, seconds: float, stop: threading.Event) -> None:
         """Learn."""
         self._call("learn", f"learn {seconds:g}")
 

@@ -24,7 +24,7 @@ from optpoline.errors import (
     SiteChanged,
     UnsupportedTarget,
 )
-from optpoline.report.summary import DetachOutcome, DetachResult, SessionState
+from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState
 from optpoline.report.table import Style
 from tests.unit.cli.fakes import FakeApi, FakeSession
 
@@ -178,8 +178,8 @@ def test_stop_while_learning_promotes_nothing() -> None:
     stop = threading.Event()
 
     class Interrupted(FakeSession):
-        def learn(self, *, seconds: float) -> None:
-            super().learn(seconds=seconds)
+        def learn(self, *, seconds: float, stop: threading.Event) -> None:
+            super().learn(seconds=seconds, stop=stop)
             stop.set()
 
     session = Interrupted()

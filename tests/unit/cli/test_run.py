@@ -22,7 +22,7 @@ from optpoline.errors import (
     ProcessGone,
     SiteChanged,
 )
-from optpoline.report.summary import DetachOutcome, DetachResult, SessionState
+from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState
 from tests.unit.cli.fakes import FakeApi, FakeSession
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from optpoline.cli.main import main
 from optpoline.errors import ControllerActive
-from optpoline.report.summary import DetachOutcome, DetachResult, LeftBehind, ModuleSummary
+from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind, ModuleSummary
 from tests.unit.cli.fakes import FakeApi, FakeListing, make_site
 
 VERBS = ("run", "attach", "status", "detach", "sites", "doctor")

@@ -23,6 +23,8 @@ EXPECTED = {
     "live_carry": Refusal.FLAGS_LIVE,
     "live_shift": Refusal.FLAGS_LIVE,
     "live_lea": Refusal.FLAGS_LIVE,
+    "live_cold": Refusal.FLAGS_LIVE,
+    "live_taken": Refusal.FLAGS_LIVE,
     "cold_parent": None,
 }
 

@@ -141,9 +141,7 @@ def test_not_demoted_while_either_tree_gains() -> None:
 def test_action_without_plan_and_with() -> None:
     for hits, n_unknown in (({A: 1000}, 0), ({B: 1000}, 0), ({}, 1000), ({A: 100, B: 900}, 0)):
         decision = decide(plan_for({A: 1000, B: 10}), hits, n_unknown)
-        assert (decision.plan is not None) == (
-            decision.action in (Action.PROMOTE, Action.CONFIRM)
-        )
+        assert (decision.plan is not None) == (decision.action in (Action.PROMOTE, Action.CONFIRM))
 
 
 def test_promoted_plan_is_never_dearer_than_the_present_one() -> None:
@@ -194,37 +192,34 @@ def draw(rng: np.random.Generator, shares: list[float], n: int) -> SiteCounts:
     return to_counts({t: int(k) for t, k in zip(targets, hits, strict=True)}, int(unknown))
 
 
+STEADY = {
+    "two": [0.5, 0.5],
+    "three": [0.34, 0.33, 0.33],
+    "four": [0.25] * 4,
+    "eight": [0.125] * 8,
+    "seventeen": [1 / 17] * 17,
+    "one": [1.0],
+    "one and a little": [0.98, 0.01],
+    "two and misses": [0.49, 0.49],
+    "falling": [0.6, 0.3, 0.05],
+    "halving": [0.5, 0.25, 0.125, 0.0625, 0.0625],
+}
+
+
 @pytest.mark.parametrize("n", [256, 1000, 100_000])
-@pytest.mark.parametrize(
-    "shares",
-    [
-        [0.5, 0.5],
-        [0.34, 0.33, 0.33],
-        [0.25] * 4,
-        [0.125] * 8,
-        [1 / 17] * 17,
-        [1.0],
-        [0.98, 0.01],
-        [0.49, 0.49],
-        [0.6, 0.3, 0.05],
-        [0.5, 0.25, 0.125, 0.0625, 0.0625],
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shares", STEADY.values(), ids=STEADY)
 def test_noise_does_not_change_a_tree(shares: list[float], n: int) -> None:
     rng = np.random.default_rng(len(shares) * n)
     first = draw(rng, shares, 10_000)
     site = Promoted(plan_tree(first.counts, first.n_unknown, MODEL))
-    for _ in range(400):
+    for _ in range(200):
         site.window(draw(rng, shares, n))
     assert site.n_changes <= 1
     assert not site.demoted
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 50])
-def test_alternating_phases_settle(period: int) -> None:
-    # A runs for some windows, then B: after one change both have a guard, and
-    # phases that only swap their order change the tree at most once a phase.
+def test_alternating_phases_change_the_tree_at_most_once_a_phase(period: int) -> None:
     rng = np.random.default_rng(period)
     site = Promoted(plan_for({A: 1000}))
     for i in range(200):

@@ -25,7 +25,7 @@ from optpoline.report.json_document import (
     sites_document,
     status_document,
 )
-from optpoline.report.summary import DetachOutcome, DetachResult, LeftBehind
+from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from tests.unit.cli.fakes import make_summary
 
 RESULT = DetachResult(outcome=DetachOutcome.CLEAN, restored=1, foreign=(0x10,), notes=("n",))

@@ -278,9 +278,7 @@ def test_literal_out_of_reach() -> None:
 def test_a_literal_is_shared_between_nodes() -> None:
     layout = LAYOUTS[1]
     key = layout.targets[1]
-    tree = Split(
-        key, Guard(layout.targets[0], None, Miss()), Guard(key, None, Miss())
-    )
+    tree = Split(key, Guard(layout.targets[0], None, Miss()), Guard(key, None, Miss()))
     plan = BlockPlan(operand="rbx", tree=tree, thunk_addr=layout.thunk_addr)
     assert block_literals(plan) == (key, layout.targets[0])
     assert len(encode_image(plan, layout).literals.values) == 2

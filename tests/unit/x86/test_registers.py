@@ -10,10 +10,35 @@ import pytest
 from optpoline.x86.registers import REGISTERS_SIZE, Registers, decode_registers
 
 # struct user_regs_struct, arch/x86/include/asm/user_64.h
-KERNEL_ORDER = (
-    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss "
-    "fs_base gs_base ds es fs gs"
-).split()
+KERNEL_ORDER = [
+    "r15",
+    "r14",
+    "r13",
+    "r12",
+    "rbp",
+    "rbx",
+    "r11",
+    "r10",
+    "r9",
+    "r8",
+    "rax",
+    "rcx",
+    "rdx",
+    "rsi",
+    "rdi",
+    "orig_rax",
+    "rip",
+    "cs",
+    "eflags",
+    "rsp",
+    "ss",
+    "fs_base",
+    "gs_base",
+    "ds",
+    "es",
+    "fs",
+    "gs",
+]
 
 NUMBERED = struct.pack("<27Q", *range(27))
 

@@ -30,7 +30,26 @@ AMX = plan_xsave_layout(
 )  # fmt: skip
 MAGIC1, MAGIC2 = 0x46505853, 0x46505845
 # offsetof(struct sigcontext, field) / 8, arch/x86/include/uapi/asm/sigcontext.h
-SIGCONTEXT = "r8 r9 r10 r11 r12 r13 r14 r15 rdi rsi rbp rbx rdx rax rcx rsp rip eflags".split()
+SIGCONTEXT = [
+    "r8",
+    "r9",
+    "r10",
+    "r11",
+    "r12",
+    "r13",
+    "r14",
+    "r15",
+    "rdi",
+    "rsi",
+    "rbp",
+    "rbx",
+    "rdx",
+    "rax",
+    "rcx",
+    "rsp",
+    "rip",
+    "eflags",
+]
 UCONTEXT_OFF = 8
 SIGCONTEXT_OFF = UCONTEXT_OFF + 40
 FPSTATE_OFF = SIGCONTEXT_OFF + 184

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import pytest
-import unicorn
+from unicorn import unicorn_const as un
 from unicorn import x86_const as uc
+from unicorn.unicorn import Uc
 
 from optpoline.x86.vdso import ReturnPath, find_return_path
 
@@ -42,7 +43,7 @@ def test_model_against_emulator(name: str) -> None:
     assert path.code == bytes.fromhex(code)
     at = STACK_ADDR + 0x800
     rsp, rbp = path.stack_for(at)
-    machine = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+    machine = Uc(un.UC_ARCH_X86, un.UC_MODE_64)
     machine.mem_map(TEXT_ADDR, 0x1000)
     machine.mem_map(STACK_ADDR, 0x1000)
     machine.mem_map(RETURN_ADDR, 0x1000)
@@ -55,7 +56,7 @@ def test_model_against_emulator(name: str) -> None:
     def on_read(_machine: object, _kind: int, addr: int, *_rest: object) -> None:
         reads.append(addr)
 
-    machine.hook_add(unicorn.UC_HOOK_MEM_READ, on_read)
+    machine.hook_add(un.UC_HOOK_MEM_READ, on_read)
     machine.emu_start(path.syscall_addr + 2, RETURN_ADDR, count=100)
     assert machine.reg_read(uc.UC_X86_REG_RIP) == RETURN_ADDR
     # rt_sigreturn takes its frame from 8 below the stack pointer.

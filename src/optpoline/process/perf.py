@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sample where the threads of a process spend their time, without ptrace.
+
+A software clock event per thread (see ``perf_event``) is switched on for a
+window and notes the user program counter once per millisecond of CPU time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from optpoline.errors import (
+    OptpolineError,
+    PermissionDenied,
+    ProcessGone,
+    UnsupportedTarget,
+    UsageError,
+)
+from optpoline.model import Addr
+from optpoline.process.perf_event import ThreadClock
+from optpoline.process.procfs import list_tids, read_start_time, read_state_char
+
+__all__ = ["MAX_FREQUENCY_HZ", "MAX_THREADS", "PcSample", "PcSampler", "share_within"]
+
+MAX_THREADS = 64
+MAX_FREQUENCY_HZ = 10_000
+_DEFAULT_FREQUENCY_HZ = 997
+_NS_PER_S = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PcSample:
+    """A place in user code where a thread was met.
+
+    Attributes:
+        tid: The thread.
+        pc: The instruction it was about to execute.
+        count: How often it was met there in the window.
+    """
+
+    tid: int
+    pc: Addr
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        """Check that it was met at all."""
+        if self.count < 1:
+            raise UsageError(f"a sample has a count of {self.count}")
+
+
+def share_within(samples: Iterable[PcSample], ranges: Sequence[tuple[Addr, Addr]]) -> float:
+    """Return the share of samples whose program counter lies in any of some ranges.
+
+    Args:
+        samples: The samples; each weighs its count.
+        ranges: First address, and first address behind; ascending and disjoint.
+
+    Returns:
+        From 0 to 1; 0 where there is no sample.
+
+    >>> samples = [PcSample(tid=1, pc=Addr(0x10), count=3), PcSample(tid=1, pc=Addr(0x20))]
+    >>> share_within(samples, [(Addr(0x10), Addr(0x20))])
+    0.75
+    """
+    starts = [start for start, _ in ranges]
+    n_inside = n_all = 0
+    for sample in samples:
+        n_all += sample.count
+        index = bisect_right(starts, sample.pc) - 1
+        if index >= 0 and sample.pc < ranges[index][1]:
+            n_inside += sample.count
+    return n_inside / n_all if n_all else 0.0
+
+
+class PcSampler:
+    """The clocks of one process.
+
+    Args:
+        pid: The process.
+        frequency_hz: Samples per second of CPU time of each thread, 1 to
+            ``MAX_FREQUENCY_HZ``.
+
+    Raises:
+        ProcessGone: if the process does not exist.
+        UsageError: if the frequency is out of range.
+    """
+
+    def __init__(self, pid: int, *, frequency_hz: int = _DEFAULT_FREQUENCY_HZ) -> None:
+        """Remember which process it is; clocks are opened by the first window."""
+        if not 1 <= frequency_hz <= MAX_FREQUENCY_HZ:
+            raise UsageError(
+                f"a sampling frequency of {frequency_hz} Hz is not from 1 to {MAX_FREQUENCY_HZ}"
+            )
+        self.pid = pid
+        self._period_ns = _NS_PER_S // frequency_hz
+        self._start_time = read_start_time(pid)
+        self._clocks: dict[int, ThreadClock] = {}
+        self._cpu_ticks: dict[int, int] = {}
+        self._poll = select.poll()
+        self._n_lost = 0
+        self._n_unwatched = 0
+        self._is_closed = False
+
+    def __enter__(self) -> Self:
+        """Return itself; the clocks are closed at the end."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the clocks."""
+        self.close()
+
+    @property
+    def n_lost(self) -> int:
+        """Samples dropped by the kernel so far because we did not fetch them in time."""
+        return self._n_lost
+
+    @property
+    def n_watched(self) -> int:
+        """Threads that have a clock now."""
+        return len(self._clocks)
+
+    @property
+    def n_unwatched(self) -> int:
+        """Threads that the last window left out, because of ``MAX_THREADS`` or a limit."""
+        return self._n_unwatched
+
+    def close(self) -> None:
+        """Close all clocks; harmless when done twice."""
+        self._is_closed = True
+        for tid in tuple(self._clocks):
+            self._drop(tid)
+
+    def sample(self, seconds: float) -> tuple[PcSample, ...]:
+        """Watch for a while and return where the threads were met, most often first.
+
+        Threads that are born during the window are seen by the next one.
+
+        Target state: running; no thread of it is stopped or woken.
+
+        Args:
+            seconds: Length of the window.
+
+        Raises:
+            ProcessGone: if the process has exited, at once when it does.
+            PermissionDenied: if we may not watch it.
+            UnsupportedTarget: if the kernel has no such clock.
+            OptpolineError: if not even one clock can be had within our limits.
+        """
+        if self._is_closed or not seconds > 0:
+            raise UsageError("a sampler needs a window longer than 0 s and not to be closed")
+        self._refresh()
+        counts: Counter[tuple[int, int]] = Counter()
+        try:
+            for clock in self._clocks.values():
+                clock.drain()  # what a window that was broken off has left
+                clock.enable()
+            self._collect(time.monotonic() + seconds, counts)
+        finally:
+            for clock in self._clocks.values():
+                clock.disable()
+        for clock in self._clocks.values():
+            self._take(clock, counts)
+        return tuple(
+            PcSample(tid=tid, pc=Addr(pc), count=count) for (tid, pc), count in counts.most_common()
+        )
+
+    def _collect(self, deadline: float, counts: Counter[tuple[int, int]]) -> None:
+        """Empty rings that are half full, until the deadline or the end of the process."""
+        by_fd = {clock.fileno(): clock for clock in self._clocks.values()}
+        while (left := deadline - time.monotonic()) > 0:
+            for fd, events in self._poll.poll(left * 1000):
+                clock = by_fd[fd]
+                self._take(clock, counts)
+                if events & ~select.POLLIN:
+                    self._drop(clock.tid)
+            if not self._clocks:
+                self._validate_alive()
+                # Others live, or are being born; wait for the next window.
+                time.sleep(max(0.0, deadline - time.monotonic()))
+
+    def _take(self, clock: ThreadClock, counts: Counter[tuple[int, int]]) -> None:
+        """Move a clock's samples to the counts."""
+        records = clock.drain()
+        counts.update(records.samples)
+        self._n_lost += records.n_lost
+
+    def _refresh(self) -> None:
+        """Give every thread a clock, or those that used most CPU time where there are many."""
+        for fd, events in self._poll.poll(0):
+            if events & ~select.POLLIN:
+                # Its number may already be another thread's.
+                self._drop(next(c.tid for c in self._clocks.values() if c.fileno() == fd))
+        if read_start_time(self.pid) != self._start_time:
+            raise ProcessGone(self.pid)
+        tids = list_tids(self.pid)
+        chosen = self._choose(tids)
+        for tid in self._clocks.keys() - chosen:
+            self._drop(tid)
+        n_exited = self._open_clocks(chosen)
+        self._n_unwatched = len(tids) - n_exited - len(self._clocks)
+        if not self._clocks:
+            self._validate_alive()
+
+    def _open_clocks(self, chosen: set[int]) -> int:
+        """Open the clocks still missing; return how many threads turned out to have exited."""
+        n_exited = 0
+        for tid in sorted(chosen - self._clocks.keys()):
+            try:
+                clock = ThreadClock(tid, period_ns=self._period_ns)
+            except ProcessGone:
+                n_exited += 1
+                continue
+            except (PermissionDenied, UnsupportedTarget):
+                raise
+            except OptpolineError:
+                if not self._clocks:
+                    raise
+                break  # a limit of ours; the threads that have a clock must do
+            self._clocks[tid] = clock
+            self._poll.register(clock.fileno(), select.POLLIN)
+        return n_exited
+
+    def _choose(self, tids: Sequence[int]) -> set[int]:
+        """Return the threads to watch: those that ran most since the last window."""
+        if len(tids) <= MAX_THREADS:
+            self._cpu_ticks = {}
+            return set(tids)
+        ticks = {tid: _read_cpu_ticks(self.pid, tid) for tid in tids}
+        recent = {tid: n_ticks - self._cpu_ticks.get(tid, 0) for tid, n_ticks in ticks.items()}
+        self._cpu_ticks = ticks
+        # Among equals those that have a clock already: opening one is the dearest part.
+        order = sorted(tids, key=lambda tid: (-recent[tid], tid not in self._clocks))
+        return set(order[:MAX_THREADS])
+
+    def _drop(self, tid: int) -> None:
+        """Close a thread's clock."""
+        clock = self._clocks.pop(tid)
+        self._poll.unregister(clock.fileno())
+        clock.close()
+
+    def _validate_alive(self) -> None:
+        """Raise ProcessGone if no thread of the process can run any more."""
+        for tid in list_tids(self.pid):
+            with contextlib.suppress(ProcessGone):
+                if read_state_char(self.pid, tid) not in "ZX":
+                    return
+        raise ProcessGone(self.pid)
+
+
+def _read_cpu_ticks(pid: int, tid: int) -> int:
+    """Return a thread's user and system time in clock ticks, -1 when it has exited."""
+    try:
+        with open(f"/proc/{pid}/task/{tid}/stat", "rb", buffering=0) as file:
+            text = file.read()
+    except OSError:
+        return -1
+    # Fields 14 and 15; those behind the last ")" begin with field 3.
+    fields = text[text.rfind(b")") + 2 :].split()
+    return int(fields[11]) + int(fields[12])

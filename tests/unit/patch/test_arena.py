@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handing out an arena's memory, and its journal as another controller reads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from optpoline.errors import ArenaError
+from optpoline.model import Addr, Site, SiteKind, Thunk, ThunkFlavour
+from optpoline.patch.arena import JOURNAL_SPARE_ENTRIES, Arena, ArenaGeometry
+from optpoline.patch.layout import ENTRY_SIZE, HEADER_SIZE, ArenaHeader, JournalEntry
+from optpoline.x86.blocks import BLOCK_ALIGNMENT, HEAD_SIZE, POISON
+from tests.unit.patch.conftest import ARENA_ADDR, GEOMETRY
+
+THUNK = Thunk(addr=Addr(0x40_0000), operand="rax", flavour=ThunkFlavour.GCC, symbol=None)
+SITE = Site(
+    addr=Addr(0x40_1001),
+    code=bytes.fromhex("e8 11 22 33 44"),
+    kind=SiteKind.CALL,
+    disp_addr=Addr(0x40_1002),
+    thunk=THUNK,
+    module="/bin/program",
+    function=None,
+    function_addr=None,
+)
+
+
+@pytest.mark.parametrize("n_sites", [0, 1, 48, 1900, 100_000])
+def test_geometry_is_whole_pages_in_order(n_sites: int) -> None:
+    geometry = ArenaGeometry.for_sites(n_sites)
+    offsets = (HEADER_SIZE, geometry.code_off, geometry.literal_off, geometry.counter_off)
+    assert all(off % 4096 == 0 for off in (*offsets, geometry.size))
+    assert list((*offsets, geometry.size)) == sorted({*offsets, geometry.size})
+    assert geometry.code_off - HEADER_SIZE >= (n_sites + JOURNAL_SPARE_ENTRIES) * ENTRY_SIZE
+    assert geometry.literal_off - geometry.code_off >= n_sites * 1024
+
+
+def test_header_can_be_read_by_another_controller(arena: Arena, arena_fd: int) -> None:
+    header = ArenaHeader.unpack(os.pread(arena_fd, HEADER_SIZE, 0))
+    assert header is not None
+    assert (header.size, header.target_pid, header.n_entries) == (GEOMETRY.size, 3, 0)
+
+
+def test_parts_lie_where_the_geometry_says(arena: Arena) -> None:
+    assert arena.addr == ARENA_ADDR
+    assert arena.end == ARENA_ADDR + GEOMETRY.size
+    assert arena.code_start == ARENA_ADDR + GEOMETRY.code_off
+    assert arena.code_end == ARENA_ADDR + GEOMETRY.counter_off
+    assert (arena.used_code_size, arena.free_code_size) == (0, 8192)
+
+
+@pytest.mark.parametrize("size", [1, 6, 15, 16, 17, 100])
+def test_blocks_are_aligned_and_padded_with_poison(arena: Arena, size: int) -> None:
+    first = arena.next_block_addr()
+    assert arena.add_block(b"\x90" * size) == first == arena.code_start
+    second = arena.next_block_addr()
+    assert second % BLOCK_ALIGNMENT == 0
+    assert size <= second - first < size + BLOCK_ALIGNMENT
+    data = arena.read(first, second - first)
+    assert data == b"\x90" * size + bytes((POISON,)) * (second - first - size)
+    assert arena.used_code_size == second - first
+
+
+def test_head_of_a_short_block_is_whole(arena: Arena) -> None:
+    addr = arena.add_block(b"\xe9\0\0\0\0\xcc")
+    assert arena.head_of(addr) == b"\xe9\0\0\0\0\xcc\xcc\xcc"
+    assert len(arena.head_of(addr)) == HEAD_SIZE
+
+
+def test_blocks_until_the_code_is_used_up(arena: Arena, arena_fd: int) -> None:
+    for i in range(8192 // 128):
+        arena.add_block(bytes((i,)) * 128)
+    assert arena.free_code_size == 0
+    with pytest.raises(ArenaError, match="used up") as caught:
+        arena.add_block(b"\x90")
+    assert caught.value.hint is not None
+    # The literals behind the code were not written.
+    assert os.pread(arena_fd, 4096, GEOMETRY.literal_off) == bytes(4096)
+    assert arena.read(arena.code_start, 128) == bytes(128)
+
+
+def test_block_that_is_too_large_takes_nothing(arena: Arena) -> None:
+    with pytest.raises(ArenaError):
+        arena.add_block(b"\x90" * 8193)
+    assert arena.used_code_size == 0
+    arena.add_block(b"\x90" * 8192)
+
+
+def test_align_block_fills_with_poison_and_stays_inside(arena: Arena) -> None:
+    arena.add_block(b"\x90" * 16)
+    arena.align_block(64)
+    assert arena.next_block_addr() % 64 == 0
+    assert arena.read(Addr(arena.code_start + 16), 48) == bytes((POISON,)) * 48
+    arena.align_block(64)
+    assert arena.used_code_size == 64
+    arena.add_block(b"\x90")
+    arena.align_block(1 << 20)
+    assert arena.free_code_size == 0
+    with pytest.raises(ArenaError):
+        arena.add_block(b"\x90")
+
+
+def test_equal_literals_are_one(arena: Arena) -> None:
+    one = arena.addr_of(0x5555_0000_1000)
+    other = arena.addr_of((1 << 64) - 1)
+    assert arena.addr_of(0x5555_0000_1000) == one
+    assert other == one + 8
+    assert one == ARENA_ADDR + GEOMETRY.literal_off
+    assert arena.load_u64(one) == 0x5555_0000_1000
+    assert arena.read(other, 8) == b"\xff" * 8
+
+
+def test_literals_until_they_are_used_up(arena: Arena) -> None:
+    for i in range(4096 // 8):
+        arena.addr_of(1 << 32 | i)
+    with pytest.raises(ArenaError, match="literals"):
+        arena.addr_of(7)
+    assert arena.addr_of(1 << 32) == ARENA_ADDR + GEOMETRY.literal_off
+    assert arena.load_u64(Addr(ARENA_ADDR + GEOMETRY.counter_off)) == 0
+
+
+def test_counters_are_adjacent_zero_and_bounded(arena: Arena) -> None:
+    one, other = arena.add_counters(3), arena.add_counters(1)
+    assert one == ARENA_ADDR + GEOMETRY.counter_off
+    assert other == one + 24
+    assert [arena.load_u64(Addr(one + 8 * i)) for i in range(4)] == [0] * 4
+    with pytest.raises(ArenaError, match="counters"):
+        arena.add_counters(4096 // 8 - 3)
+    last = arena.add_counters(4096 // 8 - 4)
+    assert last + 8 * (4096 // 8 - 4) == arena.end
+    with pytest.raises(ArenaError):
+        arena.add_counters(1)
+
+
+def test_store_is_seen_through_the_other_mapping(arena: Arena, arena_fd: int) -> None:
+    addr = arena.add_counters(2)
+    arena.store_u64(addr, 0x1122_3344_5566_7788)
+    off = addr - ARENA_ADDR
+    assert os.pread(arena_fd, 16, off) == bytes.fromhex("88 77 66 55 44 33 22 11") + bytes(8)
+    os.pwrite(arena_fd, b"\5", off + 8)
+    assert arena.load_u64(Addr(addr + 8)) == 5
+
+
+# --- journal
+
+
+def read_journal(fd: int) -> list[JournalEntry]:
+    """Return a journal as another controller reads it."""
+    header = ArenaHeader.unpack(os.pread(fd, HEADER_SIZE, 0))
+    assert header is not None
+    data = os.pread(fd, header.n_entries * ENTRY_SIZE, HEADER_SIZE)
+    return [
+        JournalEntry.unpack(data[off : off + ENTRY_SIZE]) for off in range(0, len(data), ENTRY_SIZE)
+    ]
+
+
+def test_journal_keeps_the_baseline(arena: Arena, arena_fd: int) -> None:
+    entry = arena.journal(SITE)
+    assert entry == JournalEntry(addr=SITE.addr, code=SITE.code, disp_off=1)
+    assert (entry.disp_addr, entry.end, entry.disp) == (SITE.disp_addr, SITE.end, SITE.disp)
+    assert read_journal(arena_fd) == [entry]
+
+
+def test_site_is_journalled_once(arena: Arena, arena_fd: int) -> None:
+    assert arena.journal(SITE) is arena.journal(SITE)
+    assert len(read_journal(arena_fd)) == 1
+
+
+def test_other_baseline_at_the_same_address_is_a_second_entry(arena: Arena, arena_fd: int) -> None:
+    # The module was unloaded and another one mapped there.
+    arena.journal(SITE)
+    second = arena.journal(replace(SITE, code=bytes.fromhex("e9 55 66 77 08")))
+    assert read_journal(arena_fd)[1] == second
+    assert len(read_journal(arena_fd)) == 2
+
+
+def test_prefixed_site(arena: Arena, arena_fd: int) -> None:
+    site = replace(SITE, code=bytes.fromhex("2e 2e 0f 84 11 22 33 44"), disp_addr=SITE.addr + 4)
+    entry = arena.journal(site)
+    assert read_journal(arena_fd) == [entry]
+    assert entry.disp == bytes.fromhex("11 22 33 44")
+
+
+def test_full_journal(arena: Arena, arena_fd: int) -> None:
+    sites = [replace(SITE, addr=Addr(SITE.addr + 16 * i), disp_addr=Addr(SITE.disp_addr + 16 * i))
+             for i in range(4096 // ENTRY_SIZE + 1)]  # fmt: skip
+    for site in sites[:-1]:
+        arena.journal(site)
+    with pytest.raises(ArenaError, match="journal"):
+        arena.journal(sites[-1])
+    assert [entry.addr for entry in read_journal(arena_fd)] == [site.addr for site in sites[:-1]]
+    assert os.pread(arena_fd, 1, GEOMETRY.code_off) == b"\0"
+
+
+def test_entry_is_complete_before_it_is_counted(
+    arena: Arena, arena_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Callable[[Addr, int], None] = arena.store_u64
+    seen: list[tuple[int, bytes]] = []
+
+    def spy(_self: Arena, addr: Addr, value: int) -> None:
+        off = HEADER_SIZE + (value - 1) * ENTRY_SIZE
+        seen.append((addr - ARENA_ADDR, os.pread(arena_fd, ENTRY_SIZE, off)))
+        assert len(read_journal(arena_fd)) == value - 1
+        original(addr, value)
+
+    monkeypatch.setattr(Arena, "store_u64", spy)
+    entry = arena.journal(SITE)
+    assert seen == [(ArenaHeader.N_ENTRIES_OFF, entry.pack())]
+    assert len(read_journal(arena_fd)) == 1
+
+
+def test_close_lets_go_of_the_memory(arena_fd: int) -> None:
+    header = ArenaHeader.unpack(
+        ArenaHeader(
+            size=GEOMETRY.size,
+            code_off=GEOMETRY.code_off,
+            literal_off=GEOMETRY.literal_off,
+            counter_off=GEOMETRY.counter_off,
+            controller_pid=1,
+            controller_start=2,
+            target_pid=3,
+            n_entries=0,
+        ).pack()
+    )
+    assert header is not None
+    arena = Arena(ARENA_ADDR, arena_fd, GEOMETRY, header)
+    addr = arena.add_block(b"\x90")
+    arena.close()
+    with pytest.raises(ValueError, match="closed"):
+        arena.read(addr, 1)
+    # What was written stays for the program.
+    assert os.pread(arena_fd, 1, GEOMETRY.code_off) == b"\x90"

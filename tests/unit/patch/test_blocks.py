@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks in an arena: written once, redirected and pointed back."""
+
+from __future__ import annotations
+
+import pytest
+
+from optpoline.errors import EncodeRangeError
+from optpoline.model import Addr, BlockPlan, Guard, Miss
+from optpoline.patch.arena import Arena
+from optpoline.patch.blocks import add_block, point_back, redirect
+from optpoline.x86.blocks import encode_block
+from tests.emulate.disassemble import disassemble
+
+PLAN = BlockPlan(
+    operand="rax",
+    tree=Guard(Addr(0x40_1000), None, Guard(Addr(0x9000_0000), None, Miss())),
+    thunk_addr=Addr(0x40_0000),
+)
+
+
+def test_block_is_what_the_encoder_made(arena: Arena) -> None:
+    block = add_block(arena, PLAN)
+    code = arena.read(block.addr, block.size)
+    assert code == encode_block(PLAN, block.addr, arena)
+    assert block.head == code[:8]
+    assert arena.load_u64(arena.addr_of(0x9000_0000)) == 0x9000_0000
+
+
+def test_redirect_and_back(arena: Arena) -> None:
+    first, second = add_block(arena, PLAN), add_block(arena, PLAN)
+    before = arena.read(first.addr, first.size)
+    redirect(first, second.addr)
+    jump = disassemble(arena.read(first.addr, 5), first.addr)[0]
+    assert (jump.mnemonic, jump.branch_addr) == ("jmp", second.addr)
+    assert arena.read(first.addr, first.size)[8:] == before[8:]
+    redirect(first, PLAN.thunk_addr)
+    assert disassemble(arena.read(first.addr, 5), first.addr)[0].branch_addr == PLAN.thunk_addr
+    point_back(first)
+    assert arena.read(first.addr, first.size) == before
+    assert arena.read(second.addr, second.size)[:8] == second.head
+
+
+def test_redirect_of_the_shortest_block_keeps_to_itself(arena: Arena) -> None:
+    empty = BlockPlan(operand="rax", tree=Miss(), thunk_addr=PLAN.thunk_addr)
+    first, second = add_block(arena, empty), add_block(arena, empty)
+    assert first.size < 8
+    following = arena.read(second.addr, 8)
+    redirect(first, second.addr)
+    assert arena.read(second.addr, 8) == following
+    point_back(first)
+    assert arena.head_of(first.addr) == first.head
+
+
+def test_redirect_out_of_reach_changes_nothing(arena: Arena) -> None:
+    block = add_block(arena, PLAN)
+    with pytest.raises(EncodeRangeError):
+        redirect(block, Addr(0x7F00_0000_0000))
+    assert arena.head_of(block.addr) == block.head
+
+
+def test_block_out_of_reach_takes_no_code(arena: Arena) -> None:
+    far = BlockPlan(operand="rax", tree=Miss(), thunk_addr=Addr(0x7F00_0000_0000))
+    with pytest.raises(EncodeRangeError):
+        add_block(arena, far)
+    assert arena.used_code_size == 0

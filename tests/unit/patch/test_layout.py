@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The format of arenas, as a later controller reads it."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optpoline.model import Addr
+from optpoline.patch.layout import (
+    ENTRY_SIZE,
+    HEADER_SIZE,
+    MAGIC,
+    VERSION,
+    ArenaHeader,
+    JournalEntry,
+)
+
+u64 = st.integers(0, (1 << 64) - 1)
+
+HEADER = ArenaHeader(
+    size=0x60_0000,
+    code_off=0x4_0000,
+    literal_off=0x44_0000,
+    counter_off=0x4C_0000,
+    controller_pid=1234,
+    controller_start=987_654_321,
+    target_pid=4321,
+    n_entries=17,
+)
+
+
+@given(pid=u64, start=u64, target=u64, n_entries=st.integers(0, (0x4_0000 - 4096) // ENTRY_SIZE))
+def test_header_round_trip(pid, start, target, n_entries):
+    header = replace(
+        HEADER, controller_pid=pid, controller_start=start, target_pid=target, n_entries=n_entries
+    )
+    assert ArenaHeader.unpack(header.pack()) == header
+    assert ArenaHeader.unpack(header.pack().ljust(HEADER_SIZE, b"\xff")) == header
+
+
+def test_header_fits_its_page_and_begins_with_its_magic() -> None:
+    data = HEADER.pack()
+    assert len(data) <= HEADER_SIZE
+    assert data[:8] == MAGIC == b"OPTPOLIN"
+
+
+def test_n_entries_is_where_its_offset_says() -> None:
+    data = bytearray(HEADER.pack())
+    assert ArenaHeader.N_ENTRIES_OFF % 8 == 0
+    assert struct.unpack_from("<Q", data, ArenaHeader.N_ENTRIES_OFF) == (17,)
+    struct.pack_into("<Q", data, ArenaHeader.N_ENTRIES_OFF, 18)
+    assert ArenaHeader.unpack(bytes(data)) == replace(HEADER, n_entries=18)
+
+
+def test_n_entries_off_is_no_field() -> None:
+    assert "N_ENTRIES_OFF" not in {field.name for field in fields(ArenaHeader)}
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 87])
+def test_short_data_is_no_header(size: int) -> None:
+    assert ArenaHeader.unpack(HEADER.pack()[:size]) is None
+
+
+@pytest.mark.parametrize("off", range(16))
+def test_other_magic_version_or_header_size_is_no_header(off: int) -> None:
+    data = bytearray(HEADER.pack())
+    data[off] ^= 1
+    assert ArenaHeader.unpack(bytes(data)) is None
+
+
+def test_newer_version_is_no_header() -> None:
+    assert ArenaHeader.unpack(replace(HEADER, version=VERSION + 1).pack()) is None
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        replace(HEADER, size=0),
+        replace(HEADER, size=0x4B_0000),
+        replace(HEADER, code_off=0),
+        replace(HEADER, code_off=HEADER.literal_off + 1),
+        replace(HEADER, literal_off=HEADER.counter_off + 1),
+        replace(HEADER, counter_off=1 << 63),
+        replace(HEADER, n_entries=(0x4_0000 - 4096) // ENTRY_SIZE + 1),
+        replace(HEADER, n_entries=(1 << 64) - 1),
+    ],
+)
+def test_impossible_parts_are_no_header(damaged: ArenaHeader) -> None:
+    assert ArenaHeader.unpack(damaged.pack()) is None
+
+
+def test_empty_memory_is_no_header() -> None:
+    assert ArenaHeader.unpack(bytes(HEADER_SIZE)) is None
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_header_or_none(data):
+    assert ArenaHeader.unpack(data) is None
+
+
+@given(addr=u64, code=st.binary(min_size=5, max_size=15), off=st.integers(1, 11))
+def test_entry_round_trip(addr, code, off):
+    entry = JournalEntry(addr=Addr(addr), code=code, disp_off=off)
+    data = entry.pack()
+    assert len(data) == ENTRY_SIZE
+    assert JournalEntry.unpack(data) == entry
+
+
+def test_entry_addresses() -> None:
+    entry = JournalEntry(addr=Addr(0x1000), code=bytes.fromhex("2e e8 01 02 03 04"), disp_off=2)
+    assert (entry.disp_addr, entry.end, entry.disp) == (0x1002, 0x1006, b"\1\2\3\4")
+
+
+def test_entries_lie_in_words() -> None:
+    # n_entries counts what was written before it: entries must not share words.
+    assert ENTRY_SIZE % 8 == 0
+    assert HEADER_SIZE % ENTRY_SIZE == 0

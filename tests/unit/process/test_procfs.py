@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers of /proc against a tree of files, oddities included."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from optpoline.errors import ProcessGone
+from optpoline.process.procfs import (
+    ThreadWhere,
+    list_tids,
+    read_exe_path,
+    read_maps,
+    read_start_time,
+    read_state_char,
+    read_status,
+    read_thread_state,
+)
+
+PID, TID = 1234, 1235
+STATUS = """Name:\todd) (na\\012me
+State:\tS (sleeping)
+Tgid:\t1234
+Pid:\t1234
+PPid:\t1
+TracerPid:\t77
+Uid:\t1000\t1001\t1002\t1003
+Gid:\t100\t101\t102\t103
+NSpid:\t1234\t5
+Threads:\t2
+CapEff:\t0000000000000400
+Seccomp:\t2
+Kthread:\t0
+voluntary_ctxt_switches:\t42
+nonvoluntary_ctxt_switches:\t7
+"""
+STAT = f"{PID} (odd) (name) S 1 {PID} {PID} 0 -1 4194304 " + " ".join(map(str, range(100, 143)))
+MAPS = """\
+555555554000-555555556000 r--p 00000000 fd:01 1234                       /usr/bin/a b
+555555556000-555555559000 r-xp 00002000 fd:01 1234                       /usr/bin/a b
+7ffff7fc0000-7ffff7fc1000 rw-p 00000000 00:00 0
+7ffff7fc1000-7ffff7fc2000 r-xp 00000000 00:01 99                         /memfd:x (deleted)
+7ffff7fc2000-7ffff7fc4000 r-xp 00000000 00:00 0                          [vdso]
+7ffff7fd0000-7ffff7fd1000 r--s 00000000 fd:01 5                          /tmp/new\\012line
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+"""
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    """Return a /proc with one process of two threads."""
+    process = tmp_path / str(PID)
+    for tid in (PID, TID):
+        task = process / "task" / str(tid)
+        task.mkdir(parents=True)
+        (task / "status").write_text(STATUS.replace("Pid:\t1234\nPP", f"Pid:\t{tid}\nPP"))
+        (task / "stat").write_text(STAT)
+        (task / "syscall").write_text(
+            "202 0x1 0x80 0x0 0x0 0x0 0xffffffffffffffff 0x7ffe10 0x401000\n"
+        )
+    (process / "status").write_text(STATUS)
+    (process / "stat").write_text(STAT)
+    (process / "maps").write_text(MAPS)
+    (process / "exe").symlink_to("/usr/bin/a b (deleted)")
+    return tmp_path
+
+
+def test_maps(proc: Path) -> None:
+    maps = read_maps(PID, proc_root=proc)
+    assert [m.path for m in maps] == [
+        "/usr/bin/a b", "/usr/bin/a b", "", "/memfd:x (deleted)", "[vdso]", "/tmp/new\nline",
+        "[vsyscall]",
+    ]  # fmt: skip
+    text = maps[1]
+    assert (text.start, text.end, text.offset) == (0x555555556000, 0x555555559000, 0x2000)
+    assert (text.perms, text.device, text.inode) == ("r-xp", "fd:01", 1234)
+    assert text.is_executable
+    assert maps[2].is_writable
+
+
+def test_maps_of_a_zombie(proc: Path) -> None:
+    (proc / str(PID) / "maps").write_text("")
+    with pytest.raises(ProcessGone):
+        read_maps(PID, proc_root=proc)
+
+
+def test_threads(proc: Path) -> None:
+    assert list_tids(PID, proc_root=proc) == (PID, TID)
+
+
+def test_stat(proc: Path) -> None:
+    # Field 22; fields 10 to 52 are 100 to 142 here.
+    assert read_start_time(PID, proc_root=proc) == 112
+    assert read_state_char(PID, TID, proc_root=proc) == "S"
+
+
+def test_status(proc: Path) -> None:
+    status = read_status(PID, proc_root=proc)
+    assert (status.pid, status.name, status.state) == (PID, "odd) (na\nme", "S")
+    assert (status.tgid, status.ppid, status.tracer_pid) == (1234, 1, 77)
+    assert status.uids == (1000, 1001, 1002, 1003)
+    assert status.gids == (100, 101, 102, 103)
+    assert (status.ns_pids, status.n_threads, status.seccomp) == ((1234, 5), 2, 2)
+    assert status.cap_eff == 0x400
+    assert not status.is_kernel_thread
+    assert read_status(PID, tid=TID, proc_root=proc).pid == TID
+
+
+def test_kernel_thread_of_an_older_kernel(proc: Path) -> None:
+    path = proc / str(PID)
+    (path / "status").write_text(STATUS.replace("Kthread:\t0\n", ""))
+    assert not read_status(PID, proc_root=proc).is_kernel_thread
+    (path / "stat").write_text(STAT.replace(" 4194304 ", " 2129984 "))
+    assert read_status(PID, proc_root=proc).is_kernel_thread
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "nr", "sp", "pc"),
+    [
+        ("running\n", ThreadWhere.RUNNING, -1, 0, 0),
+        ("-1 0x7ffe10 0x401000\n", ThreadWhere.BLOCKED, -1, 0x7FFE10, 0x401000),
+        ("0 0x3 0x1 0x1 0x0 0x0 0x9 0x7e10 0x400f\n", ThreadWhere.IN_SYSCALL, 0, 0x7E10, 0x400F),
+    ],
+)  # fmt: skip
+def test_thread_state(proc: Path, text: str, where: ThreadWhere, nr: int, sp: int, pc: int) -> None:
+    (proc / str(PID) / "task" / str(TID) / "syscall").write_text(text)
+    state = read_thread_state(PID, TID, proc_root=proc)
+    assert (state.where, state.syscall_nr, state.sp, state.pc) == (where, nr, sp, pc)
+    assert len(state.syscall_args) == (6 if nr >= 0 else 0)
+    assert (state.tid, state.state) == (TID, "S")
+    assert (state.n_voluntary, state.n_nonvoluntary) == (42, 7)
+
+
+def test_exe(proc: Path) -> None:
+    assert read_exe_path(PID, proc_root=proc) == "/usr/bin/a b"
+
+
+@pytest.mark.parametrize(
+    "read", [read_maps, list_tids, read_start_time, read_status, read_exe_path]
+)
+def test_gone(read: object, tmp_path: Path) -> None:
+    assert callable(read)
+    with pytest.raises(ProcessGone):
+        read(PID, proc_root=tmp_path)
+
+
+def test_own_process() -> None:
+    pid = os.getpid()
+    assert any(m.path == "[vdso]" for m in read_maps(pid))
+    assert pid in list_tids(pid)
+    assert read_start_time(pid) > 0
+    assert read_status(pid).tgid == pid
+    # We are in read(2), of that very file.
+    assert read_thread_state(pid, pid).syscall_nr == 0
