@@ -121,7 +121,7 @@ def test_error_in_any_step_restores_first(step: str, capsys: pytest.CaptureFixtu
     api.session.errors[step] = SiteChanged(0x10, b"\xe8", b"\xcc")
     assert main(["attach", "1", "--leave"], api=api) == 7
     assert api.session.calls[-1] == "detach"
-    assert "bytes at 0x10 are cc, expected e8" in capsys.readouterr().err
+    assert "bytes at 0x10 are cc, not e8" in capsys.readouterr().err
 
 
 def test_failing_rollback_does_not_hide_the_error(capsys: pytest.CaptureFixture[str]) -> None:
