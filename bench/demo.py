@@ -12,12 +12,12 @@ import os
 import sys
 import time
 
-from bench import statistics
 from bench.build import Variant
 from bench.errors import BenchError
 from bench.programs.lua import build_lua, lua_workload
-from bench.tables import console, percent, print_measured
-from bench.workload import PROMOTED, measure_workload
+from bench.tables import console, print_measured
+from bench.verdicts import group_mean
+from bench.workload import measure_workload
 
 __all__ = ["main"]
 
@@ -51,15 +51,8 @@ def main() -> int:
         sys.stderr.write(f"demo: {error}\n")
         return 1
     console.print()
-    print_measured("Lua 5.4", rows)
-    triples = [
-        (row.of(Variant.PLAIN), row.of(Variant.RETPOLINE), row.samples[PROMOTED]) for row in rows
-    ]
-    mean = statistics.recovered_mean(triples)
-    console.print(
-        "\nrecovered = (retpoline - promoted) / (retpoline - plain), with its 95 % interval;\n"
-        f"geometric mean {percent(mean)}."
-    )
+    print_measured("Lua 5.4", rows, mean=group_mean(rows), with_bars=False)
+    console.print("recovered = (retpoline - promoted) / (retpoline - plain), 95 % intervals.")
     longest = max(row.summary.stop_ms_max for row in rows if row.summary)
     sites = max(row.summary.promoted for row in rows if row.summary)
     console.print(

@@ -50,15 +50,17 @@ def generate_sites(n_sites: int) -> str:
     site is worth promoting and none can be resolved by the compiler.
     """
     parts = [_HEAD.format(n_sites=n_sites)]
-    for i in range(_N_TARGETS):
-        parts.append(f"KEPT static number target_{i}(number x) {{ return x * {2 * i + 1} + {i}; }}")
+    parts += [
+        f"KEPT static number target_{i}(number x) {{ return x * {2 * i + 1} + {i}; }}"
+        for i in range(_N_TARGETS)
+    ]
     names = ", ".join(f"target_{i}" for i in range(_N_TARGETS))
     parts.append(f"static target volatile targets[] = {{{names}}};")
-    for i in range(n_sites):
-        parts.append(
-            f"KEPT static number site_{i}(number x) "
-            f"{{ return targets[{i % _N_TARGETS}](x + {i}) ^ {i}; }}"
-        )
+    parts += [
+        f"KEPT static number site_{i}(number x) "
+        f"{{ return targets[{i % _N_TARGETS}](x + {i}) ^ {i + 1}; }}"
+        for i in range(n_sites)
+    ]
     calls = "\n".join(f"  x = site_{i}(x);" for i in range(n_sites))
     parts.append(f"KEPT static number all_sites(number x) {{\n{calls}\n  return x;\n}}")
     parts.append(_MAIN.format(n_passes=max(1, _CALLS // n_sites)))

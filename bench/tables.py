@@ -35,8 +35,17 @@ def print_measured(
     *,
     mean: Estimate | None = None,
     peer: Estimate | None = None,
+    with_bars: bool = True,
 ) -> None:
-    """Print the medians of each variant side by side, what was recovered, and the verdicts."""
+    """Print the medians of each variant side by side, what was recovered, and the verdicts.
+
+    Args:
+        title: Name of the group.
+        rows: Its workloads.
+        mean: Geometric mean of what promotion recovered.
+        peer: Geometric mean of what gcc's profile-guided build recovers instead.
+        with_bars: Whether to hold the results against the bars.
+    """
     if not rows:
         return
     table = Table(title=f"{title} (medians, ms)", title_justify="left")
@@ -46,16 +55,17 @@ def print_measured(
         table.add_column("promoted live" if name == PROMOTED else name, justify="right")
     is_promoted = PROMOTED in names
     table.add_column("recovered" if is_promoted else "overhead", justify="right")
-    table.add_column("bar")
+    if with_bars:
+        table.add_column("bar")
     for row in rows:
-        verdict = judge_workload(row)
         medians = [f"{statistics.median(row.samples[name]).value / 1e6:.2f}" for name in names]
         share = percent(row.recovered if is_promoted else row.overhead)
-        table.add_row(row.name, *medians, share, verdict.word)
+        verdict = [judge_workload(row).word] if with_bars else []
+        table.add_row(row.name, *medians, share, *verdict)
     console.print(table)
     if mean is not None:
-        word = judge_group(title, rows).word
-        console.print(f"geometric mean recovered: {percent(mean)}, {word}")
+        word = f", {judge_group(title, rows).word}" if with_bars else ""
+        console.print(f"geometric mean recovered: {percent(mean)}{word}")
     if peer is not None:
         console.print(f"geometric mean recovered by gcc -fprofile-use instead: {percent(peer)}")
 

@@ -16,6 +16,7 @@ class Config:
 
     Attributes:
         learn_s: Length of the first learning window, seconds.
+        relearn_s: Length of later windows over sites that were cold, seconds.
         wave_s: Time between looks at full slots within a window, seconds. A
             dispatch site with 80 targets needs four waves.
         sample_s: Length of one re-sampling window, seconds.
@@ -31,6 +32,7 @@ class Config:
     """
 
     learn_s: float = 1.0
+    relearn_s: float = 0.25
     wave_s: float = 0.025
     sample_s: float = 0.010
     sample_every_s: float = 1.0

@@ -51,6 +51,10 @@ MIN_WINDOW_COUNT = 256
 """Counts of the last, longest block are used alone from here on: earlier blocks
 of the window saw only the targets that came first."""
 
+MAX_GROWTHS = 24
+"""Bigger counting blocks between two promotions of a site: one with ever new
+targets must not eat up the arena. A site of 128 targets needs five."""
+
 _COUNT_EVERYTHING = CostModel(min_gain_cycles=0.0)
 
 
@@ -73,8 +77,16 @@ def add_counting_block(record: SiteRecord, tree: TreeNode, n_open: int) -> Block
 
 
 def first_block(record: SiteRecord) -> Block:
-    """Write the counting block of a site that nobody has looked at."""
-    return add_counting_block(record, Miss(), FIRST_OPEN_SLOTS)
+    """Return the counting block of a site on its baseline; the same each time.
+
+    Raises:
+        ArenaError: if the arena is used up.
+    """
+    if record.learner is None:
+        record.learner = add_counting_block(record, Miss(), FIRST_OPEN_SLOTS)
+    else:
+        point_back(record.learner)
+    return record.learner
 
 
 def _enter_counting(record: SiteRecord, block: Block, now_s: float) -> None:
@@ -111,7 +123,7 @@ def grow_full(records: Iterable[SiteRecord], may_guard: TargetFilter) -> int:
             continue
         counts = window_counts(record)
         n_open = next_open_slots(counts)
-        if n_open == 0:
+        if n_open == 0 or record.n_grown >= MAX_GROWTHS:
             continue
         known = tuple(c for c in counts.counts if may_guard(record, c.target))
         if len(known) != len(counts.counts) and record.unsafe_targets:
@@ -127,6 +139,7 @@ def grow_full(records: Iterable[SiteRecord], may_guard: TargetFilter) -> int:
         if not counts_enough(counts):
             record.counts = counts
         _enter_counting(record, block, time.monotonic())
+        record.n_grown += 1
         grown += 1
     return grown
 

@@ -59,6 +59,7 @@ def _settle(record: SiteRecord, block: Block, plan: PlannedTree, now_s: float) -
     record.misses_seen = 0
     record.changed_s = now_s
     record.n_confirmed = 0
+    record.n_grown = 0
 
 
 def promote_first(

@@ -39,6 +39,10 @@ class SiteRecord:
     home: Block | None = None
     active: Block | None = None
     counting: Block | None = None
+    learner: Block | None = None
+    """The counting block of the first window; used again by every later one."""
+    n_grown: int = 0
+    """Bigger counting blocks made since the site was last promoted."""
     counts_before: SiteCounts | None = None
     """What ``counting`` had counted when its window began."""
     window_start_s: float = 0.0

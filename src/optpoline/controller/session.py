@@ -22,6 +22,7 @@ from optpoline.controller.linker import Linker, Move
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.promotion import promote_first
 from optpoline.controller.records import SiteRecord
+from optpoline.controller.rediscovery import Rediscovery
 from optpoline.controller.sampling import Sampler
 from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
@@ -90,6 +91,7 @@ class Session:
         self._target: Target | None = None
         self._linker: Linker | None = None
         self._sampler: Sampler | None = None
+        self._rediscovery: Rediscovery | None = None
         self._pidfd = -1
         self._window_start_s = 0.0
         self._last_summary: Summary | None = None
@@ -112,6 +114,7 @@ class Session:
         self._target = target
         self._linker = Linker(target)
         self._sampler = Sampler(self.config, self._linker, target.may_guard)
+        self._rediscovery = Rediscovery(self.pid, time.monotonic())
         self._add_modules()
         if not self.sites:
             raise NoSites(self._describe_no_sites())
@@ -305,10 +308,21 @@ class Session:
             if n_demoted:
                 self._tell(EventKind.DEMOTED, f"{_count(n_demoted, 'site')} back on the thunk")
         self._sampler.relink(self.records, now_s)
+        self._rediscover(time.monotonic(), stop)
         if now_s >= self._next_maps_s:
             self._next_maps_s = now_s + self.config.maps_every_s
             return self._check_maps(stop)
         return True
+
+    def _rediscover(self, now_s: float, stop: threading.Event | None) -> None:
+        """Learn the unpromoted sites anew where time is spent in their thunks."""
+        assert self._rediscovery is not None
+        if not self._rediscovery.is_due(self.records, now_s):
+            return
+        self.learn(self.config.relearn_s, stop)
+        n_promoted = self.promote()
+        self.state = SessionState.WATCHING
+        self._rediscovery.learned(n_promoted, time.monotonic())
 
     def _check_maps(self, stop: threading.Event | None) -> bool:
         """Notice exec and new modules; tell whether the program is still the same."""
@@ -368,6 +382,9 @@ class Session:
 
     def close(self) -> None:
         """Release what this process holds; the target is not touched."""
+        if self._rediscovery is not None:
+            self._rediscovery.close()
+            self._rediscovery = None
         if self._target is not None:
             self._target.close()
             self._target = None

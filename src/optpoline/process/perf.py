@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -34,6 +35,11 @@ MAX_THREADS = 64
 MAX_FREQUENCY_HZ = 10_000
 _DEFAULT_FREQUENCY_HZ = 997
 _NS_PER_S = 1_000_000_000
+# An event that ticks as often as the kernel allows is throttled: switched off inside
+# its own timer, which on Linux 6.16 and 6.17 hangs the machine (async-profiler #1578).
+_RATE_MARGIN = 4
+_MAX_SAMPLE_RATE = Path("/proc/sys/kernel/perf_event_max_sample_rate")
+_USUAL_MAX_SAMPLE_RATE_HZ = 100_000  # DEFAULT_MAX_SAMPLE_RATE, kernel/events/core.c
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +92,7 @@ class PcSampler:
     Args:
         pid: The process.
         frequency_hz: Samples per second of CPU time of each thread, 1 to
-            ``MAX_FREQUENCY_HZ``.
+            ``MAX_FREQUENCY_HZ``; fewer where the kernel's limit is low.
 
     Raises:
         ProcessGone: if the process does not exist.
@@ -100,7 +106,7 @@ class PcSampler:
                 f"a sampling frequency of {frequency_hz} Hz is not from 1 to {MAX_FREQUENCY_HZ}"
             )
         self.pid = pid
-        self._period_ns = _NS_PER_S // frequency_hz
+        self._frequency_hz = max(1, min(frequency_hz, _read_max_sample_rate() // _RATE_MARGIN))
         self._start_time = read_start_time(pid)
         self._clocks: dict[int, ThreadClock] = {}
         self._cpu_ticks: dict[int, int] = {}
@@ -121,6 +127,11 @@ class PcSampler:
     ) -> None:
         """Close the clocks."""
         self.close()
+
+    @property
+    def frequency_hz(self) -> int:
+        """Samples per second of CPU time of each thread."""
+        return self._frequency_hz
 
     @property
     def n_lost(self) -> int:
@@ -219,7 +230,7 @@ class PcSampler:
         n_exited = 0
         for tid in sorted(chosen - self._clocks.keys()):
             try:
-                clock = ThreadClock(tid, period_ns=self._period_ns)
+                clock = ThreadClock(tid, period_ns=_NS_PER_S // self._frequency_hz)
             except ProcessGone:
                 n_exited += 1
                 continue
@@ -270,3 +281,11 @@ def _read_cpu_ticks(pid: int, tid: int) -> int:
     # Fields 14 and 15; those behind the last ")" begin with field 3.
     fields = text[text.rfind(b")") + 2 :].split()
     return int(fields[11]) + int(fields[12])
+
+
+def _read_max_sample_rate() -> int:
+    """Return kernel.perf_event_max_sample_rate, the usual one where it cannot be read."""
+    try:
+        return int(_MAX_SAMPLE_RATE.read_text())
+    except (OSError, ValueError):
+        return _USUAL_MAX_SAMPLE_RATE_HZ

@@ -166,9 +166,7 @@ class ThreadClock:
 
     Args:
         tid: The thread.
-        period_ns: CPU time from one sample to the next. A period, not a
-            frequency: the kernel compares only the latter with its present
-            kernel.perf_event_max_sample_rate.
+        period_ns: CPU time from one sample to the next.
         n_pages: Size of the ring's data, a power of two.
 
     Raises:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generated program has exactly the sites asked for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench.build import Variant, compile_program, variant_flags
+from bench.driver import Driver
+from bench.errors import BenchError
+from bench.gen_sites import generate_sites
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sites")
+    source = directory / "sites.c"
+    source.write_text(generate_sites(50))
+    flags = variant_flags(Variant.RETPOLINE)
+    return compile_program([source], output=directory / "sites", flags=flags)
+
+
+def test_it_has_that_many_sites(program: Path) -> None:
+    dump = subprocess.run(["objdump", "-d", program], capture_output=True, text=True, check=True)
+    sites = re.findall(r"call +[0-9a-f]+ <__x86_indirect_thunk_\w+>", dump.stdout)
+    assert len(sites) == 50
+
+
+def test_it_speaks_the_protocol(program: Path) -> None:
+    with Driver("sites", [str(program)]) as driver:
+        assert driver.iterate() > 0
+        first = driver.result
+        assert driver.iterate() > 0
+        assert driver.result == first
+
+
+def test_a_driver_that_does_not_speak_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="said 'hello' instead of ready"):
+        Driver("liar", ["echo", "hello"], cwd=tmp_path)
+
+
+def test_a_driver_that_changes_its_mind_is_refused(tmp_path: Path) -> None:
+    script = 'echo ready; n=0; while read line; do n=$((n + 1)); echo "5 $n"; done'
+    with Driver("fickle", ["sh", "-c", script], cwd=tmp_path) as driver:
+        assert driver.iterate() == 5
+        with pytest.raises(BenchError, match="fickle computed 2, and 1 before"):
+            driver.iterate()
+
+
+def test_a_driver_that_ends_is_an_error(tmp_path: Path) -> None:
+    with (
+        Driver("short", ["sh", "-c", "echo ready; read line; exit 3"], cwd=tmp_path) as driver,
+        pytest.raises(BenchError, match="short ended with status 3"),
+    ):
+        driver.iterate()

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What errors say, carry, and make the command line exit with."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from optpoline import errors
+from optpoline.errors import (
+    ArenaError,
+    AttachError,
+    ControllerActive,
+    DecodeError,
+    EncodeRangeError,
+    NoSites,
+    OptpolineError,
+    PermissionDenied,
+    ProcessGone,
+    SiteChanged,
+    StopTimeout,
+    TargetFault,
+    UnsupportedTarget,
+    UsageError,
+)
+
+EXAMPLES = (
+    OptpolineError("something is wrong"),
+    UsageError("no command was given"),
+    NoSites("process 5 has no retpoline site"),
+    AttachError("process 5 cannot be attached to"),
+    ProcessGone(5),
+    PermissionDenied("process 5 belongs to another user"),
+    UnsupportedTarget("process 5 is a 32-bit program"),
+    ArenaError("no room within reach"),
+    SiteChanged(0x1000, b"\xe8\1", b"\xcc\1"),
+    ControllerActive("process 9 already works on process 5"),
+    StopTimeout(1_500_000, (7, 8)),
+    TargetFault(0x2000, 16, "read"),
+    DecodeError(0x3000, b"\x06" * 20),
+    EncodeRangeError(0x1000, 0x7F00_0000_0000),
+)
+
+
+def test_every_error_is_named_here() -> None:
+    assert {type(error).__name__ for error in EXAMPLES} == set(errors.__all__)
+
+
+@pytest.mark.parametrize(
+    ("kind", "exit_code"),
+    [
+        (OptpolineError, 1),
+        (UsageError, 2),
+        (NoSites, 3),
+        (AttachError, 1),
+        (ProcessGone, 4),
+        (PermissionDenied, 5),
+        (UnsupportedTarget, 6),
+        (ArenaError, 7),
+        (SiteChanged, 7),
+        (ControllerActive, 7),
+        (StopTimeout, 7),
+        (TargetFault, 1),
+        (DecodeError, 1),
+        (EncodeRangeError, 7),
+    ],
+)
+def test_exit_codes(kind: type[OptpolineError], exit_code: int) -> None:
+    assert kind.exit_code == exit_code
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_is_one_sentence(error: OptpolineError) -> None:
+    text = str(error)
+    assert text
+    assert "\n" not in text
+    assert not text.endswith(".")
+    assert isinstance(error, OptpolineError)
+
+
+def test_hint_follows_the_sentence() -> None:
+    error = PermissionDenied("process 5 belongs to root", hint="run optpoline with sudo")
+    assert str(error) == "process 5 belongs to root; run optpoline with sudo"
+    assert (error.message, error.hint) == ("process 5 belongs to root", "run optpoline with sudo")
+    assert NoSites("none").hint is None
+
+
+def test_errors_carry_their_facts() -> None:
+    changed = SiteChanged(0x1000, b"\xe8\1", b"\xcc\1")
+    assert (changed.addr, changed.expected, changed.found) == (0x1000, b"\xe8\1", b"\xcc\1")
+    assert "cc 01" in str(changed)
+    assert "0x1000" in str(changed)
+    late = StopTimeout(1_500_000, (7, 8))
+    assert (late.waited_ns, late.tids) == (1_500_000, (7, 8))
+    assert "1.5 ms" in str(late)
+    assert "7, 8" in str(late)
+    fault = TargetFault(0x2000, 16, "read")
+    assert (fault.addr, fault.size) == (0x2000, 16)
+    assert str(fault) == "16 bytes at 0x2000 of the target cannot be read"
+    decode = DecodeError(0x3000, b"\x06" * 20)
+    assert (decode.addr, decode.code) == (0x3000, b"\x06" * 20)
+    assert str(decode).count("06") == 16
+    reach = EncodeRangeError(0x1000, 0x2000)
+    assert (reach.src_addr, reach.dst_addr) == (0x1000, 0x2000)
+
+
+def test_process_gone_says_which() -> None:
+    assert ProcessGone(5).pid == 5
+    assert "process 5" in str(ProcessGone(5))
+    assert str(ProcessGone(5, "it ran away")) == "it ran away"
+
+
+@pytest.mark.parametrize("kind", [ProcessGone, PermissionDenied, UnsupportedTarget])
+def test_what_keeps_us_from_attaching_can_be_caught_as_one(kind: type[AttachError]) -> None:
+    assert issubclass(kind, AttachError)
+
+
+def test_simple_errors_can_be_pickled() -> None:
+    error = pickle.loads(pickle.dumps(NoSites("process 5 has no retpoline site")))
+    assert str(error) == "process 5 has no retpoline site"
