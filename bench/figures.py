@@ -28,6 +28,7 @@ from bench.workload import Workload, learning_slowdown
 __all__ = ["Figure", "measure_quiet", "measure_sites"]
 
 _STOP_BARS_MS = {50: 2.0, 2000: 10.0}
+_LEFT_OUT_RATIO = 0.02
 _LEARN_S = 1.0
 _PROMOTE_BAR_S = 0.5
 _SLOWDOWN_BAR = 1.35
@@ -70,10 +71,13 @@ def measure_sites(n_sites: int) -> Iterator[Figure]:
             pass
     if controller.summary is None:
         raise BenchError("optpoline left no summary")
-    found = controller.summary.sites
-    if controller.summary.promoted < 0.9 * n_sites:
-        raise BenchError(f"only {controller.summary.promoted} of {found} sites were promoted")
     what = f"{n_sites} sites: "
+    yield Figure(
+        name=what + "not promoted, though all are equally hot",
+        value=float(controller.summary.sites - controller.summary.promoted),
+        unit="sites",
+        bar=_LEFT_OUT_RATIO * n_sites,
+    )
     yield Figure(
         name=what + "longest stop",
         value=controller.summary.stop_ms_max,

@@ -170,7 +170,10 @@ def _unpack(archive: Path, root: Path, inner: str) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
+            # Debian 12's Python 3.11.2 has no filters yet; apt has checked the signature.
+            if hasattr(tarfile, "data_filter"):
+                tar.extraction_filter = tarfile.data_filter
+            tar.extractall(scratch)
     except (tarfile.TarError, OSError) as error:
         raise BenchError(f"{archive.name} cannot be unpacked: {error}") from error
     tops = sorted(scratch.iterdir())

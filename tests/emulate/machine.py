@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import unicorn
 from unicorn import x86_const as x86
+from unicorn.unicorn_py3.unicorn import Uc, UcError
 
 from optpoline.x86.assembler import REGISTER_NUMBERS
 from tests.emulate.block_kinds import Image
@@ -89,7 +90,7 @@ class Machine:
         self._image = image
         self._code = image.code if code is None else code
         layout = image.layout
-        self._cpu = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        self._cpu = Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         code_size = -(-len(self._code) // _PAGE_SIZE) * _PAGE_SIZE
         rx = unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC
         rw = unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE
@@ -125,7 +126,7 @@ class Machine:
         )
         try:
             cpu.emu_start(layout.block_addr + start_off, _UNTIL, count=_MAX_INSNS)
-        except unicorn.UcError as error:
+        except UcError as error:
             if error.errno != unicorn.UC_ERR_FETCH_UNMAPPED:
                 raise AssertionError(f"{error} at {cpu.reg_read(_RIP):#x}") from error
         else:

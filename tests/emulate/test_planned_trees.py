@@ -12,7 +12,7 @@ from optpoline.learn.counting import plan_counting
 from optpoline.model import Addr, BlockPlan, Count
 from optpoline.promote.cost import CostModel
 from optpoline.promote.tree import plan_tree
-from tests.emulate.block_kinds import LAYOUTS, OPERANDS, encode_image
+from tests.emulate.block_kinds import LAYOUTS, OPERANDS, Layout, encode_image
 from tests.emulate.machine import Machine, random_state
 from tests.emulate.test_block_kinds import check_run, interesting_values, random_counters
 
@@ -27,7 +27,15 @@ from tests.emulate.test_block_kinds import check_run, interesting_values, random
     counting=st.booleans(),
     seed=st.integers(0, 1 << 32),
 )
-def test_planned_tree_runs_as_its_model(layout, operand, hits, extra, n_misses, counting, seed):
+def test_planned_tree_runs_as_its_model(
+    layout: Layout,
+    operand: str,
+    hits: dict[int, int],
+    extra: dict[int, int],
+    n_misses: int,
+    counting: bool,
+    seed: int,
+) -> None:
     counts = {layout.targets[i]: n for i, n in hits.items()}
     counts |= {Addr(layout.targets[0] + off): n for off, n in extra.items()}
     planned = plan_tree(

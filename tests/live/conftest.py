@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from optpoline.process.procfs import read_state_char
+from optpoline.process.procfs import list_tids, read_state_char
 
 TARGETS = Path(__file__).resolve().parent.parent / "targets"
 _TIMEOUT_S = 30.0
@@ -29,6 +29,16 @@ class LiveTarget:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
 
+    def ask(self, line: str) -> str:
+        """Send it a line and return its answer without the newline."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer.endswith("\n"), f"no answer to {line!r}, only {answer!r}"
+        return answer[:-1]
+
     def finish(self, status: int = 0) -> str:
         """Let it end by itself; check its exit status and return what it printed."""
         output, _ = self.process.communicate("", timeout=_TIMEOUT_S)
@@ -40,6 +50,16 @@ class LiveTarget:
         deadline = time.monotonic() + _TIMEOUT_S
         while (state := read_state_char(self.pid, self.pid)) not in letters:
             assert time.monotonic() < deadline, f"state is {state}, not one of {letters}"
+            time.sleep(_POLL_S)
+
+    def wait_for_sleep(self, n_threads: int) -> None:
+        """Wait until it has that many threads and all sleep."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while True:
+            states = [read_state_char(self.pid, tid) for tid in list_tids(self.pid)]
+            if states == ["S"] * n_threads:
+                return
+            assert time.monotonic() < deadline, states
             time.sleep(_POLL_S)
 
 

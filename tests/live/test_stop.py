@@ -71,7 +71,7 @@ def test_running_threads_stand_and_run_on(start_target: StartTarget) -> None:
 
 def test_sleeping_threads_are_not_disturbed(start_target: StartTarget) -> None:
     target = start_target("calls", "read", "4", flags=AVX)
-    target.wait_for_state("S")
+    target.wait_for_sleep(6)  # with the first one and the one that waits for the end
     tids = list_tids(target.pid)
     before = {tid: read_thread_state(target.pid, tid) for tid in tids}
     with RemoteMemory(target.pid) as memory:
@@ -179,7 +179,7 @@ def test_exit_while_stopping(start_target: StartTarget, wake: Wake) -> None:
 
 
 def test_exec_while_stopping(start_target: StartTarget) -> None:
-    target = start_target("events", "exec", "20", "3000")
+    target = start_target("events", "exec", "40", "2000")
     start_time = read_start_time(target.pid)
     n_programs = n_stops = 0
     while read_state_char(target.pid, target.pid) != "Z":

@@ -382,9 +382,6 @@ class Session:
 
     def close(self) -> None:
         """Release what this process holds; the target is not touched."""
-        if self._rediscovery is not None:
-            self._rediscovery.close()
-            self._rediscovery = None
         if self._target is not None:
             self._target.close()
             self._target = None

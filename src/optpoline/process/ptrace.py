@@ -25,7 +25,7 @@ import threading
 from optpoline.errors import OptpolineError, PermissionDenied, ProcessGone, UnsupportedTarget
 from optpoline.x86.registers import REGISTERS_SIZE, Registers, decode_registers
 
-__all__ = ["PTRACE_EVENT_STOP", "SYSCALL_STOP", "StopCode", "Tracer"]
+__all__ = ["PTRACE_EVENT_STOP", "SYSCALL_STOP", "StopCode", "Tracer", "reap_thread"]
 
 # include/uapi/linux/ptrace.h
 _PTRACE_POKETEXT = 4
@@ -74,13 +74,9 @@ class _RseqConfiguration(ctypes.Structure):
     )
 
 
-def _load_ptrace() -> ctypes._NamedFuncPointer:
-    """Return ptrace(2), called without letting go of the interpreter lock.
-
-    A request takes a microsecond; giving up the lock there would let another
-    thread of ours keep it for a whole switch interval while the target stands.
-    """
-    function = ctypes.PyDLL(None, use_errno=True).ptrace
+def _load_ptrace(library: ctypes.CDLL) -> ctypes._NamedFuncPointer:
+    """Return ptrace(2) of a loaded C library."""
+    function = library.ptrace
     function.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
     function.restype = ctypes.c_long
     return function
@@ -113,7 +109,12 @@ class Tracer:
     def __init__(self) -> None:
         """Bind to the calling OS thread."""
         self._ident = threading.get_ident()
-        self._ptrace = _load_ptrace()
+        # Without letting go of the interpreter lock: a request takes a microsecond, and
+        # another thread of ours could keep the lock for a whole switch interval while
+        # the target stands.
+        self._ptrace = _load_ptrace(ctypes.PyDLL(None, use_errno=True))
+        # PTRACE_SEIZE alone can block, see Stopper.reap_dead.
+        self._blocking_ptrace = _load_ptrace(ctypes.CDLL(None, use_errno=True))
 
     def seize(self, tid: int) -> None:
         """Begin to trace a thread without stopping it.
@@ -246,7 +247,8 @@ class Tracer:
         """Make one request; turn its error into one of ours."""
         if threading.get_ident() != self._ident:
             raise OptpolineError("a ptrace request was made by another thread than the tracer's")
-        if self._ptrace(request, tid, addr, data) != -1:
+        ptrace = self._blocking_ptrace if request == _PTRACE_SEIZE else self._ptrace
+        if ptrace(request, tid, addr, data) != -1:
             return
         number = ctypes.get_errno()
         cause = OSError(number, os.strerror(number))
@@ -259,3 +261,14 @@ class Tracer:
         raise OptpolineError(
             f"ptrace request {request:#x} on thread {tid} failed: {cause.strerror}"
         ) from cause
+
+
+def reap_thread(tid: int) -> None:
+    """Reap a traced thread if it is dead; harmless if not. From any thread of ours.
+
+    Not for the first thread of a process: its exit status belongs to its parent.
+    """
+    try:
+        os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | _WALL)
+    except ChildProcessError:
+        return

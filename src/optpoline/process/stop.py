@@ -210,6 +210,7 @@ def stop_threads(
                     wake,
                 )
             )
+            thread.on_stall = stop._stopper.reap_dead
             try:
                 stop._begin()
                 yield stop

@@ -38,7 +38,7 @@ from optpoline.process.procfs import (
     read_state_char,
     read_thread_state,
 )
-from optpoline.process.ptrace import StopCode, Tracer
+from optpoline.process.ptrace import StopCode, Tracer, reap_thread
 from optpoline.process.sharers import find_sharers
 from optpoline.x86.registers import Registers
 from optpoline.x86.syscalls import (
@@ -57,6 +57,7 @@ _DEAD_STATES = "ZXx"
 _FIRST_POLL_S = 10e-6
 _MAX_POLL_S = 200e-6
 _CHECK_STATE_NS = 1_000_000
+_MAX_RUNNING_POLLED = 8
 _LEAVE_TIMEOUT_NS = 1_000_000_000
 
 
@@ -106,6 +107,7 @@ class Stopper:
     _pending: dict[int, int] = field(default_factory=dict)
     _left_seized: set[int] = field(default_factory=set)
     _injection: InjectionThread | None = None
+    _seized: set[int] = field(default_factory=set)
 
     def stop(self) -> None:
         """Stop every running thread.
@@ -195,6 +197,18 @@ class Stopper:
         self.tracees = {}
         return time.monotonic_ns()
 
+    def reap_dead(self) -> None:
+        """Reap dead tracees, from another thread than the tracer's when that one stalls.
+
+        A thread that executes another program kills the others and waits until
+        each is reaped, by its tracer if it has one, holding a lock that
+        PTRACE_SEIZE of any thread takes (cred_guard_mutex): while we seize one
+        thread, others of ours may wait for us to be reaped.
+        """
+        for tid in tuple(self._seized):
+            if tid not in self._pids:
+                reap_thread(tid)
+
     def _try_detach(self, tid: int) -> None:
         """Detach a thread that may have stopped too late."""
         try:
@@ -250,6 +264,7 @@ class Stopper:
             except ProcessGone:
                 return False
             raise
+        self._seized.add(tid)
         return True
 
     def _interrupt_pending(self) -> None:
@@ -267,20 +282,10 @@ class Stopper:
         """Wait until the interrupted threads stand."""
         pause_s, checked_ns = _FIRST_POLL_S, time.monotonic_ns()
         while self._pending:
-            has_progress = False
-            for tid, pid in tuple(self._pending.items()):
-                try:
-                    code = self.tracer.poll(tid)
-                    if code is not None:
-                        self._take(pid, tid, code)
-                except ProcessGone:
-                    code = StopCode(0)
-                if code is not None:
-                    self._pending.pop(tid, None)
-                    has_progress = True
-            if has_progress or not self._pending:
+            if self._collect_some():
                 pause_s = _FIRST_POLL_S
-                continue
+            if not self._pending:
+                return
             now_ns = time.monotonic_ns()
             if now_ns >= self.deadline_ns:
                 raise StopTimeout(self.timeout_ns, tuple(sorted(self._pending)))
@@ -292,9 +297,36 @@ class Stopper:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _MAX_POLL_S)
 
-    def _drop_unstoppable(self) -> None:
-        """Give up waiting for threads that died or sleep uninterruptibly."""
+    def _collect_some(self) -> bool:
+        """Take threads that stand until a few that do not are met; say if any was taken.
+
+        Going through all of them each time would keep us on the CPU that many
+        threads need to come to their stop.
+        """
+        has_progress, n_running = False, 0
         for tid, pid in tuple(self._pending.items()):
+            try:
+                code = self.tracer.poll(tid)
+                if code is not None:
+                    self._take(pid, tid, code)
+            except ProcessGone:
+                code = StopCode(0)
+            del self._pending[tid]
+            if code is not None:
+                has_progress = True
+                continue
+            self._pending[tid] = pid  # at the end of the line
+            n_running += 1
+            if n_running == _MAX_RUNNING_POLLED:
+                break
+        return has_progress
+
+    def _drop_unstoppable(self) -> None:
+        """Give up waiting for threads that died or sleep uninterruptibly.
+
+        Looks at those whose turn is next only, for the same reason.
+        """
+        for tid, pid in tuple(self._pending.items())[:_MAX_RUNNING_POLLED]:
             try:
                 state = read_state_char(pid, tid)
             except ProcessGone:

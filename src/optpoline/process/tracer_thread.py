@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from optpoline.process.ptrace import Tracer
@@ -22,13 +22,19 @@ __all__ = ["TracerThread"]
 
 _T = TypeVar("_T")
 _POLL_S = 50e-6
+_STALL_S = 0.02
 
 
 class TracerThread:
-    """Runs functions, one at a time, on its own OS thread."""
+    """Runs functions, one at a time, on its own OS thread.
+
+    Attributes:
+        on_stall: Called by the waiting thread, over and over, while a function takes long.
+    """
 
     def __init__(self) -> None:
         """Start the thread."""
+        self.on_stall: Callable[[], None] | None = None
         self._requests: SimpleQueue[Callable[[Tracer], None] | None] = SimpleQueue()
         self._outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="optpoline-tracer", daemon=True)
@@ -39,11 +45,11 @@ class TracerThread:
         results: list[_T] = []
         self._requests.put(lambda tracer: results.append(work(tracer)))
         try:
-            error = self._outcomes.get()
+            error = self._wait()
         except BaseException:
             # Interrupted while waiting (Ctrl-C): what runs there ends by its own
             # deadline, and its outcome must not be taken for the next one's.
-            self._outcomes.get()
+            self._wait()
             raise
         if error is not None:
             raise error
@@ -57,6 +63,15 @@ class TracerThread:
         # join() returns a little before the OS thread is gone.
         while tid is not None and os.path.exists(f"/proc/self/task/{tid}"):
             time.sleep(_POLL_S)
+
+    def _wait(self) -> BaseException | None:
+        """Return the outcome of the function that runs."""
+        while True:
+            try:
+                return self._outcomes.get(timeout=_STALL_S)
+            except Empty:
+                if self.on_stall is not None:
+                    self.on_stall()
 
     def _serve(self) -> None:
         """Run requests until told to end."""

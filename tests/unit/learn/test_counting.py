@@ -62,7 +62,9 @@ def reader(cells: dict[int, int]) -> Callable[[Addr], int]:
 
 
 @given(st.lists(addresses, unique=True, max_size=40), st.integers(0, 64))
-def test_cells_are_aligned_apart_and_inside_what_was_asked_for(targets, n_open):
+def test_cells_are_aligned_apart_and_inside_what_was_asked_for(
+    targets: list[Addr], n_open: int
+) -> None:
     plan = make_plan(targets, n_open)
     cells = all_cells(plan)
     assert len(set(cells)) == len(cells) == n_cells(len(targets), n_open)
@@ -76,7 +78,9 @@ def test_cells_are_aligned_apart_and_inside_what_was_asked_for(targets, n_open):
     others=st.lists(addresses, unique=True, min_size=12, max_size=12),
     n_open=st.integers(0, 8),
 )
-def test_what_was_taken_is_what_is_read(known, taken, others, n_open):
+def test_what_was_taken_is_what_is_read(
+    known: list[Addr], taken: list[int], others: list[Addr], n_open: int
+) -> None:
     plan = make_plan(known, n_open)
     universe = [*known, *(other for other in others if other not in known)][:12]
     cells: dict[int, int] = {}
@@ -102,7 +106,7 @@ def test_what_was_taken_is_what_is_read(known, taken, others, n_open):
     first=st.lists(st.integers(0, 8), max_size=100),
     second=st.lists(st.integers(0, 8), max_size=100),
 )
-def test_subtract_gives_the_second_window(first, second):
+def test_subtract_gives_the_second_window(first: list[int], second: list[int]) -> None:
     targets = [Addr(0x1000 * (i + 1)) for i in range(9)]
     plan = make_plan(targets[:2], 4)
     cells: dict[int, int] = {}
@@ -139,7 +143,7 @@ def test_two_slots_with_one_target_are_added_up() -> None:
     # Two threads claimed a slot each, for the same target at the same moment.
     plan = make_plan([Addr(0x1000)], 2)
     one, other = plan.open_slots
-    cells = {
+    cells: dict[int, int] = {
         one.target_addr: 0x2000,
         one.count_addr: 3,
         other.target_addr: 0x2000,

@@ -34,7 +34,7 @@ def test_geometry_is_whole_pages_in_order(n_sites: int) -> None:
     geometry = ArenaGeometry.for_sites(n_sites)
     offsets = (HEADER_SIZE, geometry.code_off, geometry.literal_off, geometry.counter_off)
     assert all(off % 4096 == 0 for off in (*offsets, geometry.size))
-    assert list((*offsets, geometry.size)) == sorted({*offsets, geometry.size})
+    assert [*offsets, geometry.size] == sorted({*offsets, geometry.size})
     assert geometry.code_off - HEADER_SIZE >= (n_sites + JOURNAL_SPARE_ENTRIES) * ENTRY_SIZE
     assert geometry.literal_off - geometry.code_off >= n_sites * 1024
 
@@ -179,7 +179,9 @@ def test_other_baseline_at_the_same_address_is_a_second_entry(arena: Arena, aren
 
 
 def test_prefixed_site(arena: Arena, arena_fd: int) -> None:
-    site = replace(SITE, code=bytes.fromhex("2e 2e 0f 84 11 22 33 44"), disp_addr=SITE.addr + 4)
+    site = replace(
+        SITE, code=bytes.fromhex("2e 2e 0f 84 11 22 33 44"), disp_addr=Addr(SITE.addr + 4)
+    )
     entry = arena.journal(site)
     assert read_journal(arena_fd) == [entry]
     assert entry.disp == bytes.fromhex("11 22 33 44")

@@ -35,7 +35,7 @@ HEADER = ArenaHeader(
 
 
 @given(pid=u64, start=u64, target=u64, n_entries=st.integers(0, (0x4_0000 - 4096) // ENTRY_SIZE))
-def test_header_round_trip(pid, start, target, n_entries):
+def test_header_round_trip(pid: int, start: int, target: int, n_entries: int) -> None:
     header = replace(
         HEADER, controller_pid=pid, controller_start=start, target_pid=target, n_entries=n_entries
     )
@@ -99,12 +99,12 @@ def test_empty_memory_is_no_header() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_header_or_none(data):
+def test_any_bytes_are_a_header_or_none(data: bytes) -> None:
     assert ArenaHeader.unpack(data) is None
 
 
 @given(addr=u64, code=st.binary(min_size=5, max_size=15), off=st.integers(1, 11))
-def test_entry_round_trip(addr, code, off):
+def test_entry_round_trip(addr: int, code: bytes, off: int) -> None:
     entry = JournalEntry(addr=Addr(addr), code=code, disp_off=off)
     data = entry.pack()
     assert len(data) == ENTRY_SIZE

@@ -54,7 +54,7 @@ def check(maps: tuple[Mapping, ...], addr: int | None, start: int, end: int, siz
     """Check that an arena lies in free memory, within reach of all it serves."""
     assert addr is not None
     assert addr % ADDR_ALIGNMENT == 0
-    assert MIN_ADDR - ADDR_ALIGNMENT <= addr
+    assert addr >= MIN_ADDR - ADDR_ALIGNMENT
     assert addr + size < USER_END
     for one in maps:
         # Something stays free on both sides.
@@ -156,7 +156,7 @@ def test_gap_that_fits_exactly() -> None:
     size=st.integers(1, 4096),
     data=st.data(),
 )
-def test_crowded_address_space(cuts, size, data):
+def test_crowded_address_space(cuts: list[int], size: int, data: st.DataObject) -> None:
     # Mappings at page addresses anywhere in 8 GiB; the arena serves one or two of them.
     edges = [4096 * cut for cut in sorted(cuts)]
     maps = tuple(

@@ -203,7 +203,9 @@ def test_unmapped_entry_has_no_bytes() -> None:
     foreign=st.sets(st.integers(0, 59)),
     unmapped=st.sets(st.integers(0, 7)),
 )
-def test_any_batch_changes_what_it_says_and_nothing_else(slots, foreign, unmapped):
+def test_any_batch_changes_what_it_says_and_nothing_else(
+    slots: list[int], foreign: set[int], unmapped: set[int]
+) -> None:
     text = FakeText()
     entries = [text.place(16 * slot + slot % 11) for slot in slots]
     for i in foreign:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
+import os
 import struct
 
 import pytest
@@ -203,6 +205,26 @@ def test_another_users_process_gets_other_advice(monkeypatch: pytest.MonkeyPatch
         ThreadClock(42, period_ns=1_000_000)
 
 
+def test_a_ring_that_may_not_be_mapped_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fds: list[int] = []
+
+    def open_event(*_: object, **__: object) -> int:
+        fds.append(os.open(os.devnull, os.O_RDWR))
+        return fds[-1]
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(perf_event, "_open_event", open_event)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(OptpolineError, match="perf_event_mlock_kb"):
+        ThreadClock(42, period_ns=1_000_000)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fds[0])
+
+
 @pytest.mark.parametrize("frequency_hz", [-1, 0, MAX_FREQUENCY_HZ + 1])
 def test_frequencies_out_of_range(frequency_hz: int) -> None:
     with pytest.raises(UsageError, match="Hz"):
@@ -216,7 +238,8 @@ def test_the_kernels_limit_is_kept_far_away_from(
     monkeypatch: pytest.MonkeyPatch, limit_hz: int, wanted_hz: int, expected_hz: int
 ) -> None:
     monkeypatch.setattr(perf, "_read_max_sample_rate", lambda: limit_hz)
-    assert perf.PcSampler(1, frequency_hz=wanted_hz).frequency_hz == expected_hz
+    with PcSampler(os.getpid(), frequency_hz=wanted_hz) as sampler:
+        assert sampler.frequency_hz == expected_hz
 
 
 def test_a_sample_was_met() -> None:

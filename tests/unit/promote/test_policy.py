@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from optpoline.learn.counting import SiteCounts
-from optpoline.model import Addr, Count, Guard, Miss
+from optpoline.model import Addr, Count, Guard
 from optpoline.promote.cost import CostModel
 from optpoline.promote.policy import Action, CostPolicy, Decision
 from optpoline.promote.tree import PlannedTree, plan_tree, tree_cost
@@ -147,7 +147,7 @@ def test_action_without_plan_and_with() -> None:
 def test_promoted_plan_is_never_dearer_than_the_present_one() -> None:
     rng = np.random.default_rng(3)
     targets = [Addr(0x1000 + 16 * i) for i in range(12)]
-    for _ in range(200):
+    for _ in range(100):
         before, after = (rng.dirichlet(np.full(12, 0.3)) * 10_000 for _ in range(2))
         current = plan_for({t: int(n) for t, n in zip(targets, before, strict=True)})
         counts = to_counts({t: int(n) for t, n in zip(targets, after, strict=True)}, 50)
@@ -212,7 +212,7 @@ def test_noise_does_not_change_a_tree(shares: list[float], n: int) -> None:
     rng = np.random.default_rng(len(shares) * n)
     first = draw(rng, shares, 10_000)
     site = Promoted(plan_tree(first.counts, first.n_unknown, MODEL))
-    for _ in range(200):
+    for _ in range(100):
         site.window(draw(rng, shares, n))
     assert site.n_changes <= 1
     assert not site.demoted
@@ -245,7 +245,6 @@ def test_slow_drift_is_followed() -> None:
     assert site.plan.targets[0] == B
     assert 1 <= site.n_changes <= 4
     assert isinstance(site.plan.tree, Guard)
-    assert site.plan.tree != Miss()
 
 
 def test_thresholds_are_ordered() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from optpoline.model import Addr, Count, Guard, Miss, Split, TreeNode, tree_targets
 from optpoline.promote import tree as tree_module
 from optpoline.promote.cost import CostModel
 from optpoline.promote.tree import MAX_PREFIX, plan_tree, tree_cost
 from tests.emulate.block_model import find_target
+
+Floats = NDArray[np.float64]
 
 EXACT = CostModel(min_gain_cycles=0.0)
 
@@ -86,7 +90,9 @@ def optimal_tree_and_cost(
     claimed: list[float] = []
     original = tree_module._best_roots
 
-    def spy(length, w, prefix, cost, model):
+    def spy(
+        length: int, w: Floats, prefix: Floats, cost: Floats, model: CostModel
+    ) -> tuple[Floats, NDArray[np.int64]]:
         costs, roots = original(length, w, prefix, cost, model)
         if length == len(w):
             claimed.append(float(costs[0]))
@@ -100,7 +106,7 @@ def optimal_tree_and_cost(
 
 @settings(max_examples=150, deadline=None)
 @given(hits=weights_of, model=models)
-def test_dynamic_program_and_tree_cost_agree(hits, model):
+def test_dynamic_program_and_tree_cost_agree(hits: dict[Addr, int], model: CostModel) -> None:
     tree, claimed, weights = optimal_tree_and_cost(hits, model, pytest.MonkeyPatch())
     assert tree_cost(tree, weights, model) == pytest.approx(claimed, rel=1e-9, abs=1e-9)
 
@@ -112,7 +118,7 @@ def test_dynamic_program_and_tree_cost_agree(hits, model):
     ),
     model=models,
 )
-def test_no_search_tree_is_cheaper(hits, model):
+def test_no_search_tree_is_cheaper(hits: dict[Addr, int], model: CostModel) -> None:
     tree, claimed, weights = optimal_tree_and_cost(hits, model, pytest.MonkeyPatch())
     best = min(tree_cost(other, weights, model) for other in all_search_trees(tuple(sorted(hits))))
     assert claimed == pytest.approx(best, rel=1e-9)
@@ -126,7 +132,7 @@ def test_no_search_tree_is_cheaper(hits, model):
     ),
     n_misses=st.integers(0, 1000),
 )
-def test_hardly_any_tree_at_all_is_cheaper(hits, n_misses):
+def test_hardly_any_tree_at_all_is_cheaper(hits: dict[Addr, int], n_misses: int) -> None:
     # The plan is a prefix of the hottest and a search tree; a guard in a row may
     # also stand deeper, and misses take part in no choice but that of the prefix.
     plan = plan_tree(to_counts(hits), n_misses, EXACT)
@@ -139,7 +145,9 @@ def test_hardly_any_tree_at_all_is_cheaper(hits, n_misses):
 
 @settings(max_examples=150, deadline=None)
 @given(hits=weights_of, n_misses=st.integers(0, 1 << 40), model=models, data=st.data())
-def test_each_target_is_found_and_nothing_else(hits, n_misses, model, data):
+def test_each_target_is_found_and_nothing_else(
+    hits: dict[Addr, int], n_misses: int, model: CostModel, data: st.DataObject
+) -> None:
     plan = plan_tree(to_counts(hits), n_misses, model)
     assert sorted(tree_targets(plan.tree)) == sorted(plan.targets)
     assert len(set(plan.targets)) == len(plan.targets)
@@ -155,7 +163,7 @@ def test_each_target_is_found_and_nothing_else(hits, n_misses, model, data):
 
 @settings(max_examples=100, deadline=None)
 @given(hits=weights_of, n_misses=st.integers(0, 1 << 40))
-def test_plan_says_what_its_tree_is_worth(hits, n_misses):
+def test_plan_says_what_its_tree_is_worth(hits: dict[Addr, int], n_misses: int) -> None:
     model = CostModel()
     plan = plan_tree(to_counts(hits), n_misses, model)
     total = sum(hits.values()) + n_misses
@@ -168,7 +176,9 @@ def test_plan_says_what_its_tree_is_worth(hits, n_misses):
 
 @given(hits=weights_of, n_misses=st.integers(0, 100), seed=st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None)
-def test_order_of_counts_does_not_matter(hits, n_misses, seed):
+def test_order_of_counts_does_not_matter(
+    hits: dict[Addr, int], n_misses: int, seed: random.Random
+) -> None:
     counts = to_counts(hits)
     shuffled = counts.copy()
     seed.shuffle(shuffled)
@@ -256,7 +266,7 @@ def test_equal_targets_make_a_balanced_tree() -> None:
     plan = plan_tree(to_counts(hits), 0, EXACT)
     # Uneven splits predict better than even ones, so it is not quite the least depth.
     assert depth(plan.tree) <= 12
-    weights = {target: 1 / 128 for target in hits}
+    weights = dict.fromkeys(hits, 1 / 128)
     assert plan.cycles < tree_cost(halves(tuple(hits)), weights, EXACT)
 
 

@@ -241,7 +241,9 @@ def test_unknown_operand(operand: str) -> None:
         encode_image(KINDS["one"](LAYOUTS[0], operand), LAYOUTS[0])
 
 
-def far_plan(*, target: int = 0x40_0000, thunk: int = 0x40_1000, miss: int | None = None):
+def far_plan(
+    *, target: int = 0x40_0000, thunk: int = 0x40_1000, miss: int | None = None
+) -> BlockPlan:
     """Return a plan with one address to be put out of reach."""
     return BlockPlan(
         operand="rax",

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Controllers killed with SIGKILL at any instant: the program runs on, the rest is undone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import optpoline
+from optpoline.controller.summary import DetachOutcome
+from tests.live.conftest import LiveTarget, StartTarget
+from tests.live.witness import RETPOLINE, VARIANTS, Witness, run_cli, run_json, start_cli
+
+pytestmark = pytest.mark.live
+
+N_KILLS = 28
+LATEST_S = 2.5
+"""A whole session below, import of the program included, takes a bit less."""
+
+SESSION = ("attach", "--learn-seconds", "0.4", "--duration", "1.2", "-q")
+
+N_POINTS = 36
+"""Instants tried of all those at which a controller does something to the program."""
+
+DIE_AT = """
+import os, signal, sys
+import optpoline
+from optpoline.patch.arena import Arena
+from optpoline.process.memory import RemoteMemory
+from optpoline.process.ptrace import Tracer
+
+pid, n_left, is_after = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "after"
+n_done = 0
+
+def count(owner, name):
+    # Die before or after the n-th thing that is done to the program.
+    function = getattr(owner, name)
+    def counted(*args, **kwargs):
+        global n_done
+        n_done += 1
+        if n_done == n_left and not is_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if n_done == n_left:
+                os.kill(os.getpid(), signal.SIGKILL)
+    setattr(owner, name, counted)
+
+count(Tracer, "_request")
+count(RemoteMemory, "write")
+count(Arena, "store_u64")
+count(Arena, "add_block")
+count(Arena, "journal")
+config = optpoline.Config(sample_every_s=0.02, poll_s=0.02)
+with optpoline.attach(pid, config=config) as session:
+    session.learn(0.06)
+    session.promote()
+    session.watch(0.1)
+print(n_done)
+"""
+
+
+def _undo(target: LiveTarget, before: Witness, *, by_attach: bool) -> None:
+    """See what was left, and undo it one way or the other."""
+    left = run_json("status", target.pid)["left_behind"]
+    if left is not None:
+        assert left["controller_alive"] is False
+        assert left["foreign"] == 0
+    else:
+        before.check_text(target.pid)
+    if by_attach:
+        options = ("-q", "--learn-seconds", "0.1", "--duration", "0.3")
+        detach = run_json("attach", *options, target.pid)["detach"]
+    else:
+        detach = run_json("detach", target.pid)["detach"]
+    if detach is not None:
+        assert detach["outcome"] == "clean", detach
+    before.check(target.pid)
+
+
+@pytest.mark.timeout(180)
+def test_killed_at_random_instants(start_target: StartTarget) -> None:
+    seed = int(os.environ.get("OPTPOLINE_SEED", time.time_ns() % 10_000))
+    print(f"OPTPOLINE_SEED={seed}")  # noqa: T201
+    chance = random.Random(seed)
+    n_left = n_killed = 0
+    # Spread over the whole range, not left to chance where.
+    step_s = LATEST_S / N_KILLS
+    delays_s = [(number + chance.random()) * step_s for number in range(N_KILLS)]
+    chance.shuffle(delays_s)
+    for part, flags in enumerate(VARIANTS.values()):
+        target = start_target("promote", "1", flags=flags)
+        before = Witness.of(target.pid)
+        for number, delay_s in enumerate(delays_s[part :: len(VARIANTS)]):
+            with start_cli(*SESSION, target.pid) as controller:
+                time.sleep(delay_s)
+                controller.kill()
+            n_killed += controller.returncode == -signal.SIGKILL
+            n_left += optpoline.read_status(target.pid) is not None
+            target.ask(str(number))
+            _undo(target, before, by_attach=number % 2 == 0)
+        assert target.finish().startswith("wrong 0 rounds")
+    # Else the range missed what it was meant to hit.
+    assert n_killed >= 25
+    assert n_left >= N_KILLS // 4
+
+
+def _die(target: LiveTarget, point: int, when: str) -> subprocess.CompletedProcess[str]:
+    """Run a session that dies at a point; 0 for one that does not."""
+    return subprocess.run(
+        [sys.executable, "-c", DIE_AT, str(target.pid), str(point), when],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("mode", ["spin", "rest"])
+def test_killed_at_every_kind_of_point(start_target: StartTarget, mode: str) -> None:
+    target = start_target("life", mode, "2", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    whole = _die(target, 0, "never")
+    assert whole.returncode == 0, whole.stderr
+    before.check(target.pid)
+    n_all = int(whole.stdout)
+    n_points = N_POINTS if mode == "spin" else N_POINTS // 3
+    # All of the beginning (arena, file, mappings), then spread over the rest.
+    points = sorted({*range(1, n_all, max(1, n_all // n_points))})
+    for number, point in enumerate(points):
+        when = "after" if number % 2 else "before"
+        died = _die(target, point, when)
+        assert died.returncode in (-9, 0), died.stderr
+        target.ask("how are you")
+        result = optpoline.restore(target.pid)
+        assert result.outcome is DetachOutcome.CLEAN, (point, when, result)
+        assert result.foreign == ()
+        before.check(target.pid)
+    assert target.finish().endswith("\n")

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole sessions on a program that checks itself: promoted, right, and restored."""
+
+from __future__ import annotations
+
+import capstone
+import pytest
+
+import optpoline
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import DetachOutcome, SiteState
+from optpoline.process.memory import RemoteMemory
+from optpoline.process.procfs import read_maps
+from tests.live.conftest import LiveTarget, StartTarget
+from tests.live.witness import RETPOLINE, VARIANTS, Witness, arena_mappings
+
+pytestmark = pytest.mark.live
+
+LEARN_S = 0.2
+
+
+def _check_mappings(session: optpoline.Session) -> None:
+    """No page writable and executable; an arena's parts have the rights they need only."""
+    maps = read_maps(session.pid)
+    assert not [m for m in maps if m.is_writable and m.is_executable]
+    assert {m.perms for m in arena_mappings(session.pid)} == {"r--s", "r-xs", "rw-s"}
+
+
+def _check_sites(session: optpoline.Session) -> None:
+    """Each site holds its baseline or a branch to a block of ours."""
+    code = [(a.code_start, a.code_start + a.used_code_size) for a in session.target.arenas]
+    with RemoteMemory(session.pid) as memory:
+        for record in session.records:
+            site = record.site
+            now = memory.read(site.addr, len(site.code))
+            off = site.disp_addr - site.addr
+            assert now[:off] == site.code[:off]
+            dst = site.end + int.from_bytes(now[off : off + 4], "little", signed=True)
+            if record.state is SiteState.PROMOTED:
+                assert any(first <= dst < last and dst % 16 == 0 for first, last in code)
+            else:
+                assert now == site.code
+
+
+def _check_no_indirect_branch(session: optpoline.Session) -> None:
+    """Decode each block as far as it goes: compares and direct branches only."""
+    decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+    for record in session.records:
+        for block in _blocks_of(record):
+            code = record.arena.read(block.addr, block.size)
+            decoded = 0
+            for insn in decoder.disasm(code, block.addr):
+                decoded += insn.size
+                assert insn.mnemonic not in ("call", "ret", "syscall", "pushfq", "popfq"), insn
+                if insn.mnemonic.startswith("j"):
+                    assert insn.op_str.startswith("0x"), insn
+            assert decoded == len(code)
+
+
+def _blocks_of(record: SiteRecord) -> list[optpoline.patch.blocks.Block]:
+    """Return the blocks a site goes through."""
+    return [block for block in (record.home, record.active) if block is not None]
+
+
+def _check_sealed(target: LiveTarget) -> None:
+    """The program itself gets no write access to anything but the counters."""
+    for mapping in arena_mappings(target.pid):
+        answer = target.ask(f"mprotect {mapping.start:x} {mapping.size:x}")
+        # EACCES: there is no way to a writable mapping of a sealed file.
+        assert answer == ("mprotect 0 0" if mapping.is_writable else "mprotect -1 13")
+
+
+@pytest.mark.parametrize("n_threads", [1, 4])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_promoted_and_restored(start_target: StartTarget, variant: str, n_threads: int) -> None:
+    target = start_target("promote", str(n_threads), flags=VARIANTS[variant])
+    target.ask("3")
+    before = Witness.of(target.pid)
+    with optpoline.attach(target.pid) as session:
+        session.learn(LEARN_S)
+        session.promote()
+        summary = session.summary()
+        kinds = [site.kind for site in summary.sites if site.state is SiteState.PROMOTED]
+        # The call, the tail call and the computed gotos (merged into some by gcc).
+        assert "call" in kinds
+        assert kinds.count("jump") >= 3
+        assert summary.hit_rate is not None
+        assert summary.hit_rate > 0.99
+        _check_mappings(session)
+        _check_sites(session)
+        _check_no_indirect_branch(session)
+        assert before.changed_bytes(target.pid)
+        session.watch(0.3)
+        assert session.detach().outcome is DetachOutcome.CLEAN
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_the_program_cannot_write_its_blocks(start_target: StartTarget) -> None:
+    target = start_target("life", "spin", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    with optpoline.attach(target.pid) as session:
+        session.learn(LEARN_S)
+        session.promote()
+        _check_sealed(target)
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_many_sessions_in_a_row(start_target: StartTarget) -> None:
+    target = start_target("promote", "2", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    for number in range(10):
+        target.ask(str(number))
+        with optpoline.attach(target.pid) as session:
+            session.learn(0.05)
+            assert session.promote() > 0
+        before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+@pytest.mark.parametrize("where", ["attached", "learning", "promoted"])
+def test_an_error_inside_restores(start_target: StartTarget, where: str) -> None:
+    target = start_target("promote", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    with pytest.raises(ZeroDivisionError), optpoline.attach(target.pid) as session:
+        if where != "attached":
+            session.learn(0.05)
+        if where == "promoted":
+            session.promote()
+        raise ZeroDivisionError
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
