@@ -57,7 +57,11 @@ _GROUPS = {
     ),
     "redis": Group(build=redis.build_redis, variants=_BOTH, workloads=redis.WORKLOADS),
     "cxx": Group(build=cxx.build_cxx, variants=_BOTH, workloads=cxx.WORKLOADS),
-    "other": Group(build=libxml2.build_libxml2, variants=_BOTH, workloads=libxml2.WORKLOADS),
+    "other": Group(
+        build=libxml2.build_libxml2,
+        variants=(*_BOTH, Variant.NO_TABLES),
+        workloads=libxml2.WORKLOADS,
+    ),
 }
 
 

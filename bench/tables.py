@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import statistics
+from bench.build import Variant
 from bench.figures import Figure
 from bench.statistics import Estimate
 from bench.verdicts import judge_group, judge_workload
@@ -63,6 +64,13 @@ def print_measured(
         verdict = [judge_workload(row).word] if with_bars else []
         table.add_row(row.name, *medians, share, *verdict)
     console.print(table)
+    without = Variant.NO_TABLES.value
+    for row in rows:
+        if is_promoted and without in row.samples:
+            against = statistics.recovered(
+                row.samples[without], row.of(Variant.RETPOLINE), row.samples[PROMOTED]
+            )
+            console.print(f"{row.name}: {percent(against)} recovered against {without}")
     if mean is not None:
         word = f", {judge_group(title, rows).word}" if with_bars else ""
         console.print(f"geometric mean recovered: {percent(mean)}{word}")

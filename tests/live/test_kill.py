@@ -20,10 +20,10 @@ from tests.live.witness import RETPOLINE, VARIANTS, Witness, run_cli, run_json, 
 pytestmark = pytest.mark.live
 
 N_KILLS = 28
-LATEST_S = 2.5
+LATEST_S = 1.8
 """A whole session below, import of the program included, takes a bit less."""
 
-SESSION = ("attach", "--learn-seconds", "0.4", "--duration", "1.2", "-q")
+SESSION = ("attach", "--learn-seconds", "0.3", "--duration", "0.8", "-q")
 
 N_POINTS = 36
 """Instants tried of all those at which a controller does something to the program."""

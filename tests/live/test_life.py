@@ -14,6 +14,7 @@ import pytest
 import optpoline
 from optpoline.controller.events import Event, EventKind
 from optpoline.controller.summary import DetachOutcome, SessionState
+from optpoline.errors import ProcessGone
 from tests.live.conftest import BuildTarget, LiveTarget, StartTarget
 from tests.live.witness import (
     RETPOLINE,
@@ -118,7 +119,7 @@ def test_exit_during_a_session(start_target: StartTarget, when: str) -> None:
             timer.start()
         try:
             session = optpoline.attach(target.pid)
-        except optpoline.ProcessGone:
+        except ProcessGone:
             timer.join()
             continue
         try:
@@ -129,9 +130,10 @@ def test_exit_during_a_session(start_target: StartTarget, when: str) -> None:
             timer = threading.Timer(0.1, os.kill, (target.pid, signal.SIGKILL))
             timer.start()
             assert session.watch(5.0) is SessionState.EXITED
-        except optpoline.ProcessGone:
+        except ProcessGone:
             assert when != "watching"
-        timer.join()
+        if timer.ident is not None:
+            timer.join()
         assert session.detach().outcome is DetachOutcome.GONE
         assert session.summary().state is SessionState.EXITED
 
@@ -165,12 +167,13 @@ def test_exec_during_a_session(start_target: StartTarget, when: str) -> None:
             asker.start()
             session.learn(0.4)
             asker.join()
-            session.promote()
+            with pytest.raises(ProcessGone):
+                session.promote()
         else:
             session.learn(0.1)
             session.promote()
             assert target.ask("exec") == "ready"
-        assert session.watch(10.0) is SessionState.EXECED
+            assert session.watch(10.0) is SessionState.EXECED
         assert session.detach().outcome is DetachOutcome.GONE
         assert session.summary().state is SessionState.EXECED
     assert arena_mappings(target.pid) == []

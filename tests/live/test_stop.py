@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 
 import pytest
 
@@ -94,7 +95,9 @@ def test_all_can_be_woken(start_target: StartTarget) -> None:
     assert target.finish().startswith("ok")
 
 
-def test_many_running_threads(start_target: StartTarget) -> None:
+def test_many_running_threads(
+    start_target: StartTarget, record_property: Callable[[str, object], None]
+) -> None:
     target = start_target("calls", "spin", "64", flags=AVX)
     durations_ns = []
     with RemoteMemory(target.pid) as memory:
@@ -102,8 +105,9 @@ def test_many_running_threads(start_target: StartTarget) -> None:
             with stop_threads(target.pid, memory=memory, wake=Wake.NONE) as stop:
                 assert len(stop.stopped) >= 60
             durations_ns.append(stop.duration_ns)
-    print(f"64 threads: median {sorted(durations_ns)[10] / 1e6:.3f} ms, "  # noqa: T201
-          f"max {max(durations_ns) / 1e6:.3f} ms")  # fmt: skip
+    # Told, not judged: this depends on the machine and what else it does.
+    record_property("stop_ms_median", sorted(durations_ns)[10] / 1e6)
+    record_property("stop_ms_max", max(durations_ns) / 1e6)
     assert target.finish().startswith("ok")
 
 

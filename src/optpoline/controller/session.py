@@ -43,6 +43,10 @@ __all__ = ["Session", "attach"]
 
 EventCallback = Callable[[Event], None]
 
+_EXIT_POLL_S = 0.01
+_EXIT_TIMEOUT_S = 5.0
+"""How long a killed program may take to free its memory; then it counts as exited."""
+
 
 def attach(
     pid: int, *, config: Config | None = None, on_event: EventCallback | None = None
@@ -292,10 +296,23 @@ class Session:
                 if not self._step(time.monotonic(), stop):
                     break
         except ProcessGone:
-            self.state = SessionState.EXITED
+            self.state = self._find_end()
+            if self.state is SessionState.EXECED:
+                self._tell(EventKind.EXECED, f"process {self.pid} replaced its program")
         if self.state is SessionState.EXITED:
             self._tell(EventKind.EXITED, f"process {self.pid} exited")
         return self.state
+
+    def _find_end(self) -> SessionState:
+        """Return how the program that we attached to ended: by exit or by exec."""
+        end_s = time.monotonic() + _EXIT_TIMEOUT_S
+        while time.monotonic() < end_s:
+            # A killed program may be on its way out for a while; its exit shows here.
+            if select.select([self._pidfd], [], [], _EXIT_POLL_S)[0]:
+                return SessionState.EXITED
+            if self.target.is_replaced():
+                return SessionState.EXECED
+        return SessionState.EXITED
 
     def _step(self, now_s: float, stop: threading.Event | None) -> bool:
         """Do what is due; tell whether there is still something to watch."""
@@ -372,7 +389,7 @@ class Session:
         else:
             result = let_go(target, self.records, leave=leave)
             if result.outcome is DetachOutcome.GONE:
-                self.state = SessionState.EXITED
+                self.state = self._find_end()
             else:
                 self.state = SessionState.LEFT if leave else SessionState.RESTORED
         self.notes += result.notes

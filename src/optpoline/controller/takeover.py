@@ -9,6 +9,7 @@ and without its privileges.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from optpoline.patch.text import Poke, crosses_line, poke_batch, read_entries
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.permissions import check_attachable
 from optpoline.process.procfs import read_maps, read_start_time
+from optpoline.x86.syscalls import SYS_CLOSE
 
 __all__ = ["read_status", "restore", "restore_left"]
 
@@ -53,6 +55,35 @@ def _find_arenas(memory: RemoteMemory, maps: Sequence[Mapping]) -> list[_LeftAre
         else:
             spans.append((mapping.start, mapping.end, mapping.inode))
     return [_read_arena(memory, start, end) for start, end, _ in spans]
+
+
+def _find_open_files(pid: int) -> tuple[int, ...]:
+    """Return descriptors of arenas: open for an instant only, unless a controller died then."""
+    found: list[int] = []
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            if _is_arena_file(f"/proc/{pid}/fd/{name}"):
+                found.append(int(name))
+    except OSError:
+        return ()  # gone, or not ours to see: then we could not undo anything either
+    return tuple(found)
+
+
+def _is_arena_file(link: str) -> bool:
+    """Tell whether a link of ``/proc/PID/fd`` leads to an arena's memfd."""
+    try:
+        return os.readlink(link).startswith(f"/memfd:{ARENA_NAME}")
+    except OSError:
+        return False  # closed meanwhile
+
+
+def _close_files(target: Target) -> None:
+    """Close descriptors that a controller left in the target."""
+    if not _find_open_files(target.pid):
+        return
+    with target.stop(wake_one=True) as stop:
+        for number in _find_open_files(target.pid):
+            stop.inject(SYS_CLOSE, number)
 
 
 def _read_arena(memory: RemoteMemory, start: Addr, end: Addr) -> _LeftArena:
@@ -128,7 +159,7 @@ def read_status(pid: int) -> LeftBehind | None:
     """
     with RemoteMemory(pid) as memory:
         arenas = _find_arenas(memory, read_maps(pid))
-        if not arenas:
+        if not arenas and not _find_open_files(pid):
             return None
         sites: list[tuple[int, str]] = []
         for arena in arenas:
@@ -181,6 +212,7 @@ def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
     """
     target = Target(pid, stop_timeout_s=stop_timeout_s)
     try:
+        _close_files(target)
         arenas = _find_arenas(target.memory, target.maps)
         if not arenas:
             return DetachResult(
@@ -204,7 +236,7 @@ def _restore(target: Target, arenas: Sequence[_LeftArena]) -> DetachResult:
     restored = 0
     if pokes:
         crossing = [poke for poke in pokes if crosses_line(poke.entry)]
-        with target.stop(wake_all=bool(crossing)) as stop:
+        with target.stop(wake_all=bool(crossing) and target.may_wake_all()) as stop:
             batch = pokes if not stop.asleep else [p for p in pokes if p not in crossing]
             result = poke_batch(target.memory, batch)
         restored = len(result.done)

@@ -117,6 +117,13 @@ class Target:
         starts = {m.start for m in self._maps}
         return all(arena.addr in starts for arena in self.arenas)
 
+    def is_replaced(self) -> bool:
+        """Tell whether the process runs another program than the one that was opened."""
+        try:
+            return not self.memory.is_current() and bool(read_maps(self.pid))
+        except ProcessGone:
+            return False
+
     def refresh_modules(self) -> tuple[list[LoadedModule], list[LoadedModule]]:
         """Find modules that came and went since the last call.
 

@@ -139,9 +139,10 @@ def open_module(pid: int, module: Module, *, proc_root: Path = Path("/proc")) ->
         f"{proc_root}/{pid}/root{module.path}",
     ):
         try:
-            file = open(path, "rb")  # noqa: SIM115 - handed to the caller
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             continue
+        file = os.fdopen(fd, "rb")
         if "/map_files/" in path or _is_same_file(file, first):
             return file
         file.close()

@@ -50,6 +50,7 @@ _NT_X86_SHSTK = 0x204
 # include/uapi/linux/wait.h
 _WALL = 0x40000000
 
+_EXIT_CODES = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 _SIGSET_SIZE = 8
 _MAX_XSTATE_SIZE = 1 << 16  # AMX needs 11,008 bytes; room for what comes
 SYSCALL_STOP = 0x85
@@ -232,7 +233,7 @@ class Tracer:
             raise ProcessGone(tid) from error
         if result is None:
             return None
-        if result.si_code in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED):
+        if result.si_code in _EXIT_CODES:
             raise ProcessGone(tid)
         return StopCode(result.si_status)
 
@@ -268,7 +269,12 @@ def reap_thread(tid: int) -> None:
 
     Not for the first thread of a process: its exit status belongs to its parent.
     """
+    flags = os.WEXITED | os.WNOHANG | _WALL
     try:
-        os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | _WALL)
+        # Look first: a stop of a tracee is reported even when only exits are asked
+        # for, and would be consumed under the eyes of the tracer thread.
+        result = os.waitid(os.P_PID, tid, flags | os.WNOWAIT)
+        if result is not None and result.si_code in _EXIT_CODES:
+            os.waitid(os.P_PID, tid, flags)
     except ChildProcessError:
         return

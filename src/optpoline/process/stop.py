@@ -12,7 +12,8 @@ controller of normal priority starves among thousands of busy threads.
 Limits: a thread that was running when it was looked at and fell asleep before it
 was interrupted is woken. The calls that answer EINTR then are put right, but a
 transfer it had just begun may be cut short, and a relative timeout of
-epoll_wait or semtimedop begins again.
+epoll_wait or semtimedop begins again. Should we die between waking a thread in
+such a call and putting its EINTR right (microseconds), it sees the EINTR.
 """
 
 from __future__ import annotations

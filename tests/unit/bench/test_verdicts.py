@@ -51,3 +51,13 @@ def test_nothing_promoted_is_only_reported() -> None:
     row = Measured(group="lua", name="x", samples=samples)
     assert judge_workload(row).is_met is None
     assert group_mean([row]) is None
+
+
+def test_an_interval_too_wide_to_tell_is_neither_met_nor_missed() -> None:
+    samples = {
+        Variant.PLAIN.value: (1000,) * 5,
+        Variant.RETPOLINE.value: (2000,) * 5,
+        PROMOTED: (1010, 1700, 1005, 1800, 1000),
+    }
+    row = Measured(group="lua", name="x", samples=samples)
+    assert judge_workload(row).word == "too noisy"
