@@ -211,20 +211,30 @@ class Guard:
         below: Where operands below ``target`` go (unsigned), or None if they
             go the same way as those above.
         otherwise: Where the rest goes.
+        falls_below: Whether the way below is the one without a taken branch.
     """
 
     target: Addr
     below: TreeNode | None
     otherwise: TreeNode
+    falls_below: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Compare with ``key``: below it (unsigned) one way, the rest the other."""
+    """Compare with ``key``: below it (unsigned) one way, the rest the other.
+
+    Attributes:
+        key: What to compare with.
+        below: Where operands below ``key`` go.
+        above: Where the rest goes.
+        falls_below: Whether the way below is the one without a taken branch.
+    """
 
     key: Addr
     below: TreeNode
     above: TreeNode
+    falls_below: bool = False
 
 
 TreeNode = Miss | Guard | Split
@@ -239,12 +249,12 @@ def tree_targets(node: TreeNode) -> Iterator[Addr]:
     stack: list[TreeNode] = [node]
     while stack:
         match stack.pop():
-            case Guard(target, below, otherwise):
+            case Guard(target, below, otherwise, _):
                 yield target
                 stack.append(otherwise)
                 if below is not None:
                     stack.append(below)
-            case Split(_, below, above):
+            case Split(_, below, above, _):
                 stack += [above, below]
             case Miss():
                 pass

@@ -29,12 +29,16 @@ class LiveTarget:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
 
-    def ask(self, line: str) -> str:
-        """Send it a line and return its answer without the newline."""
+    def tell(self, line: str) -> None:
+        """Send it a line."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
+
+    def ask(self, line: str) -> str:
+        """Send it a line and return its answer without the newline."""
+        self.tell(line)
+        assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         assert answer.endswith("\n"), f"no answer to {line!r}, only {answer!r}"
         return answer[:-1]

@@ -15,17 +15,19 @@ import pytest
 import optpoline
 from optpoline.controller.summary import DetachOutcome
 from tests.live.conftest import LiveTarget, StartTarget
-from tests.live.witness import RETPOLINE, VARIANTS, Witness, run_cli, run_json, start_cli
+from tests.live.witness import RETPOLINE, VARIANTS, Witness, run_json, start_cli, wait_for_line
 
 pytestmark = pytest.mark.live
 
-N_KILLS = 28
-LATEST_S = 1.8
-"""A whole session below, import of the program included, takes a bit less."""
+N_KILLS = 26
 
-SESSION = ("attach", "--learn-seconds", "0.3", "--duration", "0.8", "-q")
+INSTANTS = (("", 0.7), ("attached: ", 0.05), ("learning ", 0.4), ("promoted ", 0.5))
+"""Lines that begin a part of a session, and how long after them to kill at the latest: while
+starting and attaching, linking, learning and promoting, watching and letting go."""
 
-N_POINTS = 36
+SESSION = ("attach", "--learn-seconds", "0.3", "--duration", "0.6")
+
+N_POINTS = 16
 """Instants tried of all those at which a controller does something to the program."""
 
 DIE_AT = """
@@ -67,22 +69,37 @@ print(n_done)
 """
 
 
-def _undo(target: LiveTarget, before: Witness, *, by_attach: bool) -> None:
-    """See what was left, and undo it one way or the other."""
-    left = run_json("status", target.pid)["left_behind"]
-    if left is not None:
-        assert left["controller_alive"] is False
-        assert left["foreign"] == 0
-    else:
+def _undo(target: LiveTarget, before: Witness, *, number: int) -> None:
+    """See what was left, and undo it one way or the other, each fourth time by command line."""
+    left = optpoline.read_status(target.pid)
+    if left is None:
         before.check_text(target.pid)
-    if by_attach:
-        options = ("-q", "--learn-seconds", "0.1", "--duration", "0.3")
-        detach = run_json("attach", *options, target.pid)["detach"]
     else:
+        assert not left.controller_alive
+        assert left.foreign == 0
+    if number % 8 == 0:
+        assert run_json("status", target.pid)["left_behind"] is not None or left is None
+        options = ("-q", "--learn-seconds", "0.1", "--duration", "0.3")
+        assert run_json("attach", *options, target.pid)["detach"]["outcome"] == "clean"
+    elif number % 8 == 4:
         detach = run_json("detach", target.pid)["detach"]
-    if detach is not None:
-        assert detach["outcome"] == "clean", detach
+        assert detach is None or detach["outcome"] == "clean", detach
+    elif number % 2 == 0:
+        optpoline.attach(target.pid).detach()
+    else:
+        result = optpoline.restore(target.pid)
+        assert result.outcome is DetachOutcome.CLEAN, result
     before.check(target.pid)
+
+
+def _kill(pid: int, line: str, delay_s: float) -> bool:
+    """Start a session and kill it; tell whether it still ran."""
+    with start_cli(*SESSION, pid) as controller:
+        if line:
+            wait_for_line(controller, line)
+        time.sleep(delay_s)
+        controller.kill()
+    return controller.returncode == -signal.SIGKILL
 
 
 @pytest.mark.timeout(180)
@@ -90,25 +107,20 @@ def test_killed_at_random_instants(start_target: StartTarget) -> None:
     seed = int(os.environ.get("OPTPOLINE_SEED", time.time_ns() % 10_000))
     print(f"OPTPOLINE_SEED={seed}")  # noqa: T201
     chance = random.Random(seed)
-    n_left = n_killed = 0
-    # Spread over the whole range, not left to chance where.
-    step_s = LATEST_S / N_KILLS
-    delays_s = [(number + chance.random()) * step_s for number in range(N_KILLS)]
-    chance.shuffle(delays_s)
-    for part, flags in enumerate(VARIANTS.values()):
+    n_killed = n_left = number = 0
+    for part, flags in enumerate(VARIANTS.values(), 1):
         target = start_target("promote", "1", flags=flags)
         before = Witness.of(target.pid)
-        for number, delay_s in enumerate(delays_s[part :: len(VARIANTS)]):
-            with start_cli(*SESSION, target.pid) as controller:
-                time.sleep(delay_s)
-                controller.kill()
-            n_killed += controller.returncode == -signal.SIGKILL
+        # A session that had ended before it was killed does not count.
+        while n_killed < N_KILLS * part // len(VARIANTS):
+            line, latest_s = INSTANTS[number % len(INSTANTS)]
+            n_killed += _kill(target.pid, line, chance.uniform(0.0, latest_s))
             n_left += optpoline.read_status(target.pid) is not None
             target.ask(str(number))
-            _undo(target, before, by_attach=number % 2 == 0)
+            _undo(target, before, number=number // len(INSTANTS) + number)
+            number += 1
         assert target.finish().startswith("wrong 0 rounds")
-    # Else the range missed what it was meant to hit.
-    assert n_killed >= 25
+    # Those killed while learning at least.
     assert n_left >= N_KILLS // 4
 
 
@@ -123,7 +135,7 @@ def _die(target: LiveTarget, point: int, when: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("mode", ["spin", "rest"])
+@pytest.mark.parametrize("mode", ["spin", "rest", "timer"])
 def test_killed_at_every_kind_of_point(start_target: StartTarget, mode: str) -> None:
     target = start_target("life", mode, "2", flags=RETPOLINE)
     before = Witness.of(target.pid)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import optpoline
 from optpoline.controller.events import Event, EventKind
 from optpoline.controller.summary import DetachOutcome, SessionState
 from optpoline.errors import ProcessGone
+from optpoline.model import Addr
+from optpoline.process.memory import RemoteMemory
 from tests.live.conftest import BuildTarget, LiveTarget, StartTarget
 from tests.live.witness import (
     RETPOLINE,
@@ -23,6 +24,7 @@ from tests.live.witness import (
     run_cli,
     run_json,
     start_cli,
+    wait_for_line,
 )
 
 pytestmark = pytest.mark.live
@@ -141,21 +143,12 @@ def test_exit_during_a_session(start_target: StartTarget, when: str) -> None:
 def test_exit_status_of_attach(start_target: StartTarget) -> None:
     target = start_target("life", "spin", flags=RETPOLINE)
     with start_cli("attach", "--json", "-", target.pid) as controller:
-        _wait_for_line(controller, "promoted ")
-        target.process.stdin.write("exit\n")
-        target.process.stdin.flush()
+        wait_for_line(controller, "promoted ")
+        target.tell("exit")
         out, err = controller.communicate(timeout=20)
     assert controller.returncode == 0, err
     assert '"state": "exited"' in out
     assert target.process.wait() == 7
-
-
-def _wait_for_line(controller: subprocess.Popen[str], start: str) -> None:
-    """Read its words until a line begins like this."""
-    for line in controller.stderr:
-        if line.startswith(start):
-            return
-    raise AssertionError(f"no line begins with {start!r}")
 
 
 @pytest.mark.parametrize("when", ["learning", "watching"])
@@ -215,7 +208,7 @@ def test_run_promotes(build_target: BuildTarget, wrapper: str) -> None:
         "env": ["env", "A=B", path, "spin", "1"],
     }[wrapper]
     with start_cli("run", "--learn-seconds", "0.2", "--", *command, stdin=True) as run:
-        _wait_for_line(run, "promoted ")
+        wait_for_line(run, "promoted ")
         out, err = run.communicate("exit\n", timeout=20)
     assert run.returncode == 7, (out, err)
     assert out == "ready\n"
@@ -226,11 +219,12 @@ def test_run_promotes_after_its_own_exec(build_target: BuildTarget) -> None:
     with start_cli(
         "run", "--json", "-", "--learn-seconds", "1", "--", path, "spin", stdin=True
     ) as run:
-        _wait_for_line(run, "learning ")
+        wait_for_line(run, "learning ")
+        assert run.stdin is not None
         run.stdin.write("exec\n")
         run.stdin.flush()
-        _wait_for_line(run, "learning ")
-        _wait_for_line(run, "promoted ")
+        wait_for_line(run, "learning ")
+        wait_for_line(run, "promoted ")
         out, err = run.communicate("exit\n", timeout=20)
     assert run.returncode == 7, (out, err)
 
@@ -271,6 +265,7 @@ def test_a_child_made_while_learning_is_attached_to(start_target: StartTarget) -
         timer.join()
         session.promote()
         child = int(answers[0].split()[1])
+        _check_not_counting(session, child)
         # Another session, with the child, while this one goes on.
         with _promote_child(child) as other:
             assert other.summary().promoted > 0
@@ -279,6 +274,23 @@ def test_a_child_made_while_learning_is_attached_to(start_target: StartTarget) -
     before.check_text(target.pid)
     assert target.ask("join").startswith("status 0 wrong 0 rounds")
     assert target.finish().startswith("wrong 0 rounds")
+
+
+def _check_not_counting(session: optpoline.Session, child: int) -> None:
+    """Check that a child with the text of the learning window goes where its parent goes."""
+    n_led_on = 0
+    with RemoteMemory(child) as memory:
+        for record in session.records:
+            disp = memory.read(record.site.disp_addr, 4)
+            block = record.site.end + int.from_bytes(disp, "little", signed=True)
+            if not record.arena.addr <= block < record.arena.end:
+                continue
+            head = record.arena.read(Addr(block), 5)
+            assert head[:1] == b"\xe9"  # jmp rel32
+            dst = block + 5 + int.from_bytes(head[1:], "little", signed=True)
+            assert dst == (record.thunk_addr if record.home is None else record.home.addr)
+            n_led_on += 1
+    assert n_led_on > 0
 
 
 def _promote_child(pid: int) -> optpoline.Session:
@@ -321,9 +333,7 @@ def test_modules_that_come_and_go(start_target: StartTarget, build_target: Build
     assert target.finish().startswith("wrong 0 rounds")
 
 
-def test_a_module_is_there_at_the_end(
-    start_target: StartTarget, build_target: BuildTarget
-) -> None:
+def test_a_module_is_there_at_the_end(start_target: StartTarget, build_target: BuildTarget) -> None:
     plugin = build_target("plugin", *PLUGIN)
     target = start_target("life", "spin", "1", flags=(*RETPOLINE, "-ldl"))
     target.ask(f"open {plugin}")

@@ -9,6 +9,8 @@ import pytest
 import optpoline
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome, SiteState
+from optpoline.model import Refusal
+from optpoline.patch.blocks import Block
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.procfs import read_maps
 from tests.live.conftest import LiveTarget, StartTarget
@@ -57,7 +59,7 @@ def _check_no_indirect_branch(session: optpoline.Session) -> None:
             assert decoded == len(code)
 
 
-def _blocks_of(record: SiteRecord) -> list[optpoline.patch.blocks.Block]:
+def _blocks_of(record: SiteRecord) -> list[Block]:
     """Return the blocks a site goes through."""
     return [block for block in (record.home, record.active) if block is not None]
 
@@ -119,15 +121,85 @@ def test_many_sessions_in_a_row(start_target: StartTarget) -> None:
     assert target.finish().startswith("wrong 0 rounds")
 
 
-@pytest.mark.parametrize("where", ["attached", "learning", "promoted"])
-def test_an_error_inside_restores(start_target: StartTarget, where: str) -> None:
-    target = start_target("promote", flags=RETPOLINE)
-    before = Witness.of(target.pid)
-    with pytest.raises(ZeroDivisionError), optpoline.attach(target.pid) as session:
+def _fail_in_session(pid: int, where: str) -> None:
+    """Raise an error somewhere in a session."""
+    with optpoline.attach(pid) as session:
         if where != "attached":
             session.learn(0.05)
         if where == "promoted":
             session.promote()
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("where", ["attached", "learning", "promoted"])
+def test_an_error_inside_restores(start_target: StartTarget, where: str) -> None:
+    target = start_target("promote", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    with pytest.raises(ZeroDivisionError):
+        _fail_in_session(target.pid, where)
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+CROSSING = {"over_line_1", "over_line_3"}
+"""Functions whose site's displacement lies in two cache lines."""
+
+
+def _promoted_functions(session: optpoline.Session) -> set[str]:
+    """Return the functions with a promoted site whose text leads to its block."""
+    return {
+        (record.site.function or "?")
+        for record in session.records
+        if record.state is SiteState.PROMOTED and record.home is not None
+    }
+
+
+def test_sites_across_lines_and_pages(start_target: StartTarget) -> None:
+    target = start_target("crossing", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    with optpoline.attach(target.pid) as session:
+        session.learn(LEARN_S)
+        session.promote()
+        assert _promoted_functions(session) >= {"in_one_line", "plain", *CROSSING}
+        (over_page,) = (s for s in session.summary().sites if "over_page" in (s.function or ""))
+        assert over_page.refusal == Refusal.PAGE_CROSSING.value
+        assert session.detach().outcome is DetachOutcome.CLEAN
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_nobody_is_woken_for_sites_across_lines(start_target: StartTarget) -> None:
+    target = start_target("crossing", flags=RETPOLINE)
+    target.ask("sleep")
+    before = Witness.of(target.pid)
+    with optpoline.attach(target.pid) as session:
+        session.learn(LEARN_S)
+        session.promote()
+        promoted = _promoted_functions(session)
+        assert promoted >= {"in_one_line", "plain"}
+        assert not promoted & CROSSING
+        assert session.detach().outcome is DetachOutcome.CLEAN
+    before.check(target.pid)
+    target.ask("wake")
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_asleep_only_when_letting_go(start_target: StartTarget) -> None:
+    target = start_target("crossing", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    with optpoline.attach(target.pid) as session:
+        session.learn(LEARN_S)
+        session.promote()
+        assert _promoted_functions(session) >= CROSSING
+        target.ask("sleep")
+        assert session.detach().outcome is DetachOutcome.ARENA_LEFT
+    # Only those two are not back; they lead to blocks that lead to their thunk.
+    sites = [r.site for r in session.records if r.site.function in CROSSING]
+    changed = before.changed_bytes(target.pid).keys()
+    assert changed <= {a for site in sites for a in range(site.disp_addr, site.disp_addr + 4)}
+    assert changed
+    assert optpoline.restore(target.pid).outcome is DetachOutcome.ARENA_LEFT
+    target.ask("wake")
+    assert optpoline.restore(target.pid).outcome is DetachOutcome.CLEAN
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from optpoline.model import Mapping
 from optpoline.process.memory import RemoteMemory
@@ -20,11 +21,13 @@ __all__ = [
     "CLI",
     "RETPOLINE",
     "VARIANTS",
+    "Argument",
     "Witness",
     "arena_mappings",
     "run_cli",
     "run_json",
     "start_cli",
+    "wait_for_line",
 ]
 
 RETPOLINE = ("-O2", "-pthread", "-mindirect-branch=thunk", "-fcf-protection=none")
@@ -36,6 +39,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "cs-prefix": (*RETPOLINE, "-mindirect-branch-cs-prefix"),
 }
 """Flags for gcc by name of the variant."""
+
+Argument = str | int | float | Path
 
 CLI = (sys.executable, "-m", "optpoline.cli")
 
@@ -102,7 +107,7 @@ class Witness:
         assert _list_fds(pid) == self.fds
 
 
-def run_cli(*args: str | int, status: int | None = 0) -> subprocess.CompletedProcess[str]:
+def run_cli(*args: Argument, status: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run one command to its end and check its exit status (None: any)."""
     done = subprocess.run(
         [*CLI, *map(str, args)], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
@@ -111,7 +116,7 @@ def run_cli(*args: str | int, status: int | None = 0) -> subprocess.CompletedPro
     return done
 
 
-def run_json(*args: str | int, status: int = 0) -> dict:
+def run_json(*args: Argument, status: int = 0) -> dict:
     """Run one command with its document on stdout and return that."""
     done = run_cli(*args, "--json", "-", status=status)
     document = json.loads(done.stdout)
@@ -120,7 +125,7 @@ def run_json(*args: str | int, status: int = 0) -> dict:
     return document
 
 
-def start_cli(*args: str | int, stdin: bool = False) -> subprocess.Popen[str]:
+def start_cli(*args: Argument, stdin: bool = False) -> subprocess.Popen[str]:
     """Start one command; the caller ends it.
 
     Args:
@@ -134,3 +139,14 @@ def start_cli(*args: str | int, stdin: bool = False) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def wait_for_line(controller: subprocess.Popen[str], start: str) -> None:
+    """Read a command's words until a line begins like this."""
+    assert controller.stderr is not None
+    said = ""
+    for line in controller.stderr:
+        if line.startswith(start):
+            return
+        said += line
+    raise AssertionError(f"no line begins with {start!r}: {said}")

@@ -34,7 +34,7 @@ class Config:
     learn_s: float = 1.0
     relearn_s: float = 0.25
     wave_s: float = 0.025
-    sample_s: float = 0.010
+    sample_s: float = 0.020
     sample_every_s: float = 1.0
     sample_every_max_s: float = 16.0
     poll_s: float = 0.1

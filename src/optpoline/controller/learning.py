@@ -18,6 +18,7 @@ from optpoline.errors import ArenaError, EncodeRangeError
 from optpoline.learn.counting import (
     FIRST_OPEN_SLOTS,
     SiteCounts,
+    add,
     n_cells,
     next_open_slots,
     plan_counting,
@@ -171,7 +172,7 @@ def end_window(record: SiteRecord, now_s: float) -> None:
     if record.counts is None or counts.total > 0:
         record.counts = counts
         record.window_s = max(1e-6, now_s - record.window_start_s)
-        record.window_end_s = now_s
+        record.rate_hz = record.counts.total / record.window_s
     record.counting = None
     record.counts_before = None
 
@@ -200,7 +201,12 @@ def begin_sample(record: SiteRecord, spare: Block | None, now_s: float) -> Block
 
 
 def end_sample(record: SiteRecord, now_s: float) -> None:
-    """Take the redirection back and keep what was counted."""
+    """Take the redirection back; add what was counted to ``record.sampled``."""
     if record.active is not None:
         point_back(record.active)
-    end_window(record, now_s)
+    counts = window_counts(record)
+    record.sampled = counts if record.sampled is None else add(record.sampled, counts)
+    if counts.total:
+        record.rate_hz = counts.total / max(1e-6, now_s - record.window_start_s)
+    record.counting = None
+    record.counts_before = None

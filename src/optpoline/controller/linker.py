@@ -69,6 +69,9 @@ class Linker:
             result = poke_batch(self._target.memory, batch)
         for poke in result.done:
             move = by_entry[poke.entry.addr]
+            if move.record.home is not None and _counts_hits(move.record.home):
+                # A child forked while we learned has the text of then: spare it the counting.
+                self._lead_on(move)
             move.record.disp = poke.new
             move.record.home = move.block
         for poke in crossing if len(batch) == len(easy) else ():
@@ -84,3 +87,8 @@ class Linker:
         if move.record.home is not None:
             dst = move.block.addr if move.block is not None else move.record.thunk_addr
             redirect(move.record.home, dst)
+
+
+def _counts_hits(block: Block) -> bool:
+    """Tell whether a block is a counting block; a promoted one counts misses only."""
+    return bool(block.plan.hit_count_addrs or block.plan.open_slots)

@@ -88,6 +88,7 @@ def promote_first(
                     block = add_promoted_block(record, decision.plan)
                     if block is not None:
                         _settle(record, block, decision.plan, now_s)
+                        record.profile = decision.profile
                         n_promoted += 1
         moves.append(Move(record=record, block=block))
     linker.link(moves)
@@ -119,5 +120,6 @@ def demote(record: SiteRecord, now_s: float) -> None:
             redirect(block, record.thunk_addr)
     record.active = None
     record.plan = None
+    record.profile = None
     record.state = SiteState.BASELINE
     record.changed_s = now_s

@@ -48,10 +48,16 @@ class SiteRecord:
     window_start_s: float = 0.0
     plan: PlannedTree | None = None
     counts: SiteCounts | None = None
-    """What the last window counted."""
+    """What the last first window counted."""
     window_s: float = 0.0
     """How long that window was."""
-    window_end_s: float = 0.0
+    rate_hz: float | None = None
+    """Branches a second when last counted."""
+    profile: SiteCounts | None = None
+    """What is known of a promoted site's targets by now: a blend of windows."""
+    sampled: SiteCounts | None = None
+    """What the parts of the present re-sampling window have counted."""
+    n_parts: int = 0
     sample_every_s: float = 0.0
     next_sample_s: float = 0.0
     n_confirmed: int = 0
@@ -69,16 +75,14 @@ class SiteRecord:
         return self.site.thunk.addr
 
     @property
-    def hit_rate(self) -> float | None:
-        """Share of the last window's branches that the plan has a guard for."""
-        if self.plan is None or self.counts is None or not self.counts.total:
-            return None
-        shares = self.counts.shares()
-        return sum(shares.get(target, 0.0) for target in self.plan.targets)
+    def known(self) -> SiteCounts | None:
+        """What is known of the site's targets, or None before any window."""
+        return self.profile if self.profile is not None else self.counts
 
     @property
-    def rate_hz(self) -> float | None:
-        """Branches a second in the last window."""
-        if self.counts is None or self.window_s <= 0:
+    def hit_rate(self) -> float | None:
+        """Share of the branches known that the plan has a guard for."""
+        if self.plan is None or self.known is None or not self.known.total:
             return None
-        return self.counts.total / self.window_s
+        shares = self.known.shares()
+        return sum(shares.get(target, 0.0) for target in self.plan.targets)

@@ -15,7 +15,13 @@ import time
 from collections.abc import Iterable
 
 from optpoline.controller.config import Config
-from optpoline.controller.learning import TargetFilter, begin_sample, end_sample, grow_full
+from optpoline.controller.learning import (
+    TargetFilter,
+    begin_sample,
+    end_sample,
+    grow_full,
+    window_counts,
+)
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.promotion import demote, fit_counts, promote_again
 from optpoline.controller.records import SiteRecord
@@ -33,9 +39,12 @@ MISS_RATE_GROWTH = 2.0
 """Early look when the miss rate grows by this factor over what it was when the
 site was last judged fit; below it the next regular window is soon enough."""
 
-WINDOW_GROWTH = 4
-"""Waves in a sample whose slots fill up: a flipped dispatch site must be known
-within one window."""
+SAMPLE_PARTS = 8
+"""Parts of a window, one at each poll: spread over most of a second they meet
+more of a program's short phases than one piece of the same length would."""
+
+WAVES = 4
+"""Looks at full slots in each part; a flipped dispatch site must be known soon."""
 
 
 class Sampler:
@@ -73,62 +82,93 @@ class Sampler:
             rate_hz = (misses - record.misses_seen) / elapsed_s
             record.misses_seen = misses
             limit_hz = max(MISS_RATE_FLOOR_HZ, MISS_RATE_GROWTH * record.miss_rate_hz)
-            if rate_hz > limit_hz or now_s >= record.next_sample_s:
+            if rate_hz > limit_hz or now_s >= record.next_sample_s or record.n_parts:
                 due.append(record)
             record.miss_rate_hz = max(rate_hz, 0.5 * record.miss_rate_hz)
         return due
 
     def sample(self, due: list[SiteRecord]) -> tuple[int, int]:
-        """Run one window over the due sites and act on it.
+        """Count for one part of a window at the due sites, and decide where it is complete.
 
         Returns:
             (sites promoted anew, sites demoted).
         """
         begin_s = time.monotonic()
         for record in due:
-            spare = self._spares.get(record.site.addr)
-            if spare is not None and record.plan is not None:
-                spare = spare if spare.plan.tree is record.plan.tree else None
-            block = begin_sample(record, spare, time.monotonic())
-            if block is not None:
-                self._spares[record.site.addr] = block
-        for _ in range(WINDOW_GROWTH):
-            time.sleep(self._config.sample_s / WINDOW_GROWTH)
-            grow_full((r for r in due if r.counting is not None), self._may_guard)
+            self._begin(record)
+        counting = [record for record in due if record.counting is not None]
+        part_s = self._config.sample_s / SAMPLE_PARTS
+        self._count_for(counting, part_s)
+        surprised = [record for record in counting if self._is_surprised(record)]
+        if surprised:
+            # Not a matter of chance which part of the program ran: see it all now.
+            self._count_for(surprised, self._config.sample_s - part_s)
         end_s = time.monotonic()
-        for record in due:
-            if record.counting is not None:
-                end_sample(record, end_s)
-        self.n_sampled_s += end_s - begin_s
-        return self._decide(due, end_s)
-
-    def _decide(self, due: list[SiteRecord], now_s: float) -> tuple[int, int]:
-        """Act on what a window counted."""
         n_again = n_demoted = 0
-        for record in due:
-            if record.counts is None or record.plan is None or record.window_end_s < now_s:
-                continue
-            counts = fit_counts(record, record.counts, self._may_guard)
-            decision = self._config.policy.decide_again(
-                record.plan, counts, record.window_s, record.n_confirmed
-            )
-            match decision.action:
-                case Action.PROMOTE if decision.plan is not None:
-                    n_again += promote_again(record, decision.plan, now_s)
-                    record.sample_every_s = self._config.sample_every_s
-                case Action.DEMOTE:
-                    demote(record, now_s)
-                    n_demoted += 1
-                case Action.CONFIRM:
-                    record.n_confirmed += 1
-                    record.sample_every_s = self._config.sample_every_s
-                case _:
-                    record.n_confirmed = 0
-                    record.sample_every_s = min(
-                        self._config.sample_every_max_s, 2 * record.sample_every_s
-                    )
-            record.next_sample_s = now_s + record.sample_every_s
+        for record in counting:
+            end_sample(record, end_s)
+            record.n_parts = SAMPLE_PARTS if record in surprised else record.n_parts + 1
+            if record.n_parts >= SAMPLE_PARTS:
+                again, demoted = self._decide(record, end_s)
+                n_again += again
+                n_demoted += demoted
+        self.n_sampled_s += end_s - begin_s
         return n_again, n_demoted
+
+    def _begin(self, record: SiteRecord) -> None:
+        """Redirect one site to its counting block, the one for its present tree."""
+        spare = self._spares.get(record.site.addr)
+        if spare is not None and record.plan is not None and spare.plan.tree != record.plan.tree:
+            spare = None
+        block = begin_sample(record, spare, time.monotonic())
+        if block is not None:
+            self._spares[record.site.addr] = block
+
+    def _count_for(self, records: list[SiteRecord], seconds: float) -> None:
+        """Let sites count, giving those whose slots fill up bigger blocks on the way."""
+        for _ in range(WAVES):
+            time.sleep(seconds / WAVES)
+            grow_full(records, self._may_guard)
+
+    def _is_surprised(self, record: SiteRecord) -> bool:
+        """Tell whether this part alone shows that the site's tree is wrong."""
+        policy = self._config.policy
+        return record.plan is not None and policy.is_surprising(record.plan, window_counts(record))
+
+    def _decide(self, record: SiteRecord, now_s: float) -> tuple[int, int]:
+        """Act on what the parts of a window counted; return (promoted anew, demoted)."""
+        window = record.sampled
+        record.sampled = None
+        record.n_parts = 0
+        record.next_sample_s = now_s + record.sample_every_s
+        if window is None or record.plan is None or record.state is not SiteState.PROMOTED:
+            return 0, 0
+        counts = fit_counts(record, window, self._may_guard)
+        if record.unsafe_targets:
+            demote(record, now_s)
+            record.state = SiteState.REFUSED
+            return 0, 1
+        decision = self._config.policy.decide_again(
+            record.plan, record.profile, counts, record.n_confirmed
+        )
+        record.profile = decision.profile
+        is_again = is_demoted = False
+        first_s, last_s = self._config.sample_every_s, self._config.sample_every_max_s
+        match decision.action:
+            case Action.PROMOTE if decision.plan is not None:
+                is_again = promote_again(record, decision.plan, now_s)
+                record.sample_every_s = first_s
+            case Action.DEMOTE:
+                demote(record, now_s)
+                is_demoted = True
+            case Action.CONFIRM:
+                record.n_confirmed += 1
+                record.sample_every_s = first_s
+            case _:
+                record.n_confirmed = 0
+                record.sample_every_s = min(last_s, 2 * record.sample_every_s)
+        record.next_sample_s = now_s + record.sample_every_s
+        return int(is_again), int(is_demoted)
 
     def relink(self, records: Iterable[SiteRecord], now_s: float) -> int:
         """Link the text of changed and quiet sites to where they go by now.

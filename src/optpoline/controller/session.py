@@ -143,14 +143,17 @@ class Session:
         for loaded in gone:
             self._forget(loaded.module)
         fresh: list[SiteRecord] = []
+        refused: list[tuple[Module, ArenaError]] = []
         for loaded in added:
             try:
                 fresh += self.target.make_records(loaded)
             except ArenaError as error:
-                if not self.records and not fresh and len(added) == 1:
-                    raise
-                self._note(f"{loaded.module.path} left alone: {error}")
+                refused.append((loaded.module, error))
         self.records += fresh
+        if refused and not self.records and self.state is SessionState.ATTACHED:
+            raise refused[0][1]
+        for module, reason in refused:
+            self._note(f"{module.path} left alone: {reason}")
         return fresh
 
     def _forget(self, module: Module) -> None:

@@ -19,9 +19,11 @@ from optpoline.controller.summary import (
 from optpoline.controller.target import LoadedModule, Target
 from optpoline.discover import ModuleImage, count_plain_indirect
 from optpoline.discover import find_sites as scan_image
+from optpoline.errors import PermissionDenied, ProcessGone, UnsupportedTarget
 from optpoline.model import Module, Site
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import list_modules, open_module
+from optpoline.process.permissions import diagnose
 
 __all__ = ["SiteReport", "find_sites", "summarise"]
 
@@ -66,7 +68,15 @@ def find_sites(subject: int | str | Path) -> SiteReport:
 
 def _find_in_process(pid: int) -> SiteReport:
     """Find the sites of all modules of a process."""
-    with RemoteMemory(pid) as memory:
+    error = diagnose(pid).error()
+    # Reading is allowed where attaching is not: already traced, seccomp, limits.
+    if isinstance(error, (ProcessGone, UnsupportedTarget)):
+        raise error
+    try:
+        memory = RemoteMemory(pid)
+    except PermissionDenied as denied:
+        raise (error or denied) from denied
+    with memory:
         images: list[tuple[Module, ModuleImage]] = []
         for module in list_modules(pid):
             elf = open_module(pid, module)
@@ -215,12 +225,12 @@ def _function_name(site: Site) -> str | None:
 
 def _target_shares(record: SiteRecord, symbol_at: SymbolAt) -> tuple[TargetShare, ...]:
     """Return a site's targets, hottest first."""
-    if record.counts is None:
+    if record.known is None:
         return ()
     guarded = set(record.plan.targets) if record.plan is not None else set()
     return tuple(
         TargetShare(
             address=target, function=symbol_at(target), share=share, promoted=target in guarded
         )
-        for target, share in list(record.counts.shares().items())[:MAX_TARGETS_SHOWN]
+        for target, share in list(record.known.shares().items())[:MAX_TARGETS_SHOWN]
     )

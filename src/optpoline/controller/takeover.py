@@ -17,7 +17,7 @@ from optpoline.controller.letting_go import unmap_when_quiescent
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.controller.target import Target
-from optpoline.errors import ProcessGone, TargetFault
+from optpoline.errors import PermissionDenied, ProcessGone, TargetFault
 from optpoline.model import Addr, Mapping
 from optpoline.patch.layout import (
     ARENA_NAME,
@@ -28,7 +28,7 @@ from optpoline.patch.layout import (
 )
 from optpoline.patch.text import Poke, crosses_line, poke_batch, read_entries
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.permissions import check_attachable
+from optpoline.process.permissions import check_attachable, explain_denied
 from optpoline.process.procfs import read_maps, read_start_time
 from optpoline.x86.syscalls import SYS_CLOSE
 
@@ -59,14 +59,12 @@ def _find_arenas(memory: RemoteMemory, maps: Sequence[Mapping]) -> list[_LeftAre
 
 def _find_open_files(pid: int) -> tuple[int, ...]:
     """Return descriptors of arenas: open for an instant only, unless a controller died then."""
-    found: list[int] = []
+    folder = f"/proc/{pid}/fd"
     try:
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            if _is_arena_file(f"/proc/{pid}/fd/{name}"):
-                found.append(int(name))
+        names = os.listdir(folder)
     except OSError:
         return ()  # gone, or not ours to see: then we could not undo anything either
-    return tuple(found)
+    return tuple(int(name) for name in names if _is_arena_file(f"{folder}/{name}"))
 
 
 def _is_arena_file(link: str) -> bool:
@@ -155,9 +153,13 @@ def read_status(pid: int) -> LeftBehind | None:
 
     Raises:
         ProcessGone: if there is no such process.
-        TargetFault: if its memory may not be read.
+        PermissionDenied: if its memory may not be read.
     """
-    with RemoteMemory(pid) as memory:
+    try:
+        memory = RemoteMemory(pid)
+    except PermissionDenied as denied:
+        raise explain_denied(pid) from denied
+    with memory:
         arenas = _find_arenas(memory, read_maps(pid))
         if not arenas and not _find_open_files(pid):
             return None

@@ -24,7 +24,17 @@ from dataclasses import dataclass
 
 from optpoline.model import Addr, BlockPlan, Count, OpenSlot, TreeNode, tree_targets
 
-__all__ = ["SiteCounts", "n_cells", "next_open_slots", "plan_counting", "read_counts"]
+__all__ = [
+    "FIRST_OPEN_SLOTS",
+    "SiteCounts",
+    "add",
+    "blend",
+    "n_cells",
+    "next_open_slots",
+    "plan_counting",
+    "read_counts",
+    "subtract",
+]
 
 _CELL_SIZE = 8
 
@@ -149,6 +159,48 @@ def next_open_slots(counts: SiteCounts) -> int:
     return min(MAX_OPEN_SLOTS, max(FIRST_OPEN_SLOTS, 2 * len(counts.counts)))
 
 
-def sequence_total(parts: Sequence[SiteCounts]) -> int:
-    """Return all branches counted in several looks."""
-    return sum(part.total for part in parts)
+def add(one: SiteCounts, other: SiteCounts) -> SiteCounts:
+    """Return what two windows counted together."""
+    return _weighted(((one, 1.0), (other, 1.0)))
+
+
+PROFILE_TOTAL = 1_000_000
+"""Branches that a profile stands for: shares to one in a million."""
+
+FORGOTTEN_SHARE = 1e-4
+"""Share below which a profile drops a target; a guard for it would save 0.002 cycles."""
+
+
+def blend(profile: SiteCounts | None, window: SiteCounts, ratio: float) -> SiteCounts:
+    """Return a profile that has taken in a window: an exponential average of shares.
+
+    Args:
+        profile: The profile so far, or None if this is the first window.
+        window: What was counted, at least one branch.
+        ratio: Weight of the window, 0..1.
+    """
+    if profile is None or not profile.total:
+        profile, ratio = window, 1.0
+    blended = _weighted(
+        (
+            (profile, (1.0 - ratio) * PROFILE_TOTAL / max(1, profile.total)),
+            (window, ratio * PROFILE_TOTAL / max(1, window.total)),
+        )
+    )
+    floor = FORGOTTEN_SHARE * PROFILE_TOTAL
+    kept = tuple(count for count in blended.counts if count.hit_count >= floor)
+    lost = blended.total - blended.n_unknown - sum(count.hit_count for count in kept)
+    return SiteCounts(counts=kept, n_unknown=blended.n_unknown + lost)
+
+
+def _weighted(parts: Sequence[tuple[SiteCounts, float]]) -> SiteCounts:
+    """Return the weighted sum of counts, rounded, hottest first."""
+    hits: dict[Addr, float] = {}
+    unknown = 0.0
+    for counts, weight in parts:
+        unknown += weight * counts.n_unknown
+        for count in counts.counts:
+            hits[count.target] = hits.get(count.target, 0.0) + weight * count.hit_count
+    total = [Count(target=target, hit_count=round(n)) for target, n in hits.items() if n >= 0.5]
+    total.sort(key=lambda count: (-count.hit_count, count.target))
+    return SiteCounts(counts=tuple(total), n_unknown=round(unknown))

@@ -232,7 +232,8 @@ class Stopper:
                 self._pids.remove(pid)
                 continue
             for tid in tids:
-                if tid in self.tracees or tid in self._left_seized:
+                # Pending ones are seized already: this calls itself for sharers found late.
+                if tid in self.tracees or tid in self._pending or tid in self._left_seized:
                     continue
                 try:
                     state = read_state_char(pid, tid)

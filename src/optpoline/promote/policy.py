@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from optpoline.learn.counting import SiteCounts
+from optpoline.learn.counting import SiteCounts, blend
 from optpoline.promote.cost import CostModel
 from optpoline.promote.tree import PlannedTree, plan_tree, tree_cost
 
@@ -35,10 +35,17 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """An action, and the tree it is about where there is one."""
+    """An action, and what it rests on.
+
+    Attributes:
+        action: What to do.
+        plan: The tree it is about, where there is one.
+        profile: What is known of the site's targets by now, the window included.
+    """
 
     action: Action
     plan: PlannedTree | None = None
+    profile: SiteCounts | None = None
 
 
 class Policy(Protocol):
@@ -48,9 +55,23 @@ class Policy(Protocol):
         """Decide about a site that leads to its thunk (PROMOTE or KEEP)."""
 
     def decide_again(
-        self, current: PlannedTree, counts: SiteCounts, window_s: float, n_confirmed: int
+        self,
+        current: PlannedTree,
+        profile: SiteCounts | None,
+        window: SiteCounts,
+        n_confirmed: int,
     ) -> Decision:
-        """Decide about a promoted site; ``n_confirmed`` CONFIRMs came before in a row."""
+        """Decide about a promoted site.
+
+        Args:
+            current: The tree it has.
+            profile: What was known before, or None.
+            window: What the last window counted.
+            n_confirmed: CONFIRMs before, in a row.
+        """
+
+    def is_surprising(self, current: PlannedTree, window: SiteCounts) -> bool:
+        """Tell whether a window alone shows that the tree is wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +88,11 @@ class CostPolicy:
         narrow_gain_ratio: The same as a share of the present cost; hysteresis
             against trees that differ only in the noise of the window.
         n_confirmations: Windows in a row that must agree on a narrow gain.
+        calm_ratio: Weight of a window in the profile. Programs have phases far
+            shorter than the time between windows (an interpreter's inner loops):
+            one window of 20 ms is a poor picture of what comes next.
+        surprised_ratio: The same for a window that shows unguarded targets; the
+            old ones keep some weight, so that phases in turn settle on both.
     """
 
     model: CostModel = field(default_factory=CostModel)
@@ -75,6 +101,8 @@ class CostPolicy:
     narrow_gain_cycles: float = 0.3
     narrow_gain_ratio: float = 0.1
     n_confirmations: int = 2
+    calm_ratio: float = 0.2
+    surprised_ratio: float = 0.5
 
     def decide_first(self, counts: SiteCounts, window_s: float) -> Decision:
         """See ``Policy``."""
@@ -82,22 +110,37 @@ class CostPolicy:
         saved = self.model.retpoline_cycles - plan.cycles
         rate_hz = counts.total / window_s if window_s > 0 else 0.0
         if plan.targets and self.model.worthwhile(saved_cycles=saved, rate_hz=rate_hz):
-            return Decision(action=Action.PROMOTE, plan=plan)
+            return Decision(action=Action.PROMOTE, plan=plan, profile=blend(None, counts, 1.0))
         return Decision(action=Action.KEEP)
 
+    def is_surprising(self, current: PlannedTree, window: SiteCounts) -> bool:
+        """See ``Policy``: unguarded targets cost more than a clear gain."""
+        if window.total < self.min_count:
+            return False
+        shares = window.shares()
+        guarded = sum(shares.get(target, 0.0) for target in current.targets)
+        return (1.0 - guarded) * self.model.retpoline_cycles >= self.clear_gain_cycles
+
     def decide_again(
-        self, current: PlannedTree, counts: SiteCounts, window_s: float, n_confirmed: int
+        self,
+        current: PlannedTree,
+        profile: SiteCounts | None,
+        window: SiteCounts,
+        n_confirmed: int,
     ) -> Decision:
         """See ``Policy``."""
-        if counts.total < self.min_count:
-            return Decision(action=Action.KEEP)
-        now_cycles = tree_cost(current.tree, counts.shares(), self.model)
-        best = plan_tree(counts.counts, counts.n_unknown, self.model)
+        if window.total < self.min_count:
+            return Decision(action=Action.KEEP, profile=profile)
+        is_surprised = self.is_surprising(current, window)
+        ratio = self.surprised_ratio if is_surprised else self.calm_ratio
+        known = blend(profile, window, ratio)
+        now_cycles = tree_cost(current.tree, known.shares(), self.model)
+        best = plan_tree(known.counts, known.n_unknown, self.model)
         if min(now_cycles, best.cycles) >= self.model.retpoline_cycles:
-            return Decision(action=Action.DEMOTE)
+            return Decision(action=Action.DEMOTE, profile=known)
         gain = now_cycles - best.cycles
         if gain < max(self.narrow_gain_cycles, self.narrow_gain_ratio * now_cycles):
-            return Decision(action=Action.KEEP)
-        if gain >= self.clear_gain_cycles or n_confirmed + 1 >= self.n_confirmations:
-            return Decision(action=Action.PROMOTE, plan=best)
-        return Decision(action=Action.CONFIRM, plan=best)
+            return Decision(action=Action.KEEP, profile=known)
+        if is_surprised or n_confirmed + 1 >= self.n_confirmations:
+            return Decision(action=Action.PROMOTE, plan=best, profile=known)
+        return Decision(action=Action.CONFIRM, plan=best, profile=known)

@@ -115,21 +115,23 @@ def _subtree_cost(
     match node:
         case Miss():
             return missing * model.retpoline_cycles, missing
-        case Guard(target, below, otherwise):
+        case Guard(target, below, otherwise, falls_below):
             hit = weights.get(target, 0.0)
             cycles, weight = _subtree_cost(otherwise, weights, model, missing)
             if below is not None:
                 below_cycles, below_weight = _subtree_cost(below, weights, model, 0.0)
                 cycles += below_cycles + (below_weight + weight) * model.branch_cycles
                 cycles += _mispredicts(below_weight, weight, model)
+                cycles += model.taken_cycles * (weight if falls_below else below_weight)
                 weight += below_weight
             cycles += (hit + weight) * model.compare_cycles + _mispredicts(hit, weight, model)
             return cycles, hit + weight
-        case Split(_, below, above):
+        case Split(_, below, above, falls_below):
             below_cycles, below_weight = _subtree_cost(below, weights, model, 0.0)
             cycles, weight = _subtree_cost(above, weights, model, missing)
             both = below_weight + weight
             cycles += below_cycles + both * model.compare_cycles
+            cycles += model.taken_cycles * (weight if falls_below else below_weight)
             return cycles + _mispredicts(below_weight, weight, model), both
 
 
@@ -158,7 +160,7 @@ def _optimal_tree(
         first = np.arange(n - length + 1)
         last = first + length
         cost[first, last], choice[first, last] = _best_roots(length, w, prefix, cost, model)
-    return _rebuild(targets, choice, 0, n)
+    return _rebuild(targets, prefix, choice, 0, n)
 
 
 def _best_roots(
@@ -175,6 +177,8 @@ def _best_roots(
     """
     n = len(w)
     lose = model.mispredict_ratio * model.mispredict_cycles
+    # The lighter side is the one that takes a branch, and the rarer outcome is mispredicted.
+    lighter = lose + model.taken_cycles
     first = np.arange(n - length + 1)[:, None]
     last = first + length
     total = prefix[last] - prefix[first]
@@ -184,9 +188,9 @@ def _best_roots(
     guard = cost[first, roots] + cost[roots + 1, last] + total * model.compare_cycles
     guard += lose * np.minimum(w[roots], left + right)
     both = (roots > first) & (roots < last - 1)
-    guard += both * ((left + right) * model.branch_cycles + lose * np.minimum(left, right))
+    guard += both * ((left + right) * model.branch_cycles + lighter * np.minimum(left, right))
     split = cost[first, roots] + cost[roots, last] + total * model.compare_cycles
-    split += lose * np.minimum(left, right + w[roots])
+    split += lighter * np.minimum(left, right + w[roots])
     # A split below the first target splits nothing.
     split[:, 0] = np.inf
     costs = np.concatenate((guard, split), axis=1)
@@ -196,24 +200,29 @@ def _best_roots(
     return costs[rows, best], first[:, 0] + column + np.where(best >= length, n, 0)
 
 
-def _rebuild(targets: Sequence[Addr], choice: NDArray[np.int64], i: int, j: int) -> TreeNode:
+def _rebuild(
+    targets: Sequence[Addr],
+    prefix: NDArray[np.float64],
+    choice: NDArray[np.int64],
+    i: int,
+    j: int,
+) -> TreeNode:
     """Return the tree that ``choice`` describes for targets i..j-1."""
     if i == j:
         return Miss()
     root = int(choice[i, j])
     n = len(targets)
+    split = root - n
+    last_below, first_above = (split, split) if root >= n else (root, root + 1)
+    below = _rebuild(targets, prefix, choice, i, last_below)
+    above = _rebuild(targets, prefix, choice, first_above, j)
+    weight_below = prefix[last_below] - prefix[i]
+    falls_below = bool(weight_below > prefix[j] - prefix[first_above])
     if root >= n:
-        split = root - n
-        return Split(
-            targets[split],
-            _rebuild(targets, choice, i, split),
-            _rebuild(targets, choice, split, j),
-        )
-    below = _rebuild(targets, choice, i, root)
-    above = _rebuild(targets, choice, root + 1, j)
+        return Split(targets[split], below, above, falls_below)
     # A side without targets needs no branch of its own: what goes there misses anyway.
     if isinstance(below, Miss):
         return Guard(targets[root], None, above)
     if isinstance(above, Miss):
         return Guard(targets[root], None, below)
-    return Guard(targets[root], below, above)
+    return Guard(targets[root], below, above, falls_below)

@@ -51,8 +51,10 @@ class Condition(IntEnum):
     """Low nibble of ``jcc`` opcodes (Intel SDM vol. 2, appendix B.1.4.7)."""
 
     BELOW = 0x2
+    ABOVE_EQUAL = 0x3
     EQUAL = 0x4
     NOT_EQUAL = 0x5
+    ABOVE = 0x7
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,18 @@ class Assembler:
             # cmp $imm32, %reg     REX.W+B 81 /7
             rex = 0x48 | number >> 3
             self._items.append(_Bytes(bytes((rex, 0x81, 0xF8 | number & 7)) + imm))
+
+    def cmp_low32(self, register: str, value: int) -> None:
+        """Compare the low half of a register with a value of 32 bits."""
+        number = REGISTER_NUMBERS[register]
+        imm = value.to_bytes(4, "little")
+        if number == 0:
+            # cmp $imm32, %eax
+            self._items.append(_Bytes(b"\x3d" + imm))
+        else:
+            # cmp $imm32, %reg32   [REX.B] 81 /7
+            rex = b"\x41" if number >> 3 else b""
+            self._items.append(_Bytes(rex + bytes((0x81, 0xF8 | number & 7)) + imm))
 
     def cmp_mem(self, register: str, data_addr: int) -> None:
         """Compare a register with the u64 at ``data_addr``."""

@@ -5,7 +5,7 @@ One encoder serves every kind of block; kinds differ only in what the plan asks
 to count::
 
     head    cmp reg, target1 ; je target1        guards: hottest first
-            cmp reg, target2 ; je target2 ; jb left
+            cmp reg, target2 ; je target2 ; jb or ja other half
             ...                                  weighted binary tree
     miss    [open slots: compare, claim, count]
             [inc miss_count]
@@ -15,6 +15,10 @@ Invariants:
   * No register is written, nothing is pushed, no return address is made; only
     the arithmetic flags change (design rule 4).
   * No indirect branch, ``int3`` after each unconditional jump (rule 3).
+  * A target is compared whole, with an immediate where it fits one, else with a
+    literal. A split only chooses a way, so the low half of the operand does
+    where all keys below it agree on the high half: an operand from elsewhere
+    comes to some guard, which refuses it.
   * A compare operand that decides where a branch goes is an immediate or a
     literal in read-only memory; counter cells decide only what is counted
     (rule 5).
@@ -43,7 +47,6 @@ __all__ = [
     "HEAD_SIZE",
     "POISON",
     "LiteralPool",
-    "block_literals",
     "encode_block",
     "encode_redirect",
     "fits_immediate",
@@ -61,6 +64,9 @@ POISON = INT3
 """What unused and retired code memory is filled with."""
 
 
+_LOW_HALF = (1 << 32) - 1
+
+
 class LiteralPool(Protocol):
     """Where literals live: read-only memory within reach of the block."""
 
@@ -75,30 +81,6 @@ def fits_immediate(value: int) -> bool:
     (True, False)
     """
     return 0 <= value < 1 << 31
-
-
-def block_literals(plan: BlockPlan) -> tuple[int, ...]:
-    """Return the values a block needs literals for, without repetition."""
-    values: dict[int, None] = {}
-
-    def walk(node: TreeNode) -> None:
-        match node:
-            case Guard(target, below, otherwise):
-                values[target] = None
-                if below is not None:
-                    walk(below)
-                walk(otherwise)
-            case Split(key, below, above):
-                values[key] = None
-                walk(below)
-                walk(above)
-            case Miss():
-                pass
-            case _:
-                assert_never(node)
-
-    walk(plan.tree)
-    return tuple(value for value in values if not fits_immediate(value))
 
 
 def encode_block(plan: BlockPlan, addr: Addr, literals: LiteralPool) -> bytes:
@@ -167,30 +149,35 @@ class _BlockEncoder:
     def _node(self, node: TreeNode) -> None:
         """Write a subtree; control falls into it."""
         match node:
-            case Guard(target, below, otherwise):
+            case Guard(target, below, otherwise, falls_below):
                 self._compare(target)
                 self._hit(target)
-                self._two_ways(below, otherwise)
-            case Split(key, below, above):
-                self._compare(key)
-                self._two_ways(below, above)
+                if below is None:
+                    self._node(otherwise)
+                elif falls_below:
+                    self._two_ways(Condition.ABOVE, otherwise, below)
+                else:
+                    self._two_ways(Condition.BELOW, below, otherwise)
+            case Split(_, below, above, falls_below):
+                self._compare_low(node)
+                if falls_below:
+                    self._two_ways(Condition.ABOVE_EQUAL, above, below)
+                else:
+                    self._two_ways(Condition.BELOW, below, above)
             case Miss():
                 # Dropped by the assembler where the miss path follows at once.
                 self._asm.jump_label(self._miss)
             case _:
                 assert_never(node)
 
-    def _two_ways(self, below: TreeNode | None, rest: TreeNode) -> None:
-        """Write what follows a compare: ``jb`` one way, fall into the other."""
-        if below is None:
-            self._node(rest)
-            return
-        left = self._miss if isinstance(below, Miss) else self._asm.label()
-        self._asm.branch_label(Condition.BELOW, left)
-        self._node(rest)
-        if left is not self._miss:
-            self._asm.bind(left)
-            self._node(below)
+    def _two_ways(self, condition: Condition, taken: TreeNode, fallen: TreeNode) -> None:
+        """Write what follows a compare: branch one way, fall into the other."""
+        label = self._miss if isinstance(taken, Miss) else self._asm.label()
+        self._asm.branch_label(condition, label)
+        self._node(fallen)
+        if label is not self._miss:
+            self._asm.bind(label)
+            self._node(taken)
 
     def _compare(self, key: Addr) -> None:
         """Compare the operand with a key."""
@@ -198,6 +185,14 @@ class _BlockEncoder:
             self._asm.cmp_imm32(self._plan.operand, key)
         else:
             self._asm.cmp_mem(self._plan.operand, self._literals.addr_of(key))
+
+    def _compare_low(self, node: Split) -> None:
+        """Compare the operand with a split's key, by low halves where that will do."""
+        keys = _keys(node)
+        if fits_immediate(max(keys)) or len({key >> 32 for key in keys}) > 1:
+            self._compare(node.key)
+        else:
+            self._asm.cmp_low32(self._plan.operand, node.key & _LOW_HALF)
 
     def _hit(self, target: Addr) -> None:
         """Branch to a target if the last compare was equal."""
@@ -225,3 +220,20 @@ class _BlockEncoder:
         self._asm.inc_mem(slot.count_addr)
         self._asm.jump(self._plan.thunk_addr)
         self._asm.bind(following)
+
+
+def _keys(tree: TreeNode) -> set[Addr]:
+    """Return the keys that a tree compares with."""
+    keys: set[Addr] = set()
+    todo = [tree]
+    while todo:
+        match todo.pop():
+            case Guard(target, below, otherwise, _):
+                keys.add(target)
+                todo += [otherwise] if below is None else [below, otherwise]
+            case Split(key, below, above, _):
+                keys.add(key)
+                todo += [below, above]
+            case Miss():
+                pass
+    return keys

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sites whose displacement lies in two cache lines, and one in two pages. Prints "ready";
+// from the line "sleep" on standard input until "wake" a thread sleeps in a call that must not
+// be interrupted (a write to a full pipe, half done); at its end "wrong N rounds N".
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+typedef uint64_t (*function)(uint64_t);
+static __attribute__((noinline)) uint64_t triple(uint64_t x) { return x * 3 + 1; }
+static __attribute__((noinline)) uint64_t negate(uint64_t x) { return ~x; }
+static __attribute__((noinline)) uint64_t plain(function f, uint64_t x) { return f(x) + 1; }
+
+// call thunk, OFFSET bytes behind a multiple of ALIGN.
+#define CALLER(name, align, offset) \
+    uint64_t name(function, uint64_t); \
+    __asm__(".text\n.balign " #align "\n.skip " #offset "-7, 0xcc\n" \
+            ".globl " #name "\n.type " #name ",@function\n" #name ":\n" \
+            "mov %rdi, %rax\nmov %rsi, %rdi\nnop\ncall __x86_indirect_thunk_rax\nret\n" \
+            ".size " #name ",.-" #name "\n");
+CALLER(in_one_line, 64, 16)
+CALLER(over_line_1, 64, 61)
+CALLER(over_line_3, 64, 60)
+CALLER(over_page, 4096, 4093)
+
+static volatile uint64_t rounds, wrong;
+static volatile int stopping;
+
+static void *work(void *unused) {
+    static uint64_t (*const callers[])(function, uint64_t) = {in_one_line, over_line_1, over_line_3, over_page};
+    uint64_t x = 1;
+    while (!stopping) {
+        for (unsigned i = 0; i < 1024; i++) {
+            function f = i & 3 ? triple : negate;
+            uint64_t y = i & 3 ? x * 3 + 1 : ~x;
+            for (int c = 0; c < 4; c++) wrong += callers[c](f, x) != y;
+            wrong += plain(f, x) != y + 1;
+            x = y;
+        }
+        rounds++;
+    }
+    return unused;
+}
+
+static int ends[2];
+static char data[1 << 20];
+static void *write_all(void *unused) {
+    for (unsigned i = 0; i < sizeof data; i++) data[i] = (char)(i * 7);
+    if (write(ends[1], data, sizeof data) != sizeof data) wrong++;
+    return unused;
+}
+
+static pthread_t writer;
+static void fall_asleep(void) {
+    if (pipe(ends)) wrong++;
+    pthread_create(&writer, NULL, write_all, NULL);
+    usleep(100000);
+}
+
+static void wake_up(void) {
+    for (size_t n = 0; n < sizeof data;) {
+        char got[4096];
+        ssize_t size = read(ends[0], got, sizeof got);
+        if (size <= 0 || memcmp(got, data + n, (size_t)size)) wrong++;
+        n += (size_t)size;
+    }
+    pthread_join(writer, NULL);
+    close(ends[0]), close(ends[1]);
+}
+
+int main(void) {
+    pthread_t worker;
+    pthread_create(&worker, NULL, work, NULL);
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    puts("ready");
+    char line[64];
+    while (fgets(line, sizeof line, stdin)) {
+        if (!strcmp(line, "sleep\n")) fall_asleep();
+        if (!strcmp(line, "wake\n")) wake_up();
+        printf("ok %lu\n", (unsigned long)rounds);
+    }
+    stopping = 1;
+    pthread_join(worker, NULL);
+    printf("wrong %lu rounds %lu\n", (unsigned long)wrong, (unsigned long)rounds);
+    return wrong != 0;
+}
