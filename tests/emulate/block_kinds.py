@@ -86,6 +86,15 @@ LAYOUTS = (
         (*(0x7F00_0010_0000 + i for i in range(8)), *(0x7F00_FFEF_0000 + i for i in range(8))),
         0x7F00_0100_0000,
     ),
+    # On both sides of 4 GiB: neighbours that differ in their high half.
+    _layout("border", 0xC000_0000, tuple(0xFFFF_FFF8 + i for i in range(16)), 0x1_2000_0000),
+    # The same far up, where low halves wrap in the middle.
+    _layout(
+        "wrap",
+        0x7F12_1000_0000,
+        tuple(0x7F11_FFFF_FF80 + 0x10 * i for i in range(16)),
+        0x7F12_3000_0000,
+    ),
 )
 
 
@@ -148,6 +157,22 @@ def leafy(targets: tuple[Addr, ...]) -> TreeNode:
     return Split(targets[middle], leafy(targets[:middle]), leafy(targets[middle:]))
 
 
+def turned(tree: TreeNode, *, every: int = 1, depth: int = 0) -> TreeNode:
+    """Return a tree with the other way falling through at each ``every``-th level."""
+    is_turned = depth % every == 0
+    match tree:
+        case Guard(target, below, otherwise, falls_below):
+            left = None if below is None else turned(below, every=every, depth=depth + 1)
+            rest = turned(otherwise, every=every, depth=depth + 1)
+            return Guard(target, left, rest, falls_below ^ is_turned)
+        case Split(key, below, above, falls_below):
+            left = turned(below, every=every, depth=depth + 1)
+            rest = turned(above, every=every, depth=depth + 1)
+            return Split(key, left, rest, falls_below ^ is_turned)
+        case Miss():
+            return tree
+
+
 def _plain(tree: TreeNode, layout: Layout, operand: str, *, misses: bool = False) -> BlockPlan:
     """Return a promoted block's plan."""
     return BlockPlan(
@@ -202,9 +227,14 @@ KINDS: dict[str, Callable[[Layout, str], BlockPlan]] = {
     "leafy": lambda a, r: _plain(leafy(a.targets), a, r, misses=True),
     "split-misses": lambda a, r: _plain(Split(a.targets[4], Miss(), Miss()), a, r),
     "mixed": lambda a, r: _plain(_mixed(a), a, r, misses=True),
+    "tree-turned": lambda a, r: _plain(turned(balanced(a.targets)), a, r, misses=True),
+    "leafy-turned": lambda a, r: _plain(turned(leafy(a.targets)), a, r, misses=True),
+    "leafy-mixed": lambda a, r: _plain(turned(leafy(a.targets), every=2), a, r),
+    "mixed-turned": lambda a, r: _plain(turned(_mixed(a)), a, r, misses=True),
     "learn-first": lambda a, r: _counting(Miss(), a, r, 4),
     "learn-known": lambda a, r: _counting(chain(a.targets[:2]), a, r, 0),
     "learn-more": lambda a, r: _counting(balanced(a.targets[:6]), a, r, 8),
     "learn-mixed": lambda a, r: _counting(_mixed(a), a, r, 2),
+    "learn-turned": lambda a, r: _counting(turned(_mixed(a)), a, r, 2),
     "part-counted": _partly_counted,
 }

@@ -19,11 +19,11 @@ def find_target(tree: TreeNode, operand: int) -> Addr | None:
         match node:
             case Miss():
                 return None
-            case Guard(target, below, otherwise):
+            case Guard(target, below, otherwise, _):
                 if operand == target:
                     return target
                 node = below if below is not None and operand < target else otherwise
-            case Split(key, below, above):
+            case Split(key, below, above, _):
                 node = below if operand < key else above
 
 

@@ -108,7 +108,7 @@ def _capstone(code: bytes, addr: int) -> list[Insn]:
     return found
 
 
-_MNEMONICS = {"cmpq": "cmp", "incq": "inc", "movq": "mov"}
+_MNEMONICS = {"cmpl": "cmp", "cmpq": "cmp", "incq": "inc", "movq": "mov"}
 
 
 def disassemble(code: bytes, addr: int) -> list[Insn]:

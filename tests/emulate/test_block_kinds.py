@@ -19,15 +19,16 @@ from tests.emulate.block_model import run_plan
 from tests.emulate.machine import ARITHMETIC_FLAGS, Machine, State, random_state
 
 N_RUNS = int(os.environ.get("OPTPOLINE_EMULATE_RUNS", "180"))
+U32_MAX = (1 << 32) - 1
 U64_MAX = (1 << 64) - 1
 
 
 def tree_keys(tree: TreeNode) -> set[int]:
     """Return every address that a tree compares with."""
     match tree:
-        case Guard(target, below, otherwise):
+        case Guard(target, below, otherwise, _):
             return {target} | (tree_keys(below) if below else set()) | tree_keys(otherwise)
-        case Split(key, below, above):
+        case Split(key, below, above, _):
             return {key} | tree_keys(below) | tree_keys(above)
         case _:
             return set()
@@ -38,8 +39,12 @@ def interesting_values(plan: BlockPlan, layout: Layout, rng: random.Random) -> l
     values = {0, 1, 1 << 31, (1 << 31) - 1, 1 << 63, (1 << 63) - 1, U64_MAX}
     values |= {layout.thunk_addr, layout.block_addr, layout.counter_addr}
     for key in tree_keys(plan.tree) | set(layout.targets):
-        values |= {key, key - 1, key + 1, key | 0xFFFF_FFFF << 32, key & 0xFFFF_FFFF}
-        values |= {key ^ 1 << rng.randrange(64), key ^ 1 << 32, key ^ 1 << 63}
+        values |= {key, key - 1, key + 1, key ^ 1 << rng.randrange(64)}
+        # The same low half, or nearly, under other high halves.
+        high, low = key >> 32, key & U32_MAX
+        others = [0, (high - 1) & U32_MAX, (high + 1) & U32_MAX, rng.getrandbits(32)]
+        values |= {other << 32 | low for other in others}
+        values |= {rng.choice(others) << 32 | near & U32_MAX for near in (low - 1, low + 1)}
     values |= {rng.getrandbits(64) for _ in range(8)}
     return sorted(value & U64_MAX for value in values)
 

@@ -61,6 +61,6 @@ def test_planned_tree_runs_as_its_model(
     rng = random.Random(seed)
     machine = Machine(encode_image(plan, layout))
     values = interesting_values(plan, layout, rng)
-    for value in (*planned.targets, *rng.sample(values, 12)):
+    for value in (*planned.targets, *rng.sample(values, 24)):
         counters = random_counters(plan, layout, rng)
         check_run(machine, plan, layout, random_state(rng, operand, value, counters))

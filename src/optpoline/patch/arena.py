@@ -158,10 +158,10 @@ class Arena:
         self._next_code = end
         return Addr(self.addr + off)
 
-    def align_block(self, alignment: int) -> None:
-        """Let the next block start at a multiple of ``alignment`` (for packing)."""
+    def skip_to(self, addr: Addr) -> None:
+        """Let the next block start at ``addr``, or as near as the code part goes."""
         start = self._next_code
-        end = min(-(-start // alignment) * alignment, self.geometry.literal_off)
+        end = max(start, min(addr - self.addr, self.geometry.literal_off))
         self._memory[start:end] = bytes((POISON,)) * (end - start)
         self._next_code = end
 

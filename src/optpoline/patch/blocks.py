@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from optpoline.model import Addr, BlockPlan
 from optpoline.patch.arena import Arena
-from optpoline.x86.blocks import encode_block, encode_redirect
+from optpoline.x86.blocks import encode_block, encode_redirect, place_block
 
 __all__ = ["Block", "add_block", "point_back", "redirect"]
 
@@ -45,6 +45,11 @@ def add_block(arena: Arena, plan: BlockPlan) -> Block:
         EncodeRangeError: if a target or the thunk is out of reach.
     """
     code = encode_block(plan, arena.next_block_addr(), arena)
+    place = place_block(arena.next_block_addr(), len(code))
+    if place != arena.next_block_addr():
+        arena.skip_to(place)
+        # As long as before: only displacements out of the block depend on its place.
+        code = encode_block(plan, place, arena)
     addr = arena.add_block(code)
     return Block(arena=arena, addr=addr, size=len(code), plan=plan, head=arena.head_of(addr))
 

@@ -148,16 +148,16 @@ class Assembler:
             self._items.append(_Bytes(bytes((rex, 0x81, 0xF8 | number & 7)) + imm))
 
     def cmp_low32(self, register: str, value: int) -> None:
-        """Compare the low half of a register with a value of 32 bits."""
+        """Compare the low half of a register with a value of 32 bits.
+
+        The form of five bytes that %eax has is left alone: at the head of a block
+        a thread could stand behind it, where a redirected head has its ``int3``.
+        """
         number = REGISTER_NUMBERS[register]
         imm = value.to_bytes(4, "little")
-        if number == 0:
-            # cmp $imm32, %eax
-            self._items.append(_Bytes(b"\x3d" + imm))
-        else:
-            # cmp $imm32, %reg32   [REX.B] 81 /7
-            rex = b"\x41" if number >> 3 else b""
-            self._items.append(_Bytes(rex + bytes((0x81, 0xF8 | number & 7)) + imm))
+        # cmp $imm32, %reg32       [REX.B] 81 /7
+        rex = b"\x41" if number >> 3 else b""
+        self._items.append(_Bytes(rex + bytes((0x81, 0xF8 | number & 7)) + imm))
 
     def cmp_mem(self, register: str, data_addr: int) -> None:
         """Compare a register with the u64 at ``data_addr``."""

@@ -90,15 +90,16 @@ def test_block_that_is_too_large_takes_nothing(arena: Arena) -> None:
     arena.add_block(b"\x90" * 8192)
 
 
-def test_align_block_fills_with_poison_and_stays_inside(arena: Arena) -> None:
+def test_skip_to_fills_with_poison_and_stays_inside(arena: Arena) -> None:
     arena.add_block(b"\x90" * 16)
-    arena.align_block(64)
-    assert arena.next_block_addr() % 64 == 0
+    place = Addr(arena.code_start + 64)
+    arena.skip_to(place)
+    assert arena.next_block_addr() == place
     assert arena.read(Addr(arena.code_start + 16), 48) == bytes((POISON,)) * 48
-    arena.align_block(64)
+    arena.skip_to(arena.code_start)
     assert arena.used_code_size == 64
     arena.add_block(b"\x90")
-    arena.align_block(1 << 20)
+    arena.skip_to(Addr(arena.end + 64))
     assert arena.free_code_size == 0
     with pytest.raises(ArenaError):
         arena.add_block(b"\x90")

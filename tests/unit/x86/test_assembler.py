@@ -11,6 +11,7 @@ from optpoline.errors import EncodeRangeError
 from optpoline.model import Addr
 from optpoline.x86.assembler import (
     INT3,
+    JMP32_SIZE,
     REGISTER_NUMBERS,
     Assembler,
     Condition,
@@ -41,6 +42,28 @@ def test_cmp_imm32(register: str, value: int) -> None:
 def test_cmp_imm32_refuses_what_does_not_fit(value: int) -> None:
     with pytest.raises(OverflowError):
         Assembler(ADDR).cmp_imm32("rcx", value)
+
+
+@pytest.mark.parametrize("register", REGISTER_NUMBERS)
+@pytest.mark.parametrize("value", [0, 1, 0x80, 0x401000, (1 << 31) - 1, 1 << 31, (1 << 32) - 1])
+def test_cmp_low32(register: str, value: int) -> None:
+    asm = Assembler(ADDR)
+    asm.cmp_low32(register, value)
+    code = asm.finish()
+    (insn,) = disassemble(code, ADDR)
+    low_half = register + "d" if register[1:].isdigit() else "e" + register[1:]
+    assert (insn.mnemonic, insn.writes) == ("cmpl", ())
+    assert insn.text.endswith(f", %{low_half}")
+    assert code[-4:] == value.to_bytes(4, "little")
+    # Long enough to be a head, with the int3 of its jump.
+    assert insn.size > JMP32_SIZE
+
+
+@pytest.mark.parametrize("value", [1 << 32, 1 << 63, -1])
+@pytest.mark.parametrize("register", ["rax", "r9"])
+def test_cmp_low32_refuses_what_does_not_fit(register: str, value: int) -> None:
+    with pytest.raises(OverflowError):
+        Assembler(ADDR).cmp_low32(register, value)
 
 
 @pytest.mark.parametrize("register", REGISTER_NUMBERS)
@@ -82,7 +105,13 @@ def test_branches_out_are_long_and_jumps_have_int3(condition: Condition) -> None
     asm = Assembler(ADDR)
     asm.branch(condition, ADDR + 16)
     asm.jump(ADDR + 16)
-    names = {"BELOW": "jb", "EQUAL": "je", "NOT_EQUAL": "jne"}
+    names = {
+        "ABOVE": "ja",
+        "ABOVE_EQUAL": "jae",
+        "BELOW": "jb",
+        "EQUAL": "je",
+        "NOT_EQUAL": "jne",
+    }
     assert assemble_text(asm) == [
         f"{names[condition.name]} {ADDR + 16:#x}",
         f"jmp {ADDR + 16:#x}",

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from optpoline.errors import EncodeRangeError
-from optpoline.model import Addr, BlockPlan, Guard, Miss, Split, tree_targets
+from optpoline.model import Addr, BlockPlan, Guard, Miss, Split, TreeNode, tree_targets
 from optpoline.x86.assembler import JMP32_SIZE, REGISTER_NUMBERS
 from optpoline.x86.blocks import (
     BLOCK_ALIGNMENT,
     HEAD_SIZE,
     POISON,
-    block_literals,
     encode_block,
     encode_redirect,
     fits_immediate,
@@ -37,6 +36,8 @@ from tests.emulate.disassemble import disassemble
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "blocks"
 UPDATE = "OPTPOLINE_UPDATE_GOLDEN" in os.environ
+
+BORDER = next(layout for layout in LAYOUTS if layout.name == "border")
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -130,13 +131,25 @@ def check_rules(plan: BlockPlan, layout: Layout) -> None:
     literals = set(image.literals.values.values())
 
     assert {insn.mnemonic for insn in insns} <= {
-        *("cmp", "cmpq", "movq", "incq", "je", "jne", "jb", "jmp", "int3")
+        *("cmpl", "cmpq", "movq", "incq", "je", "jne", "jb", "ja", "jae", "jmp", "int3")
     }
     for insn, following in pairwise(insns):
         if insn.mnemonic == "jmp":
             assert following.mnemonic == "int3"
-        elif insn.mnemonic in ("je", "jb", "jne"):
+        elif insn.mnemonic in ("je", "jne", "jb", "ja", "jae"):
             assert following.mnemonic != "int3"
+        if following.mnemonic in ("je", "jne"):
+            # Whether it is a target is decided by all 64 bits.
+            assert insn.mnemonic == "cmpq"
+        if insn.mnemonic == "cmpl":
+            # Half an operand chooses a way inside the block, no more.
+            assert insn.memory_addr is None
+            assert following.mnemonic in ("jb", "jae")
+            assert following.branch_addr is not None
+            assert 0 < following.branch_addr - layout.block_addr < len(image.code)
+        if following.mnemonic == "ja":
+            # Equal operands have left by then.
+            assert insn.mnemonic in ("je", "jne")
     assert insns[-1].mnemonic == "int3"
     for insn in insns:
         assert not insn.is_indirect
@@ -151,14 +164,46 @@ def check_rules(plan: BlockPlan, layout: Layout) -> None:
                 assert insn.memory_addr in cells
             case "movq":
                 assert insn.memory_addr in slots
-            case "cmp" | "cmpq":
+            case "cmpq":
                 assert insn.memory_addr is None or insn.memory_addr in literals | slots
     guarded = {insn.branch_addr for insn in insns} & targets
     assert guarded == targets
     assert tuple(image.literals.values) == tuple(
         dict.fromkeys(value for value in image.literals.values if not fits_immediate(value))
     )
-    assert set(block_literals(plan)) == set(image.literals.values)
+    assert set(image.literals.values) == needed_literals(plan.tree)
+
+
+def keys_of(tree: TreeNode) -> set[int]:
+    """Return every address that a tree names."""
+    match tree:
+        case Guard(target, below, otherwise, _):
+            return {target} | keys_of(otherwise) | (keys_of(below) if below else set())
+        case Split(key, below, above, _):
+            return {key} | keys_of(below) | keys_of(above)
+        case Miss():
+            return set()
+
+
+def needed_literals(tree: TreeNode) -> set[int]:
+    """Return the addresses that must be compared whole and fit no immediate."""
+    match tree:
+        case Guard(target, below, otherwise, _):
+            needed = needed_literals(otherwise) | (needed_literals(below) if below else set())
+            return needed if fits_immediate(target) else needed | {target}
+        case Split(key, below, above, _):
+            needed = needed_literals(below) | needed_literals(above)
+            n_halves = len({named >> 32 for named in keys_of(tree)})
+            return needed if fits_immediate(key) or n_halves == 1 else needed | {key}
+        case Miss():
+            return set()
+
+
+def split_at(layout: Layout, low: int, high: int, *, falls_below: bool = False) -> BlockPlan:
+    """Return a plan that splits two targets, one guard on either side."""
+    t = layout.targets
+    tree = Split(t[high], Guard(t[low], None, Miss()), Guard(t[high], None, Miss()), falls_below)
+    return BlockPlan(operand="rbx", tree=tree, thunk_addr=layout.thunk_addr)
 
 
 @each_layout
@@ -228,11 +273,11 @@ def test_compares_with_all_64_bits_of_rsp_too(layout: Layout) -> None:
     # No thunk takes its target in rsp; the encoder does not depend on that.
     assert "rsp" in REGISTER_NUMBERS
     image = encode_image(KINDS["learn-mixed"](layout, "rsp"), layout)
-    compares = [
-        insn for insn in disassemble(image.code, layout.block_addr) if insn.mnemonic == "cmpq"
-    ]
-    assert compares
-    assert all(insn.text.endswith(("%rsp", "(%rip)")) for insn in compares)
+    insns = disassemble(image.code, layout.block_addr)
+    whole = [insn for insn in insns if insn.mnemonic == "cmpq"]
+    assert whole
+    assert all(insn.text.endswith(("%rsp", "(%rip)")) for insn in whole)
+    assert all(insn.text.endswith("%esp") for insn in insns if insn.mnemonic == "cmpl")
 
 
 @pytest.mark.parametrize("operand", ["eax", "rip", "xmm0", "", "r16"])
@@ -278,12 +323,58 @@ def test_literal_out_of_reach() -> None:
 
 
 def test_a_literal_is_shared_between_nodes() -> None:
-    layout = LAYOUTS[1]
-    key = layout.targets[1]
-    tree = Split(key, Guard(layout.targets[0], None, Miss()), Guard(key, None, Miss()))
-    plan = BlockPlan(operand="rbx", tree=tree, thunk_addr=layout.thunk_addr)
-    assert block_literals(plan) == (key, layout.targets[0])
-    assert len(encode_image(plan, layout).literals.values) == 2
+    # The split compares whole, for its keys lie on both sides of a multiple of 4 GiB.
+    layout = BORDER
+    image = encode_image(split_at(layout, 7, 8), layout)
+    assert disassemble(image.code, layout.block_addr)[0].mnemonic == "cmpq"
+    assert list(image.literals.values) == [layout.targets[8], layout.targets[7]]
+
+
+@pytest.mark.parametrize("falls_below", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "low", "high", "expected"),
+    [
+        (LAYOUTS[0], 0, 1, "cmpq"),  # an immediate holds all of it
+        (LAYOUTS[1], 0, 1, "cmpl"),
+        (BORDER, 0, 7, "cmpl"),  # high half 0, but no immediate holds it
+        (BORDER, 7, 8, "cmpq"),
+        (BORDER, 0, 15, "cmpq"),
+        (BORDER, 8, 15, "cmpl"),
+    ],
+)
+def test_split_compares_half_only_where_all_keys_agree_on_the_other(
+    layout: Layout, low: int, high: int, expected: str, falls_below: bool
+) -> None:
+    image = encode_image(split_at(layout, low, high, falls_below=falls_below), layout)
+    assert disassemble(image.code, layout.block_addr)[0].mnemonic == expected
+
+
+def test_split_looks_at_the_keys_far_below_it() -> None:
+    # Its own key and both children agree; a grandchild does not.
+    t = BORDER.targets
+    inner = Guard(t[3], None, Guard(t[9], None, Miss()))
+    tree = Split(t[5], inner, Guard(t[5], None, Miss()))
+    plan = BlockPlan(operand="rbx", tree=tree, thunk_addr=BORDER.thunk_addr)
+    assert disassemble(encode_image(plan, BORDER).code, BORDER.block_addr)[0].mnemonic == "cmpq"
+
+
+@each_layout
+@pytest.mark.parametrize("falls_below", [False, True])
+def test_the_way_that_falls_through_takes_no_branch(layout: Layout, falls_below: bool) -> None:
+    t = layout.targets
+    low, high = Guard(t[0], None, Miss()), Guard(t[15], None, Miss())
+    split, guard = Split(t[8], low, high, falls_below), Guard(t[8], low, high, falls_below)
+    for tree, jump in (
+        (split, "jae" if falls_below else "jb"),
+        (guard, "ja" if falls_below else "jb"),
+    ):
+        plan = BlockPlan(operand="rbx", tree=tree, thunk_addr=layout.thunk_addr)
+        insns = disassemble(encode_image(plan, layout).code, layout.block_addr)
+        inner = [insn for insn in insns if insn.mnemonic in ("jb", "ja", "jae")]
+        assert [insn.mnemonic for insn in inner] == [jump]
+        hits = [insn.branch_addr for insn in insns if insn.mnemonic == "je"]
+        # Code follows in the order of the ways: first the one without a branch.
+        assert hits[-2:] == ([t[0], t[15]] if falls_below else [t[15], t[0]])
 
 
 def test_size_of_a_whole_dispatch_site() -> None:
