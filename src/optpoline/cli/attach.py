@@ -7,7 +7,13 @@ import signal
 
 import click
 
-from optpoline.cli.drive import SessionPlan, describe_event, drive_session
+from optpoline.cli.drive import (
+    EXIT_NOT_UNDONE,
+    NOT_UNDONE,
+    SessionPlan,
+    describe_event,
+    drive_session,
+)
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import PID, pass_invocation, session_options, shared_options
 from optpoline.cli.signals import SignalRelay
@@ -49,6 +55,8 @@ def attach_command(
         received = relay.received
     console.say_all(format_summary(end.summary, console.style))
     invocation.sink.write(session_document(end.summary, end.detach, command="attach"))
+    if end.detach.outcome in NOT_UNDONE:
+        invocation.exit_code = EXIT_NOT_UNDONE
     # Ctrl-C is the ordinary way to end this; the other signals show in the status.
     if received is not None and received != signal.SIGINT:
         invocation.exit_code = 128 + received

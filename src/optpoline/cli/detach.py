@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import click
 
+from optpoline.cli.drive import EXIT_NOT_UNDONE, NOT_UNDONE
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import PID, pass_invocation, shared_options
-from optpoline.controller.summary import DetachOutcome
 from optpoline.errors import OptpolineError
 from optpoline.report.json_document import detach_document
 from optpoline.report.session_text import format_detach
 
 __all__ = ["detach_command"]
-
-EXIT_REFUSED = 7
-"""Not everything could be put back: another patcher's bytes were found."""
 
 
 @click.command("detach")
@@ -37,5 +34,5 @@ def detach_command(invocation: Invocation, pid: int) -> None:
         raise
     console.say_all(format_detach(result))
     invocation.sink.write(detach_document(pid, result))
-    if result.outcome is DetachOutcome.FOREIGN_BYTES:
-        invocation.exit_code = EXIT_REFUSED
+    if result.outcome in NOT_UNDONE:
+        invocation.exit_code = EXIT_NOT_UNDONE

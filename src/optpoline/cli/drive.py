@@ -19,10 +19,22 @@ from optpoline.controller.summary import DetachOutcome, DetachResult, SessionSta
 from optpoline.errors import OptpolineError, ProcessGone
 from optpoline.report.session_text import format_progress
 
-__all__ = ["SessionEnd", "SessionPlan", "describe_event", "drive_session"]
+__all__ = [
+    "EXIT_NOT_UNDONE",
+    "NOT_UNDONE",
+    "SessionEnd",
+    "SessionPlan",
+    "describe_event",
+    "drive_session",
+]
 
 PROGRESS_PERIOD_S = 1.0
 """How often the progress line is renewed; without one the session is left alone."""
+
+NOT_UNDONE = frozenset({DetachOutcome.FOREIGN_BYTES, DetachOutcome.INCOMPLETE})
+"""Ways of letting go after which some sites still lead into an arena."""
+
+EXIT_NOT_UNDONE = 7
 
 _OVER = frozenset({SessionState.EXITED, SessionState.EXECED})
 

@@ -98,10 +98,10 @@ def _enter_counting(record: SiteRecord, block: Block, now_s: float) -> None:
 
 
 def begin_window(records: Iterable[SiteRecord], now_s: float) -> None:
-    """Note that sites were linked to their first counting blocks (``home``)."""
+    """Note that sites lead to their first counting blocks, by their text or a redirection."""
     for record in records:
-        if record.home is not None:
-            _enter_counting(record, record.home, now_s)
+        if record.home is not None and record.learner is not None:
+            _enter_counting(record, record.learner, now_s)
 
 
 def window_counts(record: SiteRecord) -> SiteCounts:

@@ -17,7 +17,7 @@ from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome, DetachResult, SiteState
 from optpoline.controller.target import Target
 from optpoline.errors import ArenaError, ProcessGone, StopTimeout, UnsupportedTarget
-from optpoline.model import Addr
+from optpoline.model import Addr, Refusal
 from optpoline.patch.blocks import point_back
 from optpoline.patch.quiescence import (
     MAX_STACK_SCAN_SIZE,
@@ -61,15 +61,22 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
     """Do it, or raise ``ProcessGone``."""
     linker = Linker(target)
     target.read_maps()
-    touched = [record for record in records if record.home is not None]
+    # Text of a module that was unloaded meanwhile is gone with it.
+    touched = [r for r in records if r.home is not None and target.is_code(r.site.addr)]
     moves: list[Move] = []
     for record in touched:
         if record.counting is not None and record.active is not None:
             point_back(record.active)
         keep = leave and record.state is SiteState.PROMOTED
         moves.append(Move(record=record, block=record.active if keep else None))
-    linker.link(moves)
-    foreign = tuple(int(r.site.addr) for r in touched if r.state is SiteState.REFUSED and r.home)
+    for _ in range(MAX_TRIES):
+        linker.link(moves)
+        moves = [m for m in moves if m.record.home is not m.block and _is_ours(m.record)]
+        if not moves:
+            break
+        # A thread sleeps in a call that must not be interrupted: it may soon return.
+        time.sleep(TRY_EVERY_S)
+    foreign = tuple(int(r.site.addr) for r in touched if r.home and not _is_ours(r))
     if leave:
         for record in touched:
             if record.home is None:
@@ -82,7 +89,7 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
     restored = len(touched) - len(stuck) - len(foreign)
     if stuck or foreign:
         note = f"{len(stuck) + len(foreign)} sites could not be restored; their arenas stay mapped"
-        outcome = DetachOutcome.FOREIGN_BYTES if foreign else DetachOutcome.ARENA_LEFT
+        outcome = DetachOutcome.FOREIGN_BYTES if foreign else DetachOutcome.INCOMPLETE
         return DetachResult(outcome=outcome, restored=restored, foreign=foreign, notes=(note,))
     ranges = [(arena.addr, arena.end) for arena in target.arenas]
     notes = unmap_when_quiescent(target, ranges)
@@ -92,6 +99,11 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
         foreign=(),
         notes=notes,
     )
+
+
+def _is_ours(record: SiteRecord) -> bool:
+    """Tell whether a site holds the bytes we wrote, as far as we know."""
+    return record.refusal is not Refusal.FOREIGN_BYTES
 
 
 def unmap_when_quiescent(target: Target, ranges: Sequence[tuple[Addr, Addr]]) -> tuple[str, ...]:

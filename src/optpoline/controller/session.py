@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import assert_never
 
 from optpoline.controller.config import Config
 from optpoline.controller.events import Event, EventKind
@@ -394,7 +395,7 @@ class Session:
             if result.outcome is DetachOutcome.GONE:
                 self.state = self._find_end()
             else:
-                self.state = SessionState.LEFT if leave else SessionState.RESTORED
+                self.state = _state_after(result.outcome)
         self.notes += result.notes
         self._last_summary = self.summary()
         self.close()
@@ -431,6 +432,21 @@ class Session:
         reasons = [s.refusal for s in self.sites if s.refusal is not None]
         reasons += [r.refusal for r in self.records if r.refusal is not None]
         return {reason: reasons.count(reason) for reason in set(reasons)}
+
+
+def _state_after(outcome: DetachOutcome) -> SessionState:
+    """Return where a session stands after letting go."""
+    match outcome:
+        case DetachOutcome.CLEAN | DetachOutcome.ARENA_LEFT:
+            return SessionState.RESTORED
+        case DetachOutcome.LEFT:
+            return SessionState.LEFT
+        case DetachOutcome.GONE:
+            return SessionState.EXITED
+        case DetachOutcome.FOREIGN_BYTES | DetachOutcome.INCOMPLETE:
+            return SessionState.PARTLY_RESTORED
+        case _:
+            assert_never(outcome)
 
 
 def _count(n: int, noun: str) -> str:

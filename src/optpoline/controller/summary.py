@@ -31,6 +31,8 @@ class SessionState(Enum):
     PROMOTED = "promoted"
     WATCHING = "watching"
     RESTORED = "restored"
+    PARTLY_RESTORED = "partly_restored"
+    """Detached, but some sites could not be restored; the promotions there keep working."""
     LEFT = "left"
     """Detached on purpose with the promotions working."""
     EXITED = "exited"
@@ -159,6 +161,9 @@ class DetachOutcome(Enum):
     """Text restored and checked; an arena stays mapped because a thread may still be in it."""
     FOREIGN_BYTES = "foreign_bytes"
     """Some sites hold another patcher's bytes and were left as they are."""
+    INCOMPLETE = "incomplete"
+    """Some sites still lead into an arena: their bytes cross a cache line and a thread
+    sleeps in a call that must not be interrupted. Letting go again later finishes it."""
     LEFT = "left"
     """Nothing restored, on purpose."""
     GONE = "gone"

@@ -246,7 +246,7 @@ def _restore(target: Target, arenas: Sequence[_LeftArena]) -> DetachResult:
             foreign = tuple(int(p.entry.addr) for p in result.foreign)
             note = f"{len(pokes) - restored} sites could not be restored; their arenas stay mapped"
             return DetachResult(
-                outcome=DetachOutcome.FOREIGN_BYTES if foreign else DetachOutcome.ARENA_LEFT,
+                outcome=DetachOutcome.FOREIGN_BYTES if foreign else DetachOutcome.INCOMPLETE,
                 restored=restored,
                 foreign=foreign,
                 notes=(note,),

@@ -39,6 +39,7 @@ _STATE_WORDS = {
     SessionState.PROMOTED: "promoted",
     SessionState.WATCHING: "watching",
     SessionState.RESTORED: "restored: every byte is as it was before",
+    SessionState.PARTLY_RESTORED: "partly restored: some sites could not be, see the notes",
     SessionState.LEFT: "left: the promotions keep working",
     SessionState.EXITED: "the program exited",
     SessionState.EXECED: "the program replaced itself (exec)",
@@ -102,6 +103,8 @@ def format_detach(result: DetachResult) -> list[str]:
             lines = [f"restored {restored}; nothing of optpoline is left"]
         case DetachOutcome.ARENA_LEFT:
             lines = [f"restored {restored}; an arena stays mapped, a thread may still be in it"]
+        case DetachOutcome.INCOMPLETE:
+            lines = [f"restored {restored}; the others still lead into an arena: try again later"]
         case DetachOutcome.FOREIGN_BYTES:
             foreign = count_of(len(result.foreign), "site")
             lines = [f"restored {restored}; {foreign} left alone, another patcher's bytes there"]

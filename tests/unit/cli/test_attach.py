@@ -258,7 +258,7 @@ def test_foreign_bytes_at_the_end_are_told(capsys: pytest.CaptureFixture[str]) -
         foreign=(0x401136,),
         notes=("0x401136 holds another patcher's bytes",),
     )
-    assert main(["attach", "1"], api=api) == 0
+    assert main(["attach", "1"], api=api) == 7
     assert "note: 0x401136 holds another patcher's bytes" in capsys.readouterr().err
 
 

@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 
 from optpoline.learn.counting import (
     FIRST_OPEN_SLOTS,
+    FORGOTTEN_SHARE,
     MAX_OPEN_SLOTS,
     MIN_COUNT_TO_GROW,
+    PROFILE_TOTAL,
     SiteCounts,
+    add,
+    blend,
     n_cells,
     next_open_slots,
     plan_counting,
@@ -209,3 +213,122 @@ def test_a_site_with_80_targets_is_known_after_four_rounds() -> None:
         n_open = next_open_slots(counts)
     assert rounds == 4
     assert sorted(known) == targets
+
+
+# --- windows together, and profiles
+
+windows = st.builds(
+    lambda hits, n_unknown: SiteCounts(
+        counts=tuple(
+            Count(target=target, hit_count=n)
+            for target, n in sorted(hits.items(), key=lambda item: (-item[1], item[0]))
+        ),
+        n_unknown=n_unknown,
+    ),
+    st.dictionaries(st.integers(1, 30).map(Addr), st.integers(1, 1 << 40), max_size=20),
+    st.integers(0, 1 << 40),
+)
+ratios = st.floats(0.0, 1.0)
+
+
+def by_target(counts: SiteCounts) -> dict[Addr, int]:
+    """Return hits by target."""
+    return {count.target: count.hit_count for count in counts.counts}
+
+
+def is_ranked(counts: SiteCounts) -> bool:
+    """Tell whether targets come once each, hottest first."""
+    order = [(-count.hit_count, count.target) for count in counts.counts]
+    return order == sorted(order) and len(by_target(counts)) == len(order)
+
+
+def unknown_ratio(counts: SiteCounts) -> float:
+    """Return the share that no name is known for."""
+    return counts.n_unknown / counts.total
+
+
+@given(one=windows, other=windows)
+def test_add_counts_both_windows(one: SiteCounts, other: SiteCounts) -> None:
+    both = add(one, other)
+    a, b = by_target(one), by_target(other)
+    assert by_target(both) == {t: a.get(t, 0) + b.get(t, 0) for t in a.keys() | b.keys()}
+    assert both.n_unknown == one.n_unknown + other.n_unknown
+    assert is_ranked(both)
+    assert add(other, one) == both
+    assert subtract(both, other) == one
+    assert add(one, SiteCounts(counts=(), n_unknown=0)) == one
+
+
+@given(first=windows, second=windows, ratio=ratios)
+def test_blend_stands_for_the_same_number_of_branches(
+    first: SiteCounts, second: SiteCounts, ratio: float
+) -> None:
+    profile: SiteCounts | None = None
+    for window in (first, second, first, second, second):
+        if not window.total:
+            continue
+        profile = blend(profile, window, ratio)
+        # Each of its numbers is rounded by at most a half.
+        assert abs(profile.total - PROFILE_TOTAL) <= (len(window.counts) + 31) / 2 + 1
+        assert is_ranked(profile)
+        assert all(c.hit_count >= FORGOTTEN_SHARE * PROFILE_TOTAL for c in profile.counts)
+
+
+@given(profile=windows, window=windows, ratio=ratios)
+def test_blend_is_the_weighted_mean_of_shares(
+    profile: SiteCounts, window: SiteCounts, ratio: float
+) -> None:
+    if not profile.total or not window.total:
+        return
+    blended = blend(profile, window, ratio)
+    old, new, shares = profile.shares(), window.shares(), blended.shares()
+    expected = {
+        target: (1 - ratio) * old.get(target, 0.0) + ratio * new.get(target, 0.0)
+        for target in old.keys() | new.keys()
+    }
+    slack = 50 / PROFILE_TOTAL
+    assert shares.keys() <= expected.keys()
+    forgotten = 0.0
+    for target, share in expected.items():
+        if target in shares:
+            assert shares[target] == pytest.approx(share, abs=slack)
+        else:
+            # Those forgotten are few, and go on counting as unknown.
+            assert share <= FORGOTTEN_SHARE + slack
+            forgotten += share
+    unknown = (1 - ratio) * unknown_ratio(profile) + ratio * unknown_ratio(window)
+    assert unknown_ratio(blended) == pytest.approx(unknown + forgotten, abs=slack)
+
+
+@given(window=windows, ratio=ratios)
+def test_first_window_is_the_profile(window: SiteCounts, ratio: float) -> None:
+    if not window.total:
+        return
+    nothing = SiteCounts(counts=(), n_unknown=0)
+    first = blend(None, window, ratio)
+    assert first == blend(nothing, window, ratio)
+    for target, share in first.shares().items():
+        assert share == pytest.approx(window.shares()[target], abs=50 / PROFILE_TOTAL)
+
+
+def test_windows_weigh_the_same_whatever_they_counted() -> None:
+    profile = blend(None, SiteCounts(counts=(Count(target=Addr(16), hit_count=7),), n_unknown=0), 1)
+    for n in (1, 1000, 1 << 50):
+        window = SiteCounts(counts=(Count(target=Addr(32), hit_count=n),), n_unknown=0)
+        assert blend(profile, window, 0.25).shares() == {16: 0.75, 32: 0.25}
+
+
+def test_target_that_is_gone_is_forgotten_in_the_end() -> None:
+    old = SiteCounts(counts=(Count(target=Addr(16), hit_count=1000),), n_unknown=0)
+    new = SiteCounts(counts=(Count(target=Addr(32), hit_count=1000),), n_unknown=0)
+    profile = blend(None, old, 1.0)
+    shares: list[float] = []
+    while Addr(16) in profile.shares() and len(shares) < 200:
+        shares.append(profile.shares()[Addr(16)])
+        profile = blend(profile, new, 0.2)
+    assert shares[:3] == pytest.approx([1.0, 0.8, 0.64])
+    assert FORGOTTEN_SHARE <= shares[-1] < 2 * FORGOTTEN_SHARE
+    for _ in range(100):
+        profile = blend(profile, new, 0.2)
+    # What was forgotten fades from the unknown too.
+    assert profile.shares() == {32: pytest.approx(1.0, abs=1e-5)}
