@@ -122,6 +122,8 @@ def grow_full(records: Iterable[SiteRecord], may_guard: TargetFilter) -> int:
     for record in records:
         if record.counting is None or record.state is SiteState.REFUSED:
             continue
+        if not _has_unknown(record, record.counting):
+            continue
         counts = window_counts(record)
         n_open = next_open_slots(counts)
         if n_open == 0 or record.n_grown >= MAX_GROWTHS:
@@ -143,6 +145,20 @@ def grow_full(records: Iterable[SiteRecord], may_guard: TargetFilter) -> int:
         record.n_grown += 1
         grown += 1
     return grown
+
+
+def _has_unknown(record: SiteRecord, block: Block) -> bool:
+    """Tell cheaply whether a block has met targets that found no slot in this window.
+
+    All but a few sites have not, and there may be thousands of them.
+    """
+    addr = block.plan.miss_count_addr
+    before = record.counts_before
+    return (
+        addr is not None
+        and before is not None
+        and (record.arena.load_u64(addr) != before.n_unknown)
+    )
 
 
 def tree_list(block: Block) -> tuple[Addr, ...]:

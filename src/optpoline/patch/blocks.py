@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from optpoline.model import Addr, BlockPlan
 from optpoline.patch.arena import Arena
-from optpoline.x86.blocks import encode_block, encode_redirect, place_block
+from optpoline.x86.blocks import LINE_SIZE, encode_block, encode_redirect, place_block
 
 __all__ = ["Block", "add_block", "point_back", "redirect"]
 
@@ -44,12 +44,16 @@ def add_block(arena: Arena, plan: BlockPlan) -> Block:
         ArenaError: if the arena is used up.
         EncodeRangeError: if a target or the thunk is out of reach.
     """
-    code = encode_block(plan, arena.next_block_addr(), arena)
-    place = place_block(arena.next_block_addr(), len(code))
-    if place != arena.next_block_addr():
-        arena.skip_to(place)
-        # As long as before: only displacements out of the block depend on its place.
+    # Only displacements out of the block depend on its place, so its size does not; most
+    # blocks with slots or counters start a line, so try that first.
+    next_addr = arena.next_block_addr()
+    is_big = bool(plan.open_slots or plan.hit_count_addrs)
+    guess = place_block(next_addr, LINE_SIZE + 1) if is_big else next_addr
+    code = encode_block(plan, guess, arena)
+    place = place_block(next_addr, len(code))
+    if place != guess:
         code = encode_block(plan, place, arena)
+    arena.skip_to(place)
     addr = arena.add_block(code)
     return Block(arena=arena, addr=addr, size=len(code), plan=plan, head=arena.head_of(addr))
 

@@ -66,19 +66,20 @@ def plan_tree(counts: Sequence[Count], n_misses: int, model: CostModel) -> Plann
     floor = model.min_gain_cycles / model.retpoline_cycles * total
     kept = [c for c in ranked[: model.max_targets] if c.hit_count > floor]
     weights = {c.target: c.hit_count / total for c in kept}
-    best: PlannedTree | None = None
-    for n_prefix in range(min(MAX_PREFIX, len(kept)) + 1):
-        tree = _with_prefix(kept, n_prefix, weights, model)
-        cycles = tree_cost(tree, weights, model)
-        if best is None or cycles < best.cycles - 1e-9:
-            best = PlannedTree(
-                tree=tree,
-                targets=tuple(c.target for c in kept),
-                hit_ratio=sum(weights.values()),
-                cycles=cycles,
-            )
-    assert best is not None, "the loop runs at least once"
-    return best
+    # Up to MAX_PREFIX targets there is nothing to choose: guards, hottest first.
+    shortest = len(kept) if len(kept) <= MAX_PREFIX else 0
+    trees = [
+        _with_prefix(kept, n_prefix, weights, model)
+        for n_prefix in range(shortest, min(MAX_PREFIX, len(kept)) + 1)
+    ]
+    costs = [tree_cost(tree, weights, model) for tree in trees]
+    cycles = min(costs)
+    return PlannedTree(
+        tree=trees[costs.index(cycles)],
+        targets=tuple(c.target for c in kept),
+        hit_ratio=sum(weights.values()),
+        cycles=cycles,
+    )
 
 
 def _with_prefix(

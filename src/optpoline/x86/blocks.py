@@ -45,6 +45,7 @@ from optpoline.x86.assembler import (
 __all__ = [
     "BLOCK_ALIGNMENT",
     "HEAD_SIZE",
+    "LINE_SIZE",
     "POISON",
     "LiteralPool",
     "encode_block",

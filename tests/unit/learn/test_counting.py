@@ -178,14 +178,14 @@ def test_shares_add_up_to_what_is_known() -> None:
         (0, 0, 0),
         (0, MIN_COUNT_TO_GROW - 1, 0),
         (0, MIN_COUNT_TO_GROW, FIRST_OPEN_SLOTS),
-        (1, 1000, FIRST_OPEN_SLOTS),
-        (4, 1000, 8),
-        (12, 1000, 24),
+        (1, 1000, 3),
+        (4, 1000, 12),
+        (12, 1000, 36),
         (36, 1000, MAX_OPEN_SLOTS),
         (100, 1000, MAX_OPEN_SLOTS),
     ],
 )
-def test_slots_double_until_the_bound(n_known: int, n_unknown: int, expected: int) -> None:
+def test_slots_triple_until_the_bound(n_known: int, n_unknown: int, expected: int) -> None:
     counts = SiteCounts(
         counts=tuple(Count(target=Addr(16 * (i + 1)), hit_count=10) for i in range(n_known)),
         n_unknown=n_unknown,
@@ -196,7 +196,7 @@ def test_slots_double_until_the_bound(n_known: int, n_unknown: int, expected: in
 def test_site_grows_only_above_half_a_percent_unknown() -> None:
     known = (Count(target=Addr(16), hit_count=99_500),)
     assert next_open_slots(SiteCounts(counts=known, n_unknown=499)) == 0
-    assert next_open_slots(SiteCounts(counts=known, n_unknown=501)) == FIRST_OPEN_SLOTS
+    assert next_open_slots(SiteCounts(counts=known, n_unknown=501)) == 3
 
 
 def test_a_site_with_80_targets_is_known_after_four_rounds() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from optpoline.errors import EncodeRangeError
+from optpoline.errors import ArenaError, EncodeRangeError
 from optpoline.model import Addr, BlockPlan, Guard, Miss
 from optpoline.patch.arena import Arena
-from optpoline.patch.blocks import add_block, point_back, redirect
-from optpoline.x86.blocks import encode_block
+from optpoline.patch.blocks import Block, add_block, point_back, redirect
+from optpoline.x86.blocks import LINE_SIZE, POISON, encode_block
 from tests.emulate.disassemble import disassemble
 
 PLAN = BlockPlan(
@@ -25,6 +25,39 @@ def test_block_is_what_the_encoder_made(arena: Arena) -> None:
     assert code == encode_block(PLAN, block.addr, arena)
     assert block.head == code[:8]
     assert arena.load_u64(arena.addr_of(0x9000_0000)) == 0x9000_0000
+
+
+def test_blocks_keep_to_lines_and_leave_poison_between(arena: Arena) -> None:
+    chain = BlockPlan(
+        operand="rax",
+        tree=Guard(Addr(0x40_1000), None, Guard(Addr(0x40_2000), None, PLAN.tree)),
+        thunk_addr=PLAN.thunk_addr,
+    )
+    blocks = [add_block(arena, plan) for plan in (PLAN, PLAN, chain, PLAN, chain, chain, PLAN)]
+    assert blocks[0].size <= LINE_SIZE
+    taken: set[int] = set()
+    for block in blocks:
+        n_lines = (block.addr + block.size - 1) // LINE_SIZE - block.addr // LINE_SIZE + 1
+        assert n_lines == -(-block.size // LINE_SIZE)
+        assert arena.read(block.addr, block.size) == encode_block(block.plan, block.addr, arena)
+        own = set(range(block.addr, block.addr + block.size))
+        assert not own & taken
+        taken |= own
+    used = range(arena.code_start, arena.next_block_addr())
+    code = arena.read(Addr(used.start), len(used))
+    assert {code[addr - used.start] for addr in used if addr not in taken} == {POISON}
+
+
+def test_full_arena_is_an_error_and_keeps_its_blocks(arena: Arena) -> None:
+    blocks: list[Block] = []
+    while arena.free_code_size >= LINE_SIZE:
+        blocks.append(add_block(arena, PLAN))
+    assert len(blocks) > 100
+    # What is left has room for one more at most.
+    with pytest.raises(ArenaError):
+        blocks += [add_block(arena, PLAN), add_block(arena, PLAN), add_block(arena, PLAN)]
+    for block in blocks:
+        assert arena.read(block.addr, block.size) == encode_block(PLAN, block.addr, arena)
 
 
 def test_redirect_and_back(arena: Arena) -> None:

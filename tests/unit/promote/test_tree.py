@@ -179,7 +179,9 @@ def test_hardly_any_tree_at_all_is_cheaper(hits: dict[Addr, int], n_misses: int)
     trees = all_trees(tuple(sorted(hits)), ways)
     best = min(tree_cost(other, weights, EXACT) for other in trees)
     assert best <= plan.cycles + 1e-9
-    assert plan.cycles - best <= 0.25 + 0.05 * best
+    # At most, misses pass all other guards for nothing.
+    passed = n_misses / total * (len(hits) - 1) * EXACT.compare_cycles
+    assert plan.cycles - best <= 0.25 + passed
 
 
 @settings(max_examples=150, deadline=None)

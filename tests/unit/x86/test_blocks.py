@@ -18,10 +18,12 @@ from optpoline.x86.assembler import JMP32_SIZE, REGISTER_NUMBERS
 from optpoline.x86.blocks import (
     BLOCK_ALIGNMENT,
     HEAD_SIZE,
+    LINE_SIZE,
     POISON,
     encode_block,
     encode_redirect,
     fits_immediate,
+    place_block,
 )
 from tests.emulate.block_kinds import (
     KINDS,
@@ -375,6 +377,36 @@ def test_the_way_that_falls_through_takes_no_branch(layout: Layout, falls_below:
         hits = [insn.branch_addr for insn in insns if insn.mnemonic == "je"]
         # Code follows in the order of the ways: first the one without a branch.
         assert hits[-2:] == ([t[0], t[15]] if falls_below else [t[15], t[0]])
+
+
+@pytest.mark.parametrize("size", [1, 16, 17, 26, 48, 49, 63, 64, 65, 100, 128, 4096])
+def test_place_of_a_block(size: int) -> None:
+    for addr in range(0x1000, 0x1000 + 2 * LINE_SIZE):
+        place = place_block(addr, size)
+        assert addr <= place < addr + LINE_SIZE
+        assert place % BLOCK_ALIGNMENT == 0
+        assert place_block(place, size) == place
+        # No more lines than it must touch; and no good place was passed over.
+        n_lines = (place + size - 1) // LINE_SIZE - place // LINE_SIZE + 1
+        assert n_lines == -(-size // LINE_SIZE)
+        for earlier in range(-(-addr // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT, place, 16):
+            assert earlier % LINE_SIZE + size > LINE_SIZE
+
+
+@each_layout
+@each_kind
+def test_place_does_not_change_size_or_way(kind: str, layout: Layout) -> None:
+    plan = KINDS[kind](layout, "rcx")
+    literals = LiteralTable(layout.literal_addr)
+    here = encode_block(plan, layout.block_addr, literals)
+    for off in range(BLOCK_ALIGNMENT, 2 * LINE_SIZE, BLOCK_ALIGNMENT):
+        addr = Addr(layout.block_addr + off)
+        there = encode_block(plan, addr, literals)
+        assert len(there) == len(here)
+        for a, b in zip(
+            disassemble(here, layout.block_addr), disassemble(there, addr), strict=True
+        ):
+            assert (a.off, a.mnemonic, a.memory_addr) == (b.off, b.mnemonic, b.memory_addr)
 
 
 def test_size_of_a_whole_dispatch_site() -> None:
