@@ -82,8 +82,9 @@ class CostPolicy:
         model: Cycles of everything.
         min_count: Branches below which a window says nothing about weights:
             shares are then known to about one part in sixteen (1/sqrt(n)).
-        clear_gain_cycles: Gain per branch that is acted on at once; a flipped
-            target costs a whole retpoline, far above it.
+        clear_gain_cycles: Cost per branch of unguarded targets that makes a window
+            surprising and is acted on at once; a flipped target costs a whole
+            retpoline, far above it.
         narrow_gain_cycles: Gain per branch below which nothing is done.
         narrow_gain_ratio: The same as a share of the present cost; hysteresis
             against trees that differ only in the noise of the window.
