@@ -166,7 +166,7 @@ def test_no_sites(start_target: StartTarget) -> None:
 def test_second_controller(start_target: StartTarget) -> None:
     target = start_target("promote", flags=RETPOLINE)
     with _untouched(target), optpoline.attach(target.pid) as session:
-        session.learn(0.1)
+        session.learn(0.4)
         session.promote()
         for verb in ("attach", "detach"):
             assert "another" in _check_error("refused", 7, verb, target.pid)
@@ -226,7 +226,7 @@ def test_breakpoint_before_attach(start_target: StartTarget) -> None:
         site = _find_cold(session)
     _write(target, site.addr, b"\xcc")
     with _untouched(target), optpoline.attach(target.pid) as session:
-        session.learn(0.1)
+        session.learn(0.4)
         assert session.promote() > 0
         (found,) = (s for s in session.summary().sites if s.address == site.addr)
         assert found.state is SiteState.REFUSED
@@ -247,7 +247,7 @@ def test_another_patcher_during_a_session(start_target: StartTarget, how: str, w
         site = _find_cold(session)
         (record,) = (r for r in session.records if r.site == site)
         if how == "learning":
-            session.learn(0.1)
+            session.learn(0.4)
             # The breakpoint's owner keeps what was there: our branch.
             with RemoteMemory(target.pid) as memory:
                 owned = memory.read(site.addr + off, len(data))
@@ -255,7 +255,7 @@ def test_another_patcher_during_a_session(start_target: StartTarget, how: str, w
         else:
             owned = site.code[off : off + len(data)]
             _write(target, site.addr + off, data)
-            session.learn(0.1)
+            session.learn(0.4)
         assert session.promote() > 0
         assert record.state is SiteState.REFUSED
         assert record.refusal is Refusal.FOREIGN_BYTES

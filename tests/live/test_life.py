@@ -163,7 +163,7 @@ def test_exec_during_a_session(start_target: StartTarget, when: str) -> None:
             with pytest.raises(ProcessGone):
                 session.promote()
         else:
-            session.learn(0.1)
+            session.learn(0.4)
             session.promote()
             assert target.ask("exec") == "ready"
             assert session.watch(10.0) is SessionState.EXECED
@@ -296,7 +296,7 @@ def _check_not_counting(session: optpoline.Session, child: int) -> None:
 def _promote_child(pid: int) -> optpoline.Session:
     """Attach to a process that is no target of ours."""
     session = optpoline.attach(pid)
-    session.learn(0.1)
+    session.learn(0.4)
     session.promote()
     return session
 

@@ -25,7 +25,7 @@ from optpoline.learn.counting import (
     read_counts,
     subtract,
 )
-from optpoline.model import Addr, Count, Miss, TreeNode, tree_targets
+from optpoline.model import Addr, Count, Miss, SiteKind, TreeNode, tree_targets
 from optpoline.patch.blocks import Block, add_block, point_back, redirect
 from optpoline.promote.cost import CostModel
 from optpoline.promote.tree import plan_tree
@@ -52,6 +52,11 @@ MIN_WINDOW_COUNT = 256
 """Counts of the last, longest block are used alone from here on: earlier blocks
 of the window saw only the targets that came first."""
 
+MIN_FREE_CODE_SIZE = 16 << 10
+"""Code that counting blocks leave free: room for a last promoted block, and no
+counter cells given out for a block that cannot be written. The biggest block
+(128 guards and 64 slots) is 8 KiB."""
+
 MAX_GROWTHS = 24
 """Bigger counting blocks between two promotions of a site: one with ever new
 targets must not eat up the arena. A site of 128 targets needs five."""
@@ -66,6 +71,8 @@ def add_counting_block(record: SiteRecord, tree: TreeNode, n_open: int) -> Block
         ArenaError: if the arena is used up.
         EncodeRangeError: if a target is out of reach.
     """
+    if record.arena.free_code_size < MIN_FREE_CODE_SIZE:
+        raise ArenaError(f"the arena at {record.arena.addr:#x} is used up")
     n_known = sum(1 for _ in tree_targets(tree))
     plan = plan_counting(
         operand=record.site.thunk.operand,
@@ -122,7 +129,8 @@ def grow_full(records: Iterable[SiteRecord], may_guard: TargetFilter) -> int:
     for record in records:
         if record.counting is None or record.state is SiteState.REFUSED:
             continue
-        if not _has_unknown(record, record.counting):
+        _check_jump(record, record.counting, may_guard)
+        if record.counting is None or not _has_unknown(record, record.counting):
             continue
         counts = window_counts(record)
         n_open = next_open_slots(counts)
@@ -145,6 +153,16 @@ def grow_full(records: Iterable[SiteRecord], may_guard: TargetFilter) -> int:
         record.n_grown += 1
         grown += 1
     return grown
+
+
+def _check_jump(record: SiteRecord, block: Block, may_guard: TargetFilter) -> None:
+    """Look at new targets of a jump at once: the site is refused if one reads the flags."""
+    if record.site.kind is SiteKind.CALL:
+        return
+    for slot in block.plan.open_slots:
+        target = record.arena.load_u64(slot.target_addr)
+        if target:
+            may_guard(record, Addr(target))
 
 
 def _has_unknown(record: SiteRecord, block: Block) -> bool:

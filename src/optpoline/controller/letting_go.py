@@ -17,7 +17,7 @@ from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome, DetachResult, SiteState
 from optpoline.controller.target import Target
 from optpoline.errors import ArenaError, ProcessGone, StopTimeout, UnsupportedTarget
-from optpoline.model import Addr, Refusal
+from optpoline.model import Addr, Mapping, Refusal
 from optpoline.patch.blocks import point_back
 from optpoline.patch.quiescence import (
     MAX_STACK_SCAN_SIZE,
@@ -25,7 +25,13 @@ from optpoline.patch.quiescence import (
     find_words,
     is_thread_quiescent,
 )
-from optpoline.process.procfs import ThreadWhere, list_tids, read_thread_state
+from optpoline.patch.text import is_same_but_disp, leads_into, read_entries
+from optpoline.process.procfs import (
+    ThreadWhere,
+    list_tids,
+    read_state_char,
+    read_thread_state,
+)
 from optpoline.process.stop import Stop
 
 __all__ = ["let_go", "unmap_when_quiescent"]
@@ -62,7 +68,9 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
     linker = Linker(target)
     target.read_maps()
     # Text of a module that was unloaded meanwhile is gone with it.
-    touched = [r for r in records if r.home is not None and target.is_code(r.site.addr)]
+    mapped = [record for record in records if target.is_code(record.site.addr)]
+    touched = [record for record in mapped if record.home is not None]
+    touched += [record for record in _leading(target, mapped) if record.home is None]
     moves: list[Move] = []
     for record in touched:
         if record.counting is not None and record.active is not None:
@@ -76,19 +84,18 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
             break
         # A thread sleeps in a call that must not be interrupted: it may soon return.
         time.sleep(TRY_EVERY_S)
-    foreign = tuple(int(r.site.addr) for r in touched if r.home and not _is_ours(r))
-    if leave:
-        for record in touched:
-            if record.home is None:
-                record.state = SiteState.BASELINE
-        return DetachResult(outcome=DetachOutcome.LEFT, restored=0, foreign=foreign, notes=())
-    stuck = [r for r in touched if r.home is not None and int(r.site.addr) not in foreign]
     for record in touched:
         if record.home is None and record.state is not SiteState.REFUSED:
             record.state = SiteState.BASELINE
-    restored = len(touched) - len(stuck) - len(foreign)
+    foreign = tuple(int(record.site.addr) for record in touched if not _is_ours(record))
+    if leave:
+        return DetachResult(outcome=DetachOutcome.LEFT, restored=0, foreign=foreign, notes=())
+    # The bytes themselves have the last word: an arena that text leads to stays.
+    stuck = _leading(target, mapped)
+    restored = len(touched) - len({*foreign, *(int(record.site.addr) for record in stuck)})
     if stuck or foreign:
-        note = f"{len(stuck) + len(foreign)} sites could not be restored; their arenas stay mapped"
+        n_left = len(touched) - restored
+        note = f"{n_left} sites could not be restored; their arenas stay mapped"
         outcome = DetachOutcome.FOREIGN_BYTES if foreign else DetachOutcome.INCOMPLETE
         return DetachResult(outcome=outcome, restored=restored, foreign=foreign, notes=(note,))
     ranges = [(arena.addr, arena.end) for arena in target.arenas]
@@ -99,6 +106,19 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
         foreign=(),
         notes=notes,
     )
+
+
+def _leading(target: Target, records: Sequence[SiteRecord]) -> list[SiteRecord]:
+    """Return the sites whose bytes lead into an arena now, and note where they lead."""
+    found = read_entries(target.memory, [record.entry for record in records])
+    leading: list[SiteRecord] = []
+    for record in records:
+        entry, code = record.entry, found[record.entry.addr]
+        if any(leads_into(entry, code, arena.addr, arena.end) for arena in target.arenas):
+            leading.append(record)
+            if is_same_but_disp(entry, code):
+                record.disp = code[entry.disp_off : entry.disp_off + 4]
+    return leading
 
 
 def _is_ours(record: SiteRecord) -> bool:
@@ -120,6 +140,8 @@ def unmap_when_quiescent(target: Target, ranges: Sequence[tuple[Addr, Addr]]) ->
     holders: tuple[int, ...] = ()
     try:
         for _ in range(MAX_TRIES):
+            # A stack may have grown, a thread may have been born.
+            target.read_maps()
             with target.stop() as stop:
                 holders = _find_holders(target, stop, ranges, quiescent, stacks)
             if not holders:
@@ -149,21 +171,31 @@ def _find_holders(
 
     Adds the mappings that hold nothing but a thread's stack to ``stacks``.
     """
-    positions = {
-        thread.tid: ThreadPosition(tid=thread.tid, pc=thread.pc, sp=thread.sp)
-        for thread in stop.stopped
-    }
-    for tid in stop.asleep:
+    seen: set[int] = set()
+    for pid, tid in stop.sleepers:
+        seen.add(tid)
         if tid not in quiescent:
-            sleeper = _find_quiescent_sleeper(target, tid, ranges)
+            sleeper = _find_quiescent_sleeper(target, pid, tid, ranges)
             if sleeper is not None:
                 quiescent.add(tid)
                 _add_stack(target, sleeper.sp, stacks)
-    for tid, position in positions.items():
+    for thread in stop.stopped:
+        seen.add(thread.tid)
+        position = ThreadPosition(tid=thread.tid, pc=thread.pc, sp=thread.sp)
         _add_stack(target, position.sp, stacks)
-        if tid not in quiescent and _is_quiescent(target, position, ranges):
-            quiescent.add(tid)
-    return tuple(tid for tid in list_tids(target.pid) if tid not in quiescent)
+        if thread.tid not in quiescent and _is_quiescent(target, position, ranges):
+            quiescent.add(thread.tid)
+    # Those of processes that share the memory are in the stop, too.
+    seen.update(tid for tid in list_tids(target.pid) if not _is_dead(target.pid, tid))
+    return tuple(sorted(seen - quiescent))
+
+
+def _is_dead(pid: int, tid: int) -> bool:
+    """Tell whether a thread runs no more, such as a first thread that has exited."""
+    try:
+        return read_state_char(pid, tid) in "ZX"
+    except ProcessGone:
+        return True
 
 
 def _is_quiescent(
@@ -179,31 +211,40 @@ def _is_quiescent(
 
 
 def _add_stack(target: Target, sp: Addr, stacks: set[tuple[int, int]]) -> None:
-    """Note a mapping that is scanned as a stack, so that dead frames in it do not count."""
+    """Note a mapping that is one thread's stack, so that dead frames in it do not count.
+
+    The main stack, or a mapping of its own above a guard page as pthreads have it:
+    anything else may hold other stacks below this one.
+    """
+    previous: Mapping | None = None
     for mapping in target.maps:
-        if not mapping.start <= sp < mapping.end or mapping.path == "[heap]":
-            continue
-        if mapping.path == "[stack]" or mapping.size <= MAX_STACK_SCAN_SIZE:
-            stacks.add((mapping.start, mapping.end))
+        if mapping.start <= sp < mapping.end:
+            has_guard = (
+                previous is not None
+                and previous.end == mapping.start
+                and previous.perms.startswith("---")
+                and mapping.size <= MAX_STACK_SCAN_SIZE
+            )
+            if mapping.path == "[stack]" or has_guard:
+                stacks.add((mapping.start, mapping.end))
+        previous = mapping
 
 
 def _find_quiescent_sleeper(
-    target: Target, tid: int, ranges: Sequence[tuple[Addr, Addr]]
+    target: Target, pid: int, tid: int, ranges: Sequence[tuple[Addr, Addr]]
 ) -> ThreadPosition | None:
     """Return where a sleeping thread is if it is quiescent, without stopping it.
 
     What was read counts only if the thread did not run meanwhile.
     """
     try:
-        before = read_thread_state(target.pid, tid)
-        if before.state in "ZX":
-            return ThreadPosition(tid=tid, pc=Addr(0), sp=Addr(0))
+        before = read_thread_state(pid, tid)
         if before.where is ThreadWhere.RUNNING:
             return None
         position = ThreadPosition(tid=tid, pc=before.pc, sp=before.sp)
         if not _is_quiescent(target, position, ranges):
             return None
-        after = read_thread_state(target.pid, tid)
+        after = read_thread_state(pid, tid)
     except ProcessGone:
         return None
     switches = (before.n_voluntary, before.n_nonvoluntary)

@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.controller.target import Target
-from optpoline.model import Refusal
+from optpoline.model import Addr, Refusal
 from optpoline.patch.blocks import Block, redirect
-from optpoline.patch.text import Poke, crosses_line, poke_batch
+from optpoline.patch.text import (
+    Poke,
+    crosses_line,
+    is_same_but_disp,
+    poke_batch,
+    read_entries,
+)
 from optpoline.x86.assembler import encode_disp32
 
 __all__ = ["Linker", "Move"]
@@ -66,7 +72,11 @@ class Linker:
         wake_all = bool(crossing) and self._target.may_wake_all()
         with self._target.stop(wake_all=wake_all) as stop:
             batch = easy if crossing and stop.asleep else easy + crossing
-            result = poke_batch(self._target.memory, batch)
+            try:
+                result = poke_batch(self._target.memory, batch)
+            except BaseException:
+                self._note_truth(by_entry, batch)
+                raise
         for poke in result.done:
             move = by_entry[poke.entry.addr]
             if move.record.home is not None and _counts_hits(move.record.home):
@@ -81,6 +91,16 @@ class Linker:
             record.state = SiteState.REFUSED
             record.refusal = Refusal.FOREIGN_BYTES
         return len(pokes) - len(result.done)
+
+    def _note_truth(self, by_entry: dict[Addr, Move], batch: Sequence[Poke]) -> None:
+        """Look where the sites of a batch that failed half-way lead, so that it can be undone."""
+        found = read_entries(self._target.memory, [poke.entry for poke in batch])
+        for poke in batch:
+            move, code = by_entry[poke.entry.addr], found[poke.entry.addr]
+            off = poke.entry.disp_off
+            if is_same_but_disp(poke.entry, code) and code[off : off + 4] == poke.new:
+                move.record.disp = poke.new
+                move.record.home = move.block
 
     def _lead_on(self, move: Move) -> None:
         """Do by a redirection what could not be done in the text."""

@@ -18,7 +18,7 @@ from optpoline.controller.summary import SiteState
 from optpoline.learn.counting import SiteCounts
 from optpoline.model import Addr, Refusal, Site
 from optpoline.patch.arena import Arena
-from optpoline.patch.blocks import Block
+from optpoline.patch.blocks import Block, redirect
 from optpoline.patch.layout import JournalEntry
 from optpoline.promote.tree import PlannedTree
 
@@ -73,6 +73,19 @@ class SiteRecord:
     def thunk_addr(self) -> Addr:
         """Where the baseline leads."""
         return self.site.thunk.addr
+
+    def refuse(self, reason: Refusal) -> None:
+        """Give the site up at once: whoever enters its blocks goes to the thunk.
+
+        Target state: running; one store a block. The text follows at the next relink.
+        """
+        self.state = SiteState.REFUSED
+        self.refusal = reason
+        for block in (self.home, self.active, self.counting, self.learner):
+            if block is not None:
+                redirect(block, self.thunk_addr)
+        self.active = self.counting = self.counts_before = None
+        self.plan = self.profile = None
 
     @property
     def known(self) -> SiteCounts | None:

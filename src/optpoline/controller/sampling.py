@@ -26,6 +26,7 @@ from optpoline.controller.linker import Linker, Move
 from optpoline.controller.promotion import demote, fit_counts, promote_again
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
+from optpoline.model import Refusal
 from optpoline.patch.blocks import Block
 from optpoline.promote.policy import Action
 
@@ -106,6 +107,8 @@ class Sampler:
         end_s = time.monotonic()
         n_again = n_demoted = 0
         for record in counting:
+            if record.counting is None:
+                continue  # refused on the way
             end_sample(record, end_s)
             record.n_parts = SAMPLE_PARTS if record in surprised else record.n_parts + 1
             if record.n_parts >= SAMPLE_PARTS:
@@ -145,8 +148,6 @@ class Sampler:
             return 0, 0
         counts = fit_counts(record, window, self._may_guard)
         if record.unsafe_targets:
-            demote(record, now_s)
-            record.state = SiteState.REFUSED
             return 0, 1
         decision = self._config.policy.decide_again(
             record.plan, record.profile, counts, record.n_confirmed
@@ -178,7 +179,8 @@ class Sampler:
         moves = [
             Move(record=record, block=record.active)
             for record in records
-            if record.state in (SiteState.PROMOTED, SiteState.BASELINE)
+            if record.refusal is not Refusal.FOREIGN_BYTES
+            and record.state is not SiteState.LEARNING
             and record.home is not record.active
             and now_s - record.changed_s >= self._config.relink_after_s
         ]

@@ -36,7 +36,15 @@ from optpoline.controller.summary import (
 from optpoline.controller.takeover import read_status, restore_left
 from optpoline.controller.target import Target
 from optpoline.discover import count_plain_indirect
-from optpoline.errors import ArenaError, NoSites, OptpolineError, ProcessGone
+from optpoline.errors import (
+    ArenaError,
+    NoSites,
+    OptpolineError,
+    ProcessGone,
+    StopTimeout,
+    TargetFault,
+    UnsupportedTarget,
+)
 from optpoline.model import Module, Refusal, Site
 from optpoline.process.permissions import check_attachable
 
@@ -73,7 +81,7 @@ def attach(
     try:
         session.open()
     except BaseException:
-        session.close()
+        session.abandon()
         raise
     return session
 
@@ -114,7 +122,10 @@ class Session:
             raise ProcessGone(self.pid) from error
         if read_status(self.pid) is not None:
             result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
-            self._note(f"undid what an earlier controller left ({result.restored} sites restored)")
+            restored = _count(result.restored, "site")
+            self._note(f"found what an earlier controller left: restored {restored}")
+            for note in result.notes:
+                self._note(note)
         target = Target(self.pid, stop_timeout_s=self.config.stop_timeout_s)
         self._target = target
         self._linker = Linker(target)
@@ -151,6 +162,9 @@ class Session:
             except ArenaError as error:
                 refused.append((loaded.module, error))
         self.records += fresh
+        for why in self.target.unread.values():
+            if why not in self.notes:
+                self._note(why)
         if refused and not self.records and self.state is SessionState.ATTACHED:
             raise refused[0][1]
         for module, reason in refused:
@@ -290,25 +304,36 @@ class Session:
         """
         self.state = SessionState.WATCHING
         end_s = None if seconds is None else time.monotonic() + seconds
-        try:
-            while not (stop is not None and stop.is_set()):
-                now_s = time.monotonic()
-                if end_s is not None and now_s >= end_s:
-                    break
-                left_s = self.config.poll_s if end_s is None else end_s - now_s
-                self._sleep(min(self.config.poll_s, left_s))
-                if not self._step(time.monotonic(), stop):
-                    break
-        except ProcessGone:
-            self.state = self._find_end()
-            if self.state is SessionState.EXECED:
-                self._tell(EventKind.EXECED, f"process {self.pid} replaced its program")
-        if self.state is SessionState.EXITED:
-            self._tell(EventKind.EXITED, f"process {self.pid} exited")
+        while self.state is SessionState.WATCHING and not (stop is not None and stop.is_set()):
+            now_s = time.monotonic()
+            if end_s is not None and now_s >= end_s:
+                break
+            left_s = self.config.poll_s if end_s is None else end_s - now_s
+            self._watch_once(min(self.config.poll_s, left_s), stop)
         return self.state
 
-    def _find_end(self) -> SessionState:
-        """Return how the program that we attached to ended: by exit or by exec."""
+    def _watch_once(self, pause_s: float, stop: threading.Event | None) -> None:
+        """Wait, do what is due, and notice the end of the program."""
+        try:
+            self._sleep(pause_s)
+            self._step(time.monotonic(), stop)
+        except ProcessGone:
+            end = self._find_end()
+            self.state = SessionState.WATCHING if end is None else end
+            if end is SessionState.EXECED:
+                self._tell(EventKind.EXECED, f"process {self.pid} replaced its program")
+            elif end is SessionState.EXITED:
+                self._tell(EventKind.EXITED, f"process {self.pid} exited")
+        except (ArenaError, StopTimeout, TargetFault, UnsupportedTarget) as error:
+            # For the moment it cannot be done; every site leads somewhere right meanwhile.
+            if str(error) not in self.notes:
+                self._note(str(error))
+
+    def _find_end(self) -> SessionState | None:
+        """Return how the program that we attached to ended, by exit or by exec.
+
+        None if it runs on: what was gone was one of its threads.
+        """
         end_s = time.monotonic() + _EXIT_TIMEOUT_S
         while time.monotonic() < end_s:
             # A killed program may be on its way out for a while; its exit shows here.
@@ -316,7 +341,7 @@ class Session:
                 return SessionState.EXITED
             if self.target.is_replaced():
                 return SessionState.EXECED
-        return SessionState.EXITED
+        return None if self.target.memory.is_current() else SessionState.EXITED
 
     def _step(self, now_s: float, stop: threading.Event | None) -> bool:
         """Do what is due; tell whether there is still something to watch."""
@@ -391,15 +416,31 @@ class Session:
         if self.state in (SessionState.EXITED, SessionState.EXECED):
             result = DetachResult(outcome=DetachOutcome.GONE, restored=0, foreign=(), notes=())
         else:
-            result = let_go(target, self.records, leave=leave)
-            if result.outcome is DetachOutcome.GONE:
-                self.state = self._find_end()
-            else:
+            try:
+                result = let_go(target, self.records, leave=leave)
+                if result.outcome is DetachOutcome.GONE and (end := self._find_end()) is None:
+                    # Only a thread was gone: the program has to be let go all the same.
+                    result = let_go(target, self.records, leave=leave)
                 self.state = _state_after(result.outcome)
+                if result.outcome is DetachOutcome.GONE and end is not None:
+                    self.state = end
+            except BaseException:
+                self.close()
+                raise
         self.notes += result.notes
         self._last_summary = self.summary()
         self.close()
         return result
+
+    def abandon(self) -> None:
+        """Undo what an attach that failed has done so far, as far as that is possible."""
+        try:
+            if self._target is not None and self._target.arenas:
+                let_go(self._target, self.records, leave=False)
+        except OptpolineError:
+            pass  # the error that made the attach fail is the one to tell
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Release what this process holds; the target is not touched."""

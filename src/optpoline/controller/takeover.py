@@ -20,13 +20,20 @@ from optpoline.controller.target import Target
 from optpoline.errors import PermissionDenied, ProcessGone, TargetFault
 from optpoline.model import Addr, Mapping
 from optpoline.patch.layout import (
-    ARENA_NAME,
+    ARENA_PATH,
     ENTRY_SIZE,
     HEADER_SIZE,
     ArenaHeader,
     JournalEntry,
 )
-from optpoline.patch.text import Poke, crosses_line, poke_batch, read_entries
+from optpoline.patch.text import (
+    Poke,
+    crosses_line,
+    is_same_but_disp,
+    leads_into,
+    poke_batch,
+    read_entries,
+)
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.permissions import check_attachable, explain_denied
 from optpoline.process.procfs import read_maps, read_start_time
@@ -43,18 +50,23 @@ class _LeftArena:
     end: Addr
     header: ArenaHeader | None
     entries: tuple[JournalEntry, ...]
+    has_code: bool
+    """Whether its code is mapped, which is done last: text may lead there from then on."""
 
 
 def _find_arenas(memory: RemoteMemory, maps: Sequence[Mapping]) -> list[_LeftArena]:
     """Return the arenas of a process, complete or not."""
-    ours = [m for m in maps if m.path.startswith(f"/memfd:{ARENA_NAME}")]
-    spans: list[tuple[Addr, Addr, int]] = []
-    for mapping in ours:
-        if spans and spans[-1][1] == mapping.start and spans[-1][2] == mapping.inode:
-            spans[-1] = (spans[-1][0], mapping.end, mapping.inode)
+    spans: list[list[Mapping]] = []
+    for mapping in maps:
+        # A controller maps the whole of its arenas writable: those are not its own.
+        if mapping.path != ARENA_PATH or (mapping.is_writable and mapping.offset == 0):
+            continue
+        last = spans[-1][-1] if spans else None
+        if last is not None and last.end == mapping.start and last.inode == mapping.inode:
+            spans[-1].append(mapping)
         else:
-            spans.append((mapping.start, mapping.end, mapping.inode))
-    return [_read_arena(memory, start, end) for start, end, _ in spans]
+            spans.append([mapping])
+    return [_read_arena(memory, span) for span in spans]
 
 
 def _find_open_files(pid: int) -> tuple[int, ...]:
@@ -70,7 +82,7 @@ def _find_open_files(pid: int) -> tuple[int, ...]:
 def _is_arena_file(link: str) -> bool:
     """Tell whether a link of ``/proc/PID/fd`` leads to an arena's memfd."""
     try:
-        return os.readlink(link).startswith(f"/memfd:{ARENA_NAME}")
+        return os.readlink(link) == ARENA_PATH
     except OSError:
         return False  # closed meanwhile
 
@@ -84,22 +96,28 @@ def _close_files(target: Target) -> None:
             stop.inject(SYS_CLOSE, number)
 
 
-def _read_arena(memory: RemoteMemory, start: Addr, end: Addr) -> _LeftArena:
+def _read_arena(memory: RemoteMemory, span: Sequence[Mapping]) -> _LeftArena:
     """Read header and journal; an arena that was never finished has neither."""
+    start, end = span[0].start, span[-1].end
+    has_code = any(mapping.is_executable for mapping in span)
+    nothing = _LeftArena(start=start, end=end, header=None, entries=(), has_code=has_code)
     try:
         header = ArenaHeader.unpack(memory.read(start, HEADER_SIZE))
         if header is None:
-            return _LeftArena(start=start, end=end, header=None, entries=())
+            return nothing
         n_entries = min(header.n_entries, (header.code_off - HEADER_SIZE) // ENTRY_SIZE)
         data = memory.read(start + HEADER_SIZE, n_entries * ENTRY_SIZE) if n_entries else b""
     except TargetFault:
-        return _LeftArena(start=start, end=end, header=None, entries=())
+        return nothing
+    # The last entry of an address counts: an earlier one is of a module that was replaced.
     entries = {
         entry.addr: entry
         for off in range(0, len(data), ENTRY_SIZE)
         for entry in (JournalEntry.unpack(data[off : off + ENTRY_SIZE]),)
     }
-    return _LeftArena(start=start, end=end, header=header, entries=tuple(entries.values()))
+    return _LeftArena(
+        start=start, end=end, header=header, entries=tuple(entries.values()), has_code=has_code
+    )
 
 
 def _classify(memory: RemoteMemory, arena: _LeftArena) -> dict[JournalEntry, str]:
@@ -108,29 +126,13 @@ def _classify(memory: RemoteMemory, arena: _LeftArena) -> dict[JournalEntry, str
     states: dict[JournalEntry, str] = {}
     for entry in arena.entries:
         now = found[entry.addr]
-        off = entry.disp_off
         if now == entry.code:
             states[entry] = "baseline"
-        elif _leads_into(entry, now, arena) and _same_but_disp(entry.code, now, off):
+        elif leads_into(entry, now, arena.start, arena.end) and is_same_but_disp(entry, now):
             states[entry] = "patched"
         else:
             states[entry] = "foreign"
     return states
-
-
-def _same_but_disp(one: bytes, other: bytes, disp_off: int) -> bool:
-    """Tell whether two instructions differ in their displacement at most."""
-    return (
-        len(one) == len(other)
-        and one[:disp_off] == other[:disp_off]
-        and one[disp_off + 4 :] == other[disp_off + 4 :]
-    )
-
-
-def _leads_into(entry: JournalEntry, code: bytes, arena: _LeftArena) -> bool:
-    """Tell whether an instruction branches into an arena."""
-    disp = int.from_bytes(code[entry.disp_off : entry.disp_off + 4], "little", signed=True)
-    return arena.start <= entry.end + disp < arena.end
 
 
 def _hidden_sites(memory: RemoteMemory, arenas: Sequence[_LeftArena]) -> tuple[int, ...]:
@@ -141,7 +143,7 @@ def _hidden_sites(memory: RemoteMemory, arenas: Sequence[_LeftArena]) -> tuple[i
         for entry, state in _classify(memory, arena).items():
             now = found[entry.addr]
             is_whole = len(now) == len(entry.code)
-            if state == "foreign" and is_whole and _leads_into(entry, now, arena):
+            if state == "foreign" and is_whole and leads_into(entry, now, arena.start, arena.end):
                 hidden.append(int(entry.addr))
     return tuple(hidden)
 
@@ -227,6 +229,10 @@ def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
 
 def _restore(target: Target, arenas: Sequence[_LeftArena]) -> DetachResult:
     """Put baselines back and unmap."""
+    unreadable = [arena for arena in arenas if arena.header is None and arena.has_code]
+    if unreadable:
+        note = f"the arena at {unreadable[0].start:#x} was made by another version of optpoline"
+        return DetachResult(outcome=DetachOutcome.INCOMPLETE, restored=0, foreign=(), notes=(note,))
     found = read_entries(target.memory, [e for arena in arenas for e in arena.entries])
     pokes: list[Poke] = []
     for arena in arenas:

@@ -12,7 +12,7 @@ from optpoline.controller.arenas import map_arena
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.discover import ModuleImage, SiteScan, find_sites, flags_dead_at
-from optpoline.errors import ArenaError, ProcessGone
+from optpoline.errors import ArenaError, OptpolineError, ProcessGone
 from optpoline.model import Addr, Mapping, Module, Refusal, Site, SiteKind
 from optpoline.patch.arena import Arena, ArenaGeometry
 from optpoline.patch.layout import ARENA_NAME, JournalEntry
@@ -59,6 +59,15 @@ class LoadedModule:
     scan: SiteScan
 
 
+ModuleKey = tuple[str, int, int]
+"""Path, start and inode: the same path at the same place may be another file by then."""
+
+
+def _module_key(module: Module) -> ModuleKey:
+    """Return what identifies a mapped module."""
+    return module.path, int(module.start), module.mappings[0].inode if module.mappings else 0
+
+
 class Target:
     """The process, as far as the controller needs it.
 
@@ -74,7 +83,9 @@ class Target:
         self.memory = RemoteMemory(pid)
         self.stops = StopLog()
         self.arenas: list[Arena] = []
-        self.modules: dict[tuple[str, int], LoadedModule] = {}
+        self.modules: dict[ModuleKey, LoadedModule] = {}
+        self.unread: dict[ModuleKey, str] = {}
+        """Modules that could not be read, and why."""
         self._stop_timeout_ns = int(stop_timeout_s * 1e9)
         self._injection_code: InjectionCode | None = None
         self._flags_dead: dict[int, bool] = {}
@@ -130,13 +141,25 @@ class Target:
         Returns:
             (added, gone).
         """
-        present = {(m.path, int(m.start)): m for m in list_modules(self.pid)}
+        present = {_module_key(m): m for m in list_modules(self.pid, memory=self.memory)}
+        self.unread = {key: why for key, why in self.unread.items() if key in present}
         gone = [self.modules.pop(key) for key in list(self.modules) if key not in present]
         added: list[LoadedModule] = []
         for key, module in present.items():
-            if key in self.modules or module.name.startswith(f"memfd:{ARENA_NAME}"):
+            if (
+                key in self.modules
+                or key in self.unread
+                or module.name.startswith(f"memfd:{ARENA_NAME}")
+            ):
                 continue
-            loaded = self._load(module)
+            try:
+                loaded = self._load(module)
+            except ProcessGone:
+                raise
+            except OptpolineError as error:
+                # Unloaded meanwhile, or no ELF file we understand: tried again when it changes.
+                self.unread[key] = f"{module.path} left alone: {error}"
+                continue
             self.modules[key] = loaded
             added.append(loaded)
         if added or gone:
@@ -203,8 +226,7 @@ class Target:
         if record.site.kind is SiteKind.CALL or self._is_flags_dead(target):
             return True
         record.unsafe_targets.add(target)
-        record.state = SiteState.REFUSED
-        record.refusal = Refusal.FLAGS_LIVE
+        record.refuse(Refusal.FLAGS_LIVE)
         return False
 
     def _is_flags_dead(self, target: Addr) -> bool:
@@ -273,7 +295,10 @@ class Target:
     def may_wake_all(self) -> bool:
         """Tell whether waking every sleeping thread would harm none of them."""
         for tid in list_tids(self.pid):
-            state = read_thread_state(self.pid, tid)
+            try:
+                state = read_thread_state(self.pid, tid)
+            except ProcessGone:
+                continue  # one thread that exited meanwhile; a whole process shows elsewhere
             if state.where is ThreadWhere.IN_SYSCALL:
                 rank = rank_disturbance(state.syscall_nr, state.syscall_args)
                 if rank is Disturbance.HARMFUL:

@@ -24,6 +24,7 @@ from optpoline.model import Addr
 
 __all__ = [
     "ARENA_NAME",
+    "ARENA_PATH",
     "ENTRY_SIZE",
     "HEADER_SIZE",
     "MAGIC",
@@ -34,6 +35,9 @@ __all__ = [
 
 ARENA_NAME = "optpoline"
 """Name of the memfd: ``/memfd:optpoline (deleted)`` in ``/proc/PID/maps``."""
+
+ARENA_PATH = f"/memfd:{ARENA_NAME} (deleted)"
+"""How its mappings and descriptors are named in /proc."""
 
 MAGIC = b"OPTPOLIN"
 VERSION = 1

@@ -82,6 +82,8 @@ def is_thread_quiescent(
     if start <= position.pc < end:
         return False
     stacks = _writable_ranges(maps)
+    if not any(first <= position.sp < last for first, last in stacks):
+        return False  # a stack that we know nothing of
     todo = [int(position.sp)]
     seen: set[int] = set()
     while todo:

@@ -29,7 +29,16 @@ from optpoline.errors import SiteChanged, TargetFault
 from optpoline.model import Addr
 from optpoline.patch.layout import JournalEntry
 
-__all__ = ["Poke", "PokeResult", "Text", "crosses_line", "poke_batch", "read_entries"]
+__all__ = [
+    "Poke",
+    "PokeResult",
+    "Text",
+    "crosses_line",
+    "is_same_but_disp",
+    "leads_into",
+    "poke_batch",
+    "read_entries",
+]
 
 CACHE_LINE_SIZE = 64
 _SPAN_GAP_SIZE = 4096
@@ -79,6 +88,27 @@ def crosses_line(entry: JournalEntry) -> bool:
     """Tell whether a displacement lies in two cache lines."""
     first = entry.disp_addr // CACHE_LINE_SIZE
     return first != (entry.disp_addr + 3) // CACHE_LINE_SIZE
+
+
+def is_same_but_disp(entry: JournalEntry, code: bytes) -> bool:
+    """Tell whether bytes found at a site differ from its baseline in the displacement only."""
+    return len(code) == len(entry.code) and _with_disp(entry, _disp_of(entry, code)) == code
+
+
+def leads_into(entry: JournalEntry, code: bytes, start: int, end: int) -> bool:
+    """Tell whether a site's displacement leads into a range, whatever its opcode is now.
+
+    A breakpoint of somebody else over a patched site hides where it leads, no more.
+    """
+    if len(code) != len(entry.code):
+        return False
+    disp = int.from_bytes(_disp_of(entry, code), "little", signed=True)
+    return start <= entry.end + disp < end
+
+
+def _disp_of(entry: JournalEntry, code: bytes) -> bytes:
+    """Return the displacement in bytes found at a site."""
+    return code[entry.disp_off : entry.disp_off + 4]
 
 
 def read_entries(text: Text, entries: Sequence[JournalEntry]) -> dict[Addr, bytes]:

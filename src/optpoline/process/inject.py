@@ -72,6 +72,9 @@ _RSEQ_CS_OFF = 8  # struct rseq, include/uapi/linux/rseq.h
 _RSEQ_DESCRIPTOR = struct.Struct("<IIQQQ")
 _FIRST_POLL_S = 10e-6
 _MAX_POLL_S = 200e-6
+_ARGUMENTS_SIZE = 256
+"""Bytes below the prepared stack for arguments passed by address."""
+
 _CHECK_ALIVE_NS = 1_000_000
 _MAX_STOPS_PER_CALL = 64  # stop signals that may come in between; each costs two stops
 
@@ -214,6 +217,7 @@ class InjectionThread:
         self._rsp = 0
         self._rbp = regs.rbp
         self._is_masked = False
+        self._saved = (0, b"")
         self.is_entered = False
 
     def enter(self) -> None:
@@ -237,6 +241,13 @@ class InjectionThread:
         )
         self._rsp, rbp = self._code.path.stack_for(frame.addr)
         self._rbp = self._regs.rbp if rbp is None else rbp
+        # What lies there may be another stack's, or a heap's, where no guard page is below.
+        low = self._rsp - _ARGUMENTS_SIZE
+        size = frame.addr + len(frame.data) - low
+        try:
+            self._saved = (low, self._memory.read(low, size))
+        except TargetFault:
+            self._saved = (low, bytes(size))  # the main stack, which grows by our write
         # 1. As the thread itself could write: a guard page must fault here, not later.
         store_data(self.tid, self._rsp, bytes(frame.addr - self._rsp) + frame.data)
 
@@ -282,6 +293,8 @@ class InjectionThread:
         for arg in args:
             if isinstance(arg, bytes):
                 addr -= -(-len(arg) // 16) * 16
+                if self._rsp - addr > _ARGUMENTS_SIZE:
+                    raise OptpolineError(f"arguments of more than {_ARGUMENTS_SIZE} bytes")
                 store_data(self.tid, addr, arg)
                 values.append(addr)
             else:
@@ -312,6 +325,8 @@ class InjectionThread:
         # 8. With the restart it had pending, if any.
         self._tracer.write_registers(self.tid, self._regs)
         self.is_entered = self._is_masked = False
+        # The frame is needed no more: put back what it lay over.
+        store_data(self.tid, *self._saved)
 
     def _go_on_to_syscall_stop(self, deadline_ns: int) -> None:
         """Let the thread go on to the next entry or exit of a system call."""

@@ -110,7 +110,7 @@ def read_maps(pid: int, *, proc_root: Path = _PROC) -> tuple[Mapping, ...]:
         ProcessGone: if the process does not exist, or has no memory any more.
         PermissionDenied: if we may not look.
     """
-    text = _read_text(f"{proc_root}/{pid}/maps", pid)
+    text = _read_text(f"{proc_root}/{pid}/maps", pid) or _read_maps_of_threads(pid, proc_root)
     if not text:
         raise ProcessGone(pid, f"process {pid} has no memory: it has exited, or is the kernel's")
     mappings = []
@@ -129,6 +129,18 @@ def read_maps(pid: int, *, proc_root: Path = _PROC) -> tuple[Mapping, ...]:
             )
         )
     return tuple(mappings)
+
+
+def _read_maps_of_threads(pid: int, proc_root: Path) -> str:
+    """Return the map of a process whose first thread has exited while others run."""
+    for tid in list_tids(pid, proc_root=proc_root):
+        try:
+            text = _read_text(f"{proc_root}/{pid}/task/{tid}/maps", pid)
+        except ProcessGone:
+            continue
+        if text:
+            return text
+    return ""
 
 
 def list_tids(pid: int, *, proc_root: Path = _PROC) -> tuple[int, ...]:

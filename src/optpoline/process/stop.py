@@ -107,6 +107,11 @@ class Stop:
         """Threads that slept in the kernel and were left alone; they may wake at any time."""
         return tuple(sorted(self._stopper.asleep))
 
+    @property
+    def sleepers(self) -> tuple[tuple[int, int], ...]:
+        """The same with their processes: (pid, tid), those that share the memory included."""
+        return tuple(sorted((pid, tid) for tid, pid in self._stopper.asleep.items()))
+
     def sweep(self) -> None:
         """Stop threads that have woken since.
 

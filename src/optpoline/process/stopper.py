@@ -368,6 +368,9 @@ class Stopper:
                 return injection
         for tid in self._rank_asleep() if may_wake else ():
             woken = self._wake(tid)
+            # It may have executed another program before it stopped.
+            if not self.memory.is_current() or not code.is_present(self.memory):
+                raise ProcessGone(self.pid, f"process {self.pid} runs a new program")
             injection = None if woken is None else self._try_enter(woken, code)
             if injection is not None:
                 return injection
