@@ -98,7 +98,7 @@ class ArenaError(OptpolineError):
 
 
 class SiteChanged(OptpolineError):
-    """The bytes at an address are not what was expected; nothing was written.
+    """The bytes at an address are not what was expected.
 
     Args:
         addr: Address compared.

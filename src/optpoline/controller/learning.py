@@ -31,6 +31,7 @@ from optpoline.promote.cost import CostModel
 from optpoline.promote.tree import plan_tree
 
 __all__ = [
+    "MIN_FREE_CODE_SIZE",
     "TargetFilter",
     "add_counting_block",
     "begin_sample",

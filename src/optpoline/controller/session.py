@@ -17,7 +17,13 @@ from typing import assert_never
 
 from optpoline.controller.config import Config
 from optpoline.controller.events import Event, EventKind
-from optpoline.controller.learning import begin_window, end_window, first_block, grow_full
+from optpoline.controller.learning import (
+    MIN_FREE_CODE_SIZE,
+    begin_window,
+    end_window,
+    first_block,
+    grow_full,
+)
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.lock import ControllerLock
@@ -357,8 +363,19 @@ class Session:
         self._rediscover(time.monotonic(), stop)
         if now_s >= self._next_maps_s:
             self._next_maps_s = now_s + self.config.maps_every_s
+            self._note_used_up()
             return self._check_maps(stop)
         return True
+
+    def _note_used_up(self) -> None:
+        """Say once that an arena has no room for further changes."""
+        for arena in self.target.arenas:
+            note = (
+                f"the arena at {arena.addr:#x} is used up: its sites keep working as they are, "
+                "changes of the workload are followed no more; attach anew for an empty one"
+            )
+            if arena.free_code_size < MIN_FREE_CODE_SIZE and note not in self.notes:
+                self._note(note)
 
     def _rediscover(self, now_s: float, stop: threading.Event | None) -> None:
         """Learn the unpromoted sites anew where time is spent in their thunks."""
