@@ -29,7 +29,7 @@ pytestmark = pytest.mark.live
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs" / "json.md"
 
-QUICK = ("--learn-seconds", "0.2")
+QUICK = ("--learn-seconds", "0.4")
 
 
 def _documented_fields(heading: str, after: str) -> set[str]:
@@ -49,7 +49,7 @@ def test_attach_document(start_target: StartTarget, tmp_path: Path) -> None:
     target = start_target("promote", "2", flags=RETPOLINE)
     before = Witness.of(target.pid)
     report = tmp_path / "report.json"
-    done = run_cli("attach", *QUICK, "--duration", "0.6", "--json", report, target.pid)
+    done = run_cli("attach", *QUICK, "--duration", "1.2", "--json", report, target.pid)
     assert done.stdout == ""
     document = json.loads(report.read_text())
     assert document.keys() == _documented_fields("`attach` and `run`", "\n")
@@ -84,7 +84,7 @@ def test_documents_on_stdout(start_target: StartTarget) -> None:
     assert run_json("status", target.pid)["left_behind"] is None
     assert run_json("detach", target.pid)["detach"] is None
     before.check(target.pid)
-    document = run_json("attach", *QUICK, "--duration", "0.4", target.pid)
+    document = run_json("attach", *QUICK, "--duration", "1.2", target.pid)
     assert document["n_sites"] == sites["n_sites"]
     assert {s["address"] for s in document["sites"]} == {s["address"] for s in sites["sites"]}
     before.check(target.pid)
@@ -121,7 +121,7 @@ def test_signals_restore(
 def test_leave_then_status_then_detach(start_target: StartTarget) -> None:
     target = start_target("promote", "1", flags=RETPOLINE)
     before = Witness.of(target.pid)
-    document = run_json("attach", "--leave", *QUICK, "--duration", "0.4", target.pid)
+    document = run_json("attach", "--leave", *QUICK, "--duration", "1.2", target.pid)
     assert document["state"] == "left"
     assert document["detach"]["outcome"] == "left"
     assert before.changed_bytes(target.pid)
@@ -145,7 +145,7 @@ def test_leave_then_attach(start_target: StartTarget) -> None:
     # Too short to promote: what is to be left is made first.
     assert run_json("attach", "--leave", "--duration", "0.1", target.pid)["promoted"] >= 3
     target.ask("4")
-    document = run_json("attach", *QUICK, "--duration", "0.4", target.pid)
+    document = run_json("attach", *QUICK, "--duration", "1.2", target.pid)
     assert document["promoted"] >= 3
     assert document["state"] == "restored"
     before.check(target.pid)
@@ -186,7 +186,7 @@ def _run_on_terminal(*args: str | int) -> str:
 def test_progress_on_a_terminal_only(start_target: StartTarget) -> None:
     target = start_target("promote", "1", flags=RETPOLINE)
     before = Witness.of(target.pid)
-    args = ("attach", *QUICK, "--duration", "0.5", target.pid)
+    args = ("attach", *QUICK, "--duration", "1.2", target.pid)
     shown = _run_on_terminal(*args)
     assert "\r\x1b[K" in shown
     assert " · " in shown
@@ -202,7 +202,7 @@ def test_progress_on_a_terminal_only(start_target: StartTarget) -> None:
 def test_reader_that_goes_away(start_target: StartTarget) -> None:
     target = start_target("promote", "1", flags=RETPOLINE)
     before = Witness.of(target.pid)
-    with start_cli("attach", *QUICK, "--duration", "0.6", target.pid) as controller:
+    with start_cli("attach", *QUICK, "--duration", "1.2", target.pid) as controller:
         assert controller.stderr is not None
         wait_for_line(controller, "attached: ")
         controller.stderr.close()
@@ -214,7 +214,7 @@ def test_reader_that_goes_away(start_target: StartTarget) -> None:
 def test_nothing_hot_is_no_error(start_target: StartTarget) -> None:
     target = start_target("life", "rest", flags=RETPOLINE)
     before = Witness.of(target.pid)
-    document = run_json("attach", *QUICK, "--duration", "0.4", target.pid)
+    document = run_json("attach", *QUICK, "--duration", "1.2", target.pid)
     assert document["promoted"] == 0
     assert document["hit_rate"] is None
     before.check(target.pid)
@@ -239,7 +239,7 @@ def test_run_document(build_target: BuildTarget, tmp_path: Path) -> None:
 
 def test_run_let_go_before_the_end(build_target: BuildTarget) -> None:
     path = build_target("promote", *RETPOLINE)
-    with start_cli("run", *QUICK, "--duration", "0.5", "-v", "--", path, "1", stdin=True) as run:
+    with start_cli("run", *QUICK, "--duration", "1.2", "-v", "--", path, "1", stdin=True) as run:
         wait_for_line(run, "promoted ")
         child = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0])
         deadline_s = time.monotonic() + 10

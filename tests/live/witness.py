@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -138,7 +139,15 @@ def start_cli(*args: Argument, stdin: bool = False) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has them ignored; a test sends them.
+        preexec_fn=_reset_signals,
     )
+
+
+def _reset_signals() -> None:
+    """Give a command the signals that a terminal's foreground has."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for_line(controller: subprocess.Popen[str], start: str) -> None:

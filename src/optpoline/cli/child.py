@@ -8,6 +8,7 @@ eats the tracer's stops. Its exit shows on a pidfd; it is collected at the very 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -66,6 +67,8 @@ class Child:
             FileNotFoundError: if there is no such program.
             OSError: if it cannot be executed.
         """
+        if not self.command[0]:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         # Python ignores SIGPIPE and SIGXFSZ, and an ignored signal stays ignored over exec.
         self.pid = os.posix_spawnp(
             self.command[0],

@@ -66,6 +66,8 @@ def let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> Det
 def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> DetachResult:
     """Do it, or raise ``ProcessGone``."""
     linker = Linker(target)
+    # With nothing promoted there is nothing to leave.
+    leave = leave and any(record.state is SiteState.PROMOTED for record in records)
     target.read_maps()
     # Text of a module that was unloaded meanwhile is gone with it.
     mapped = [record for record in records if target.is_code(record.site.addr)]

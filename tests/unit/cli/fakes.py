@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from optpoline.cli.api import OnEvent
-from optpoline.errors import OptpolineError
 from optpoline.controller.summary import (
     DetachOutcome,
     DetachResult,
@@ -21,6 +20,7 @@ from optpoline.controller.summary import (
     Summary,
     TargetShare,
 )
+from optpoline.errors import OptpolineError
 
 __all__ = [
     "FakeApi",

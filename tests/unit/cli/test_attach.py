@@ -15,6 +15,7 @@ import pytest
 from optpoline.cli.console import Console
 from optpoline.cli.drive import SessionPlan, drive_session
 from optpoline.cli.main import main
+from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState
 from optpoline.errors import (
     ControllerActive,
     NoSites,
@@ -24,7 +25,6 @@ from optpoline.errors import (
     SiteChanged,
     UnsupportedTarget,
 )
-from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState
 from optpoline.report.table import Style
 from tests.unit.cli.fakes import FakeApi, FakeSession
 

@@ -15,6 +15,7 @@ import pytest
 from optpoline.cli.api import OnEvent
 from optpoline.cli.child import Child
 from optpoline.cli.main import main
+from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState
 from optpoline.errors import (
     NoSites,
     OptpolineError,
@@ -22,7 +23,6 @@ from optpoline.errors import (
     ProcessGone,
     SiteChanged,
 )
-from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState
 from tests.unit.cli.fakes import FakeApi, FakeSession
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from optpoline.cli.main import main
-from optpoline.errors import ControllerActive
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind, ModuleSummary
+from optpoline.errors import ControllerActive
 from tests.unit.cli.fakes import FakeApi, FakeListing, make_site
 
 VERBS = ("run", "attach", "status", "detach", "sites", "doctor")

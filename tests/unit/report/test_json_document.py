@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.errors import OptpolineError
 from optpoline.process.permissions import Check, CheckStatus
 from optpoline.report.json_document import (
@@ -25,7 +26,6 @@ from optpoline.report.json_document import (
     sites_document,
     status_document,
 )
-from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from tests.unit.cli.fakes import make_summary
 
 RESULT = DetachResult(outcome=DetachOutcome.CLEAN, restored=1, foreign=(0x10,), notes=("n",))

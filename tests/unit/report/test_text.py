@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optpoline.controller.summary import DetachOutcome, DetachResult, ModuleSummary, SessionState
 from optpoline.process.permissions import Check, CheckStatus, Failure
 from optpoline.report.check_text import format_checks
 from optpoline.report.demangle import readable_name, shorten_middle
 from optpoline.report.session_text import format_detach, format_progress, format_summary
 from optpoline.report.sites_text import format_no_sites, format_sites
-from optpoline.controller.summary import DetachOutcome, DetachResult, ModuleSummary, SessionState
 from optpoline.report.table import Colour, Column, Style, format_table, printable
 from tests.unit.cli.fakes import make_site, make_summary
 
