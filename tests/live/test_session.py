@@ -192,7 +192,7 @@ def test_asleep_only_when_letting_go(start_target: StartTarget) -> None:
         session.promote()
         assert _promoted_functions(session) >= CROSSING
         target.ask("sleep")
-        assert session.detach().outcome is DetachOutcome.ARENA_LEFT
+        assert session.detach().outcome is DetachOutcome.INCOMPLETE
     # Only those two are not back; they lead to blocks that lead to their thunk.
     sites = [r.site for r in session.records if r.site.function in CROSSING]
     changed = before.changed_bytes(target.pid).keys()

@@ -42,6 +42,9 @@ nanoseconds of running, so what is still there then sits in a blocked handler.""
 
 TRY_EVERY_S = 0.01
 
+MAX_SEARCHES = 5
+"""Searches of all memory for saved PCs; a preempted coroutine may soon run on."""
+
 MAX_SEARCH_SIZE = 4 << 30
 """Bytes of writable memory searched for contexts of programs that switch stacks."""
 
@@ -70,7 +73,7 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
     leave = leave and any(record.state is SiteState.PROMOTED for record in records)
     target.read_maps()
     # Text of a module that was unloaded meanwhile is gone with it.
-    mapped = [record for record in records if target.is_code(record.site.addr)]
+    mapped = [record for record in records if target.has_site(record)]
     touched = [record for record in mapped if record.home is not None]
     touched += [record for record in _leading(target, mapped) if record.home is None]
     moves: list[Move] = []
@@ -101,7 +104,8 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
         outcome = DetachOutcome.FOREIGN_BYTES if foreign else DetachOutcome.INCOMPLETE
         return DetachResult(outcome=outcome, restored=restored, foreign=foreign, notes=(note,))
     ranges = [(arena.addr, arena.end) for arena in target.arenas]
-    notes = unmap_when_quiescent(target, ranges)
+    code_ranges = [(arena.code_start, arena.next_block_addr()) for arena in target.arenas]
+    notes = unmap_when_quiescent(target, ranges, code_ranges)
     return DetachResult(
         outcome=DetachOutcome.ARENA_LEFT if notes else DetachOutcome.CLEAN,
         restored=restored,
@@ -128,8 +132,17 @@ def _is_ours(record: SiteRecord) -> bool:
     return record.refusal is not Refusal.FOREIGN_BYTES
 
 
-def unmap_when_quiescent(target: Target, ranges: Sequence[tuple[Addr, Addr]]) -> tuple[str, ...]:
+def unmap_when_quiescent(
+    target: Target,
+    ranges: Sequence[tuple[Addr, Addr]],
+    code_ranges: Sequence[tuple[Addr, Addr]],
+) -> tuple[str, ...]:
     """Unmap address ranges that no text leads to, each as a whole.
+
+    Args:
+        target: The process.
+        ranges: Arenas.
+        code_ranges: The parts of them that hold blocks.
 
     Returns:
         A sentence for what had to be left, or nothing.
@@ -151,9 +164,13 @@ def unmap_when_quiescent(target: Target, ranges: Sequence[tuple[Addr, Addr]]) ->
             time.sleep(TRY_EVERY_S)
         else:
             names = ", ".join(str(tid) for tid in holders)
-            return (f"{name}: threads {names} may still return into it",)
-        if _find_switched_away(target, ranges, tuple(stacks)):
-            return (f"{name}: a saved context may still return into it",)
+            return (f"{name}: threads {names} may return into it, or hold an address in it",)
+        for _ in range(MAX_SEARCHES):
+            if not _find_switched_away(target, code_ranges, tuple(stacks)):
+                break
+            time.sleep(TRY_EVERY_S)
+        else:
+            return (f"{name}: memory of the program holds an address in it, perhaps a saved PC",)
         with target.stop(wake_one=True) as stop:
             for first, last in ranges:
                 unmap_range(stop, first, last)

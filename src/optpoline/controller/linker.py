@@ -66,6 +66,11 @@ class Linker:
 
     def _poke(self, pokes: Sequence[tuple[Move, Poke]]) -> int:
         """Stop, poke, note what became of each; return how many did not move."""
+        self._target.read_maps()
+        for move, _ in pokes:
+            if not self._target.has_site(move.record):
+                move.record.forget_links()
+        pokes = [(move, poke) for move, poke in pokes if self._target.has_site(move.record)]
         by_entry = {poke.entry.addr: move for move, poke in pokes}
         crossing = [poke for _, poke in pokes if crosses_line(poke.entry)]
         easy = [poke for _, poke in pokes if not crosses_line(poke.entry)]
@@ -86,6 +91,8 @@ class Linker:
             move.record.home = move.block
         for poke in crossing if len(batch) == len(easy) else ():
             self._lead_on(by_entry[poke.entry.addr])
+        for poke in result.reloaded:
+            by_entry[poke.entry.addr].record.forget_links()
         for poke in result.foreign:
             record = by_entry[poke.entry.addr].record
             record.state = SiteState.REFUSED

@@ -33,6 +33,8 @@ class SiteRecord:
     arena: Arena
     state: SiteState
     entry: JournalEntry
+    inode: int
+    """Of the file that the site is in: another one may be mapped there by now."""
     disp: bytes
     """The displacement that the text holds now, as we wrote or found it."""
     refusal: Refusal | None = None
@@ -86,6 +88,14 @@ class SiteRecord:
                 redirect(block, self.thunk_addr)
         self.active = self.counting = self.counts_before = None
         self.plan = self.profile = None
+
+    def forget_links(self) -> None:
+        """Start anew: the site's text is its baseline again, without our doing."""
+        self.state = SiteState.BASELINE
+        self.disp = self.entry.disp
+        self.home = self.active = self.counting = self.counts_before = None
+        self.plan = self.profile = self.counts = self.sampled = None
+        self.n_parts = 0
 
     @property
     def known(self) -> SiteCounts | None:

@@ -17,7 +17,7 @@ from optpoline.controller.letting_go import unmap_when_quiescent
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.controller.target import Target
-from optpoline.errors import PermissionDenied, ProcessGone, TargetFault
+from optpoline.errors import ControllerActive, PermissionDenied, ProcessGone, TargetFault
 from optpoline.model import Addr, Mapping
 from optpoline.patch.layout import (
     ARENA_PATH,
@@ -182,6 +182,27 @@ def read_status(pid: int) -> LeftBehind | None:
     )
 
 
+def _check_nobody_works(pid: int, arenas: Sequence[_LeftArena]) -> None:
+    """Refuse to undo the work of a controller that still runs.
+
+    The lock does not tell where it was taken in another network namespace. A forked
+    child's arenas name its parent as their target: those may be undone.
+
+    Raises:
+        ControllerActive: if one does.
+    """
+    for arena in arenas:
+        header = arena.header
+        if header is None or header.target_pid != pid or header.controller_pid == os.getpid():
+            continue
+        if _is_alive(header):
+            raise ControllerActive(
+                f"another optpoline controller, process {header.controller_pid}, works on "
+                f"process {pid}",
+                hint=f"end that one first (kill -INT {header.controller_pid})",
+            )
+
+
 def _is_alive(header: ArenaHeader) -> bool:
     """Tell whether the controller that made an arena still runs."""
     try:
@@ -216,8 +237,9 @@ def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
     """
     target = Target(pid, stop_timeout_s=stop_timeout_s)
     try:
-        _close_files(target)
         arenas = _find_arenas(target.memory, target.maps)
+        _check_nobody_works(pid, arenas)
+        _close_files(target)
         if not arenas:
             return DetachResult(
                 outcome=DetachOutcome.CLEAN, restored=0, foreign=(), notes=("nothing was left",)
@@ -262,7 +284,13 @@ def _restore(target: Target, arenas: Sequence[_LeftArena]) -> DetachResult:
         return DetachResult(
             outcome=DetachOutcome.FOREIGN_BYTES, restored=restored, foreign=hidden, notes=(note,)
         )
-    notes = unmap_when_quiescent(target, [(arena.start, arena.end) for arena in arenas])
+    ranges = [(arena.start, arena.end) for arena in arenas]
+    code_ranges = [
+        (Addr(arena.start + arena.header.code_off), Addr(arena.start + arena.header.literal_off))
+        for arena in arenas
+        if arena.header is not None
+    ]
+    notes = unmap_when_quiescent(target, ranges, code_ranges)
     return DetachResult(
         outcome=DetachOutcome.ARENA_LEFT if notes else DetachOutcome.CLEAN,
         restored=restored,

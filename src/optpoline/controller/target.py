@@ -92,6 +92,7 @@ class Target:
         self._maps: tuple[Mapping, ...] = ()
         self._code_starts: list[int] = []
         self._code_ends: list[int] = []
+        self._code_inodes: list[int] = []
         self.read_maps()
 
     def close(self) -> None:
@@ -111,6 +112,7 @@ class Target:
         code = [m for m in self._maps if m.is_executable and not _is_arena(m)]
         self._code_starts = [int(m.start) for m in code]
         self._code_ends = [int(m.end) for m in code]
+        self._code_inodes = [m.inode for m in code]
         return self._maps
 
     @property
@@ -122,6 +124,15 @@ class Target:
         """Tell whether instructions can be fetched from an address (arenas left out)."""
         at = bisect.bisect_right(self._code_starts, addr) - 1
         return at >= 0 and addr < self._code_ends[at]
+
+    def has_site(self, record: SiteRecord) -> bool:
+        """Tell whether the file that a site was found in is still mapped there.
+
+        As of the last ``read_maps``; what an unloaded module's text held is gone with it.
+        """
+        addr = record.site.addr
+        at = bisect.bisect_right(self._code_starts, addr) - 1
+        return at >= 0 and addr < self._code_ends[at] and self._code_inodes[at] == record.inode
 
     def has_arena(self) -> bool:
         """Tell whether all our arenas are still mapped; an exec unmaps them."""
@@ -203,13 +214,19 @@ class Target:
         if not sites:
             return []
         arena = self.arena_for(loaded, len(sites))
-        return [self._record(site, arena) for site in sites]
+        inode = loaded.module.mappings[0].inode
+        return [self._record(site, arena, inode) for site in sites]
 
-    def _record(self, site: Site, arena: Arena) -> SiteRecord:
+    def _record(self, site: Site, arena: Arena, inode: int) -> SiteRecord:
         """Return a fresh record of one site."""
         entry = JournalEntry(addr=site.addr, code=site.code, disp_off=site.disp_addr - site.addr)
         return SiteRecord(
-            site=site, arena=arena, state=SiteState.BASELINE, entry=entry, disp=site.disp
+            site=site,
+            arena=arena,
+            state=SiteState.BASELINE,
+            entry=entry,
+            inode=inode,
+            disp=site.disp,
         )
 
     def may_guard(self, record: SiteRecord, target: Addr) -> bool:

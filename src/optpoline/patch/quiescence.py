@@ -26,7 +26,6 @@ import numpy as np
 from optpoline.errors import TargetFault
 from optpoline.model import Addr, Mapping
 from optpoline.x86.signal_frame import (
-    FRAME_PC_WORDS,
     FRAME_SEGMENTS,
     FRAME_SEGMENTS_MASK,
     FRAME_SP_WORDS,
@@ -42,7 +41,6 @@ MAX_STACK_SCAN_SIZE = 64 << 20
 
 _CHUNK_SIZE = 4 << 20
 _PAGE_SIZE = 4096
-_WORD_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,10 +136,10 @@ def find_words(
     end: Addr,
     max_size: int,
 ) -> int | None:
-    """Search writable memory for saved contexts with a PC in a range.
+    """Search writable memory for saved PCs in a range: any aligned word counts.
 
-    Only words that stand where a signal frame or a ``ucontext_t`` has its PC
-    count (segment registers beside them), so that stale data does not.
+    A program that switches stacks may keep a PC anywhere, and bare: a preempting
+    handler pushes it on its coroutine's stack and no thread's stack leads there.
 
     Args:
         read: Reads the target's memory.
@@ -160,9 +158,9 @@ def find_words(
     found = 0
     for first, last in ranges:
         for chunk in range(first, last, _CHUNK_SIZE):
-            # A frame may lie across two chunks: its segments are read with its PC.
-            size = min(_CHUNK_SIZE + _WORD_SIZE * FRAME_PC_WORDS, last - chunk)
-            found += _count_frames(_read_mapped(read, chunk, size), start, end, _CHUNK_SIZE)
+            data = _read_mapped(read, chunk, min(_CHUNK_SIZE, last - chunk))
+            words = np.frombuffer(data, dtype="<u8")
+            found += int(np.count_nonzero((words >= start) & (words < end)))
     return found
 
 
@@ -180,12 +178,3 @@ def _read_mapped(read: ReadMemory, addr: int, size: int) -> bytes:
             return bytes(size)
     pages = range(addr, addr + size, _PAGE_SIZE)
     return b"".join(_read_mapped(read, p, min(_PAGE_SIZE, addr + size - p)) for p in pages)
-
-
-def _count_frames(data: bytes, start: Addr, end: Addr, size: int) -> int:
-    """Count PCs in a range among the first ``size`` bytes, with segments beside them."""
-    words = np.frombuffer(data, dtype="<u8")
-    pcs, segments = words[:-FRAME_PC_WORDS], words[FRAME_PC_WORDS:]
-    hits = (pcs >= start) & (pcs < end)
-    hits &= (segments & np.uint64(FRAME_SEGMENTS_MASK)) == np.uint64(FRAME_SEGMENTS)
-    return int(np.count_nonzero(hits[: size // _WORD_SIZE]))

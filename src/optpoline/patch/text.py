@@ -78,10 +78,13 @@ class PokeResult:
     Attributes:
         done: Pokes written (or found written already).
         foreign: Pokes whose site held other bytes; left as they are.
+        reloaded: Pokes whose site held its baseline though it should not: its module
+            was unloaded and loaded again. Left as they are.
     """
 
     done: tuple[Poke, ...]
     foreign: tuple[Poke, ...]
+    reloaded: tuple[Poke, ...] = ()
 
 
 def crosses_line(entry: JournalEntry) -> bool:
@@ -160,12 +163,13 @@ def poke_batch(text: Text, pokes: Sequence[Poke]) -> PokeResult:
     found = read_entries(text, entries)
     done: list[Poke] = []
     foreign: list[Poke] = []
+    reloaded: list[Poke] = []
     for poke in pokes:
         now = found[poke.entry.addr]
         if now == _with_disp(poke.entry, poke.new):
             done.append(poke)
         elif now != _with_disp(poke.entry, poke.expected):
-            foreign.append(poke)
+            (reloaded if now == poke.entry.code else foreign).append(poke)
         else:
             # Step 3: one write, inside one page.
             text.write(poke.entry.disp_addr, poke.new)
@@ -176,7 +180,7 @@ def poke_batch(text: Text, pokes: Sequence[Poke]) -> PokeResult:
         wanted = _with_disp(poke.entry, poke.new)
         if found[poke.entry.addr] != wanted:
             raise SiteChanged(poke.entry.addr, wanted, found[poke.entry.addr])
-    return PokeResult(done=tuple(done), foreign=tuple(foreign))
+    return PokeResult(done=tuple(done), foreign=tuple(foreign), reloaded=tuple(reloaded))
 
 
 def _with_disp(entry: JournalEntry, disp: bytes) -> bytes:

@@ -124,12 +124,23 @@ def test_breakpoint_set_after_the_poke_is_left_at_the_restore() -> None:
     assert text.data[0x20:0x25] == b"\xcc" + NEW
 
 
-def test_unexpected_displacement_of_our_own_is_foreign_too() -> None:
+def test_baseline_where_our_branch_should_be_is_a_reloaded_module() -> None:
     text = FakeText()
     entry = text.place(0x20)
     result = poke_batch(text, [poke(entry, expected=b"\1\2\3\4")])
-    assert len(result.foreign) == 1
+    assert len(result.reloaded) == 1
+    assert result.foreign == result.done == ()
     assert text.writes == []
+
+
+def test_unexpected_displacement_of_our_own_is_foreign_too() -> None:
+    text = FakeText()
+    entry = text.place(0x20)
+    poke_batch(text, [poke(entry)])
+    n_writes = len(text.writes)
+    result = poke_batch(text, [poke(entry, new=b"\5\6\7\0", expected=b"\1\2\3\4")])
+    assert len(result.foreign) == 1
+    assert len(text.writes) == n_writes
 
 
 def test_unmapped_module_is_left() -> None:
