@@ -198,7 +198,7 @@ def test_asleep_only_when_letting_go(start_target: StartTarget) -> None:
     changed = before.changed_bytes(target.pid).keys()
     assert changed <= {a for site in sites for a in range(site.disp_addr, site.disp_addr + 4)}
     assert changed
-    assert optpoline.restore(target.pid).outcome is DetachOutcome.ARENA_LEFT
+    assert optpoline.restore(target.pid).outcome is DetachOutcome.INCOMPLETE
     target.ask("wake")
     assert optpoline.restore(target.pid).outcome is DetachOutcome.CLEAN
     before.check(target.pid)

@@ -130,7 +130,8 @@ class Arena:
         return free_entries >= n_sites and self.free_code_size >= n_sites * CODE_PER_SITE_SIZE // 2
 
     def close(self) -> None:
-        """Unmap our view; the program's stays."""
+        """Unmap our view; the program's stays, and says that nobody works on it."""
+        self.store_u64(Addr(self.addr + ArenaHeader.CONTROLLER_START_OFF), 0)
         self._words.release()
         self._view.release()
         self._memory.close()

@@ -58,7 +58,8 @@ class ArenaHeader:
         literal_off: Offset of the literals.
         counter_off: Offset of the counters.
         controller_pid: Who made it.
-        controller_start: Start time of that process, clock ticks since boot.
+        controller_start: Start time of that process, clock ticks since boot; 0 once
+            it has let go of what it left here. The u64 at ``CONTROLLER_START_OFF``.
         target_pid: For whom it was made; a forked child finds its parent's pid.
         n_entries: Journal entries that are complete; the u64 at ``N_ENTRIES_OFF``.
         version: Format version.
@@ -74,6 +75,7 @@ class ArenaHeader:
     n_entries: int
     version: int = VERSION
 
+    CONTROLLER_START_OFF = 8 + 8 + 5 * 8
     N_ENTRIES_OFF = 8 + 8 + 7 * 8
 
     def pack(self) -> bytes:
