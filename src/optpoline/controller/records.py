@@ -68,6 +68,8 @@ class SiteRecord:
     """Misses a second of the promoted block when it was last judged fit."""
     changed_s: float = 0.0
     n_relearned: int = 0
+    far_targets: set[Addr] = field(default_factory=set)
+    """Targets that no direct branch from the arena reaches; they stay on the thunk."""
     unsafe_targets: set[Addr] = field(default_factory=set)
     """Targets that were found to read flags; a site that has one is refused."""
 

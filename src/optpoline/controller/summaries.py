@@ -176,7 +176,18 @@ def summarise(
         stop_ms_total=target.stops.total_ns / 1e6,
         learning_s=learning_s,
         relearned=sum(record.n_relearned for record in records),
-        notes=notes + scan_notes(list(target.modules.values())),
+        notes=notes + scan_notes(list(target.modules.values())) + _far_notes(records),
+    )
+
+
+def _far_notes(records: Sequence[SiteRecord]) -> tuple[str, ...]:
+    """Return a sentence on sites whose targets are out of reach of a direct branch."""
+    n_far = sum(1 for r in records if r.far_targets and r.state is SiteState.BASELINE)
+    if not n_far:
+        return ()
+    return (
+        f"{n_far} of the unpromoted sites go to targets more than 2 GiB away (another module), "
+        "which no direct branch reaches",
     )
 
 

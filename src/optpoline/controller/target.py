@@ -239,6 +239,7 @@ class Target:
             return False
         far = max(abs(target - record.arena.addr), abs(target - record.arena.end))
         if not is_within_reach(0, far):
+            record.far_targets.add(target)
             return False
         if record.site.kind is SiteKind.CALL or self._is_flags_dead(target):
             return True
