@@ -62,7 +62,6 @@ class Refusal(Enum):
     FLAGS_UNKNOWN = "the function around it is not known, so flags may be live"
     FOREIGN_BYTES = "another patcher's bytes are in it"
     UNKNOWN_OPERAND = "its thunk does not take the target in a register"
-    OUT_OF_REACH = "no arena within reach of a direct branch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,7 +58,6 @@ class Sampler:
         self._may_guard = may_guard
         self._spares: dict[int, Block] = {}
         self._last_poll_s = time.monotonic()
-        self.n_sampled_s = 0.0
 
     def schedule(self, records: Iterable[SiteRecord], now_s: float) -> None:
         """Put newly promoted sites on the schedule."""
@@ -94,7 +93,6 @@ class Sampler:
         Returns:
             (sites promoted anew, sites demoted).
         """
-        begin_s = time.monotonic()
         for record in due:
             self._begin(record)
         counting = [record for record in due if record.counting is not None]
@@ -115,7 +113,6 @@ class Sampler:
                 again, demoted = self._decide(record, end_s)
                 n_again += again
                 n_demoted += demoted
-        self.n_sampled_s += end_s - begin_s
         return n_again, n_demoted
 
     def _begin(self, record: SiteRecord) -> None:

@@ -51,7 +51,7 @@ from optpoline.errors import (
     TargetFault,
     UnsupportedTarget,
 )
-from optpoline.model import Module, Refusal, Site
+from optpoline.model import Module, Site
 from optpoline.process.permissions import check_attachable
 
 __all__ = ["Session", "attach"]
@@ -112,7 +112,6 @@ class Session:
         self._sampler: Sampler | None = None
         self._rediscovery: Rediscovery | None = None
         self._pidfd = -1
-        self._window_start_s = 0.0
         self._last_summary: Summary | None = None
         self._next_maps_s = 0.0
 
@@ -484,12 +483,6 @@ class Session:
         """Detach, restoring everything, unless that was done."""
         if self._target is not None:
             self.detach()
-
-    def refused(self) -> dict[Refusal, int]:
-        """Return how many sites were refused for each reason."""
-        reasons = [s.refusal for s in self.sites if s.refusal is not None]
-        reasons += [r.refusal for r in self.records if r.refusal is not None]
-        return {reason: reasons.count(reason) for reason in set(reasons)}
 
 
 def _state_after(outcome: DetachOutcome) -> SessionState:

@@ -120,32 +120,40 @@ def _read_arena(memory: RemoteMemory, span: Sequence[Mapping]) -> _LeftArena:
     )
 
 
-def _classify(memory: RemoteMemory, arena: _LeftArena) -> dict[JournalEntry, str]:
-    """Return "patched", "baseline" or "foreign" for each journalled site."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FoundSite:
+    """A journalled site as it is now.
+
+    Attributes:
+        entry: Its entry.
+        code: The bytes there; fewer where its module is gone.
+        state: "patched", "baseline" or "foreign".
+    """
+
+    entry: JournalEntry
+    code: bytes
+    state: str
+
+
+def _find_sites(memory: RemoteMemory, arena: _LeftArena) -> list[_FoundSite]:
+    """Look at each journalled site of an arena."""
     found = read_entries(memory, arena.entries)
-    states: dict[JournalEntry, str] = {}
+    sites: list[_FoundSite] = []
     for entry in arena.entries:
-        now = found[entry.addr]
-        if now == entry.code:
-            states[entry] = "baseline"
-        elif leads_into(entry, now, arena.start, arena.end) and is_same_but_disp(entry, now):
-            states[entry] = "patched"
+        code = found[entry.addr]
+        if code == entry.code:
+            state = "baseline"
+        elif leads_into(entry, code, arena.start, arena.end) and is_same_but_disp(entry, code):
+            state = "patched"
         else:
-            states[entry] = "foreign"
-    return states
+            state = "foreign"
+        sites.append(_FoundSite(entry=entry, code=code, state=state))
+    return sites
 
 
-def _hidden_sites(memory: RemoteMemory, arenas: Sequence[_LeftArena]) -> tuple[int, ...]:
-    """Return sites with foreign bytes that would lead into an arena without them."""
-    hidden: list[int] = []
-    for arena in arenas:
-        found = read_entries(memory, arena.entries)
-        for entry, state in _classify(memory, arena).items():
-            now = found[entry.addr]
-            is_whole = len(now) == len(entry.code)
-            if state == "foreign" and is_whole and leads_into(entry, now, arena.start, arena.end):
-                hidden.append(int(entry.addr))
-    return tuple(hidden)
+def _is_hidden(site: _FoundSite, arena: _LeftArena) -> bool:
+    """Tell whether a site with foreign bytes would lead into the arena without them."""
+    return site.state == "foreign" and leads_into(site.entry, site.code, arena.start, arena.end)
 
 
 def read_status(pid: int) -> LeftBehind | None:
@@ -167,7 +175,7 @@ def read_status(pid: int) -> LeftBehind | None:
             return None
         sites: list[tuple[int, str]] = []
         for arena in arenas:
-            sites += [(int(e.addr), state) for e, state in _classify(memory, arena).items()]
+            sites += [(int(s.entry.addr), s.state) for s in _find_sites(memory, arena)]
     states = [state for _, state in sites]
     headers = [arena.header for arena in arenas if arena.header is not None]
     return LeftBehind(
@@ -255,14 +263,16 @@ def _restore(target: Target, arenas: Sequence[_LeftArena]) -> DetachResult:
     if unreadable:
         note = f"the arena at {unreadable[0].start:#x} was made by another version of optpoline"
         return DetachResult(outcome=DetachOutcome.INCOMPLETE, restored=0, foreign=(), notes=(note,))
-    found = read_entries(target.memory, [e for arena in arenas for e in arena.entries])
     pokes: list[Poke] = []
+    hidden: list[int] = []
     for arena in arenas:
-        for entry, state in _classify(target.memory, arena).items():
-            if state == "patched":
-                now = found[entry.addr][entry.disp_off : entry.disp_off + 4]
+        for site in _find_sites(target.memory, arena):
+            entry = site.entry
+            if site.state == "patched":
+                now = site.code[entry.disp_off : entry.disp_off + 4]
                 pokes.append(Poke(entry=entry, expected=now, new=entry.disp))
-    hidden = _hidden_sites(target.memory, arenas)
+            elif _is_hidden(site, arena):
+                hidden.append(int(entry.addr))
     restored = 0
     if pokes:
         crossing = [poke for poke in pokes if crosses_line(poke.entry)]
@@ -282,7 +292,10 @@ def _restore(target: Target, arenas: Sequence[_LeftArena]) -> DetachResult:
     if hidden:
         note = "another patcher's bytes lie over sites that lead into an arena; it stays mapped"
         return DetachResult(
-            outcome=DetachOutcome.FOREIGN_BYTES, restored=restored, foreign=hidden, notes=(note,)
+            outcome=DetachOutcome.FOREIGN_BYTES,
+            restored=restored,
+            foreign=tuple(hidden),
+            notes=(note,),
         )
     ranges = [(arena.start, arena.end) for arena in arenas]
     code_ranges = [

@@ -28,7 +28,6 @@ from optpoline.x86.registers import REGISTERS_SIZE, Registers, decode_registers
 __all__ = ["PTRACE_EVENT_STOP", "SYSCALL_STOP", "StopCode", "Tracer", "reap_thread"]
 
 # include/uapi/linux/ptrace.h
-_PTRACE_POKETEXT = 4
 _PTRACE_CONT = 7
 _PTRACE_DETACH = 17
 _PTRACE_SYSCALL = 24
@@ -212,10 +211,6 @@ class Tracer:
         except OptpolineError:
             return 0  # before Linux 5.13, or built without rseq
         return int(config.rseq_abi_pointer)
-
-    def poke_text(self, tid: int, addr: int, word: bytes) -> None:
-        """Write 8 bytes through a stopped thread, through page protection."""
-        self._request(_PTRACE_POKETEXT, tid, addr, int.from_bytes(word, "little"))
 
     def poll(self, tid: int) -> StopCode | None:
         """Return why a tracee has stopped, or None while it has not.

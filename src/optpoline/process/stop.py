@@ -147,17 +147,6 @@ class Stop:
         may_wake = self._wake is not Wake.NONE
         return self._thread.call(lambda _: self._stopper.inject(code, may_wake, nr, args))
 
-    def poke_text(self, addr: int, data: bytes) -> None:
-        """Write program text as the tracer.
-
-        For kernels that let only a tracer write protected memory
-        (proc_mem.force_override=ptrace); elsewhere ``RemoteMemory.write`` does.
-
-        Raises:
-            TargetFault: if it cannot be written.
-        """
-        self._thread.call(lambda _: self._stopper.poke_text(addr, data))
-
     def _begin(self) -> None:
         """Stop the threads."""
         self._thread.call(lambda _: self._stopper.stop())

@@ -154,26 +154,6 @@ class Stopper:
         """The thread that runs injected calls, None before the first."""
         return self._injection.tid if self._injection is not None else None
 
-    def poke_text(self, addr: int, data: bytes) -> None:
-        """Write text through a stopped thread, where /proc/PID/mem does not allow it.
-
-        Raises:
-            TargetFault: if it cannot be written, or no thread is stopped.
-        """
-        try:
-            self.memory.write(addr, data)
-            return
-        except TargetFault:
-            tid = next((t.tid for t in self.tracees.values() if t.pid == self.pid), None)
-            if tid is None:
-                raise
-        start = addr & -8
-        end = (addr + len(data) + 7) & -8
-        words = bytearray(self.memory.read(start, end - start))
-        words[addr - start : addr - start + len(data)] = data
-        for off in range(0, len(words), 8):
-            self.tracer.poke_text(tid, start + off, bytes(words[off : off + 8]))
-
     def release(self) -> int:
         """Let every thread go on; return when, as time.monotonic_ns().
 
