@@ -288,6 +288,9 @@ class BlockPlan:
         hit_count_addrs: (target, counter cell) for each target to be counted.
         miss_count_addr: Counter cell of misses that found no slot, or None.
         open_slots: Claimable slots, tried in order on a miss of the tree.
+        base: Subtracted from the operand first, and added again before the thunk, so that
+            what is compared with fits immediates; None to leave the operand alone. Only
+            where the operand is dead at every target of the tree.
     """
 
     operand: str
@@ -296,3 +299,4 @@ class BlockPlan:
     hit_count_addrs: tuple[tuple[Addr, Addr], ...] = ()
     miss_count_addr: Addr | None = None
     open_slots: tuple[OpenSlot, ...] = ()
+    base: Addr | None = None

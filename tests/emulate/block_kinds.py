@@ -8,11 +8,11 @@ operand. Golden bytes and the emulator use the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from optpoline.learn.counting import plan_counting
 from optpoline.model import Addr, BlockPlan, Guard, Miss, Split, TreeNode, tree_targets
-from optpoline.x86.blocks import encode_block
+from optpoline.x86.blocks import encode_block, fits_immediate
 
 __all__ = [
     "KINDS",
@@ -216,6 +216,13 @@ def _partly_counted(layout: Layout, operand: str) -> BlockPlan:
     )
 
 
+def _based(plan: BlockPlan) -> BlockPlan:
+    """Return a plan that compares relative to its first target, where that fits immediates."""
+    targets = tuple(tree_targets(plan.tree))
+    base = min(targets)
+    return replace(plan, base=base if fits_immediate(max(targets) - base) else None)
+
+
 KINDS: dict[str, Callable[[Layout, str], BlockPlan]] = {
     "empty": lambda a, r: _plain(Miss(), a, r),
     "empty-counted": lambda a, r: _plain(Miss(), a, r, misses=True),
@@ -227,6 +234,10 @@ KINDS: dict[str, Callable[[Layout, str], BlockPlan]] = {
     "leafy": lambda a, r: _plain(leafy(a.targets), a, r, misses=True),
     "split-misses": lambda a, r: _plain(Split(a.targets[4], Miss(), Miss()), a, r),
     "mixed": lambda a, r: _plain(_mixed(a), a, r, misses=True),
+    "based-tree": lambda a, r: _based(_plain(balanced(a.targets), a, r, misses=True)),
+    "based-leafy": lambda a, r: _based(_plain(leafy(a.targets), a, r)),
+    "based-mixed": lambda a, r: _based(_plain(_mixed(a), a, r, misses=True)),
+    "based-counted": lambda a, r: _based(_counting(balanced(a.targets), a, r, 3)),
     "tree-turned": lambda a, r: _plain(turned(balanced(a.targets)), a, r, misses=True),
     "leafy-turned": lambda a, r: _plain(turned(leafy(a.targets)), a, r, misses=True),
     "leafy-mixed": lambda a, r: _plain(turned(leafy(a.targets), every=2), a, r),

@@ -108,7 +108,9 @@ def _capstone(code: bytes, addr: int) -> list[Insn]:
     return found
 
 
-_MNEMONICS = {"cmpl": "cmp", "cmpq": "cmp", "incq": "inc", "movq": "mov"}
+_MNEMONICS = {
+    f"{name}{size}": name for name in ("cmp", "inc", "mov", "sub", "add") for size in "lq"
+}
 
 
 def disassemble(code: bytes, addr: int) -> list[Insn]:

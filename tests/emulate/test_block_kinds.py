@@ -68,6 +68,16 @@ def random_counters(plan: BlockPlan, layout: Layout, rng: random.Random) -> byte
     return pack_cells(cells)
 
 
+def expected_registers(plan: BlockPlan, pc: int, state: State) -> tuple[int, ...]:
+    """Return what a block leaves: all as it was, but an operand that is dead where it goes."""
+    if plan.base is None or pc == plan.thunk_addr:
+        return state.registers
+    registers = list(state.registers)
+    number = REGISTER_NUMBERS[plan.operand]
+    registers[number] = (registers[number] - plan.base) & U64_MAX
+    return tuple(registers)
+
+
 def check_run(machine: Machine, plan: BlockPlan, layout: Layout, state: State) -> None:
     """Run a block once and compare all there is with the model."""
     operand = state.registers[REGISTER_NUMBERS[plan.operand]]
@@ -76,7 +86,7 @@ def check_run(machine: Machine, plan: BlockPlan, layout: Layout, state: State) -
     after = machine.run(state)
     assert after.pc == expected_pc, f"operand {operand:#x}"
     assert after.pc in (operand, plan.thunk_addr)
-    assert after.registers == state.registers
+    assert after.registers == expected_registers(plan, after.pc, state)
     assert after.vectors == state.vectors
     assert after.flags & ~ARITHMETIC_FLAGS == state.flags & ~ARITHMETIC_FLAGS
     assert after.stack == state.stack

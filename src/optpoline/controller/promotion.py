@@ -22,6 +22,7 @@ from optpoline.model import BlockPlan
 from optpoline.patch.blocks import Block, add_block, redirect
 from optpoline.promote.policy import Action, Policy
 from optpoline.promote.tree import PlannedTree
+from optpoline.x86.blocks import choose_base
 
 __all__ = ["demote", "fit_counts", "promote_again", "promote_first"]
 
@@ -37,6 +38,7 @@ def fit_counts(record: SiteRecord, counts: SiteCounts, may_guard: TargetFilter) 
 
 def add_promoted_block(record: SiteRecord, plan: PlannedTree) -> Block | None:
     """Write a site's promoted block; None if the arena has no room for it."""
+    is_operand_dead = record.operand_targets.isdisjoint(plan.targets)
     try:
         return add_block(
             record.arena,
@@ -45,6 +47,7 @@ def add_promoted_block(record: SiteRecord, plan: PlannedTree) -> Block | None:
                 tree=plan.tree,
                 thunk_addr=record.thunk_addr,
                 miss_count_addr=record.arena.add_counters(1),
+                base=choose_base(plan.targets) if is_operand_dead else None,
             ),
         )
     except (ArenaError, EncodeRangeError):

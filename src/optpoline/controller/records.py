@@ -70,6 +70,8 @@ class SiteRecord:
     n_relearned: int = 0
     far_targets: set[Addr] = field(default_factory=set)
     """Targets that no direct branch from the arena reaches; they stay on the thunk."""
+    operand_targets: set[Addr] = field(default_factory=set)
+    """Targets at which the register that led there may still be needed."""
     unsafe_targets: set[Addr] = field(default_factory=set)
     """Targets that were found to read flags; a site that has one is refused."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from optpoline.controller.arenas import map_arena
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
-from optpoline.discover import ModuleImage, SiteScan, find_sites, flags_dead_at
+from optpoline.discover import ModuleImage, SiteScan, find_sites, flags_dead_at, operand_dead_at
 from optpoline.errors import ArenaError, OptpolineError, ProcessGone
 from optpoline.model import Addr, Mapping, Module, Refusal, Site, SiteKind
 from optpoline.patch.arena import Arena, ArenaGeometry
@@ -89,6 +89,7 @@ class Target:
         self._stop_timeout_ns = int(stop_timeout_s * 1e9)
         self._injection_code: InjectionCode | None = None
         self._flags_dead: dict[int, bool] = {}
+        self._operand_dead: dict[tuple[int, str], bool] = {}
         self._maps: tuple[Mapping, ...] = ()
         self._code_starts: list[int] = []
         self._code_ends: list[int] = []
@@ -175,6 +176,7 @@ class Target:
             added.append(loaded)
         if added or gone:
             self._flags_dead.clear()
+            self._operand_dead.clear()
         return added, gone
 
     def _load(self, module: Module) -> LoadedModule:
@@ -233,7 +235,8 @@ class Target:
         """Tell whether a site's block may branch to a target directly.
 
         Notes a target that reads the flags in ``record.unsafe_targets`` and
-        refuses the site: its block would destroy them.
+        refuses the site: its block would destroy them; one that may read the operand
+        in ``record.operand_targets``.
         """
         if not self.is_code(target):
             return False
@@ -241,6 +244,8 @@ class Target:
         if not is_within_reach(0, far):
             record.far_targets.add(target)
             return False
+        if not self._is_operand_dead(target, record.site.thunk.operand):
+            record.operand_targets.add(target)
         if record.site.kind is SiteKind.CALL or self._is_flags_dead(target):
             return True
         record.unsafe_targets.add(target)
@@ -254,6 +259,15 @@ class Target:
             image = self.image_at(target)
             known = image is not None and flags_dead_at(image, target)
             self._flags_dead[target] = known
+        return known
+
+    def _is_operand_dead(self, target: Addr, register: str) -> bool:
+        """Tell whether a register is dead at a target; each is decoded once."""
+        known = self._operand_dead.get((target, register))
+        if known is None:
+            image = self.image_at(target)
+            known = image is not None and operand_dead_at(image, target, register)
+            self._operand_dead[target, register] = known
         return known
 
     # --- arenas and stops

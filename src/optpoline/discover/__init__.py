@@ -3,6 +3,7 @@
 
 from optpoline.discover.flags import flags_dead_at
 from optpoline.discover.image import ModuleImage
+from optpoline.discover.operand import operand_dead_at
 from optpoline.discover.sites import SiteScan, count_plain_indirect, find_sites
 from optpoline.discover.symbols import SymbolTable
 
@@ -13,4 +14,5 @@ __all__ = [
     "count_plain_indirect",
     "find_sites",
     "flags_dead_at",
+    "operand_dead_at",
 ]

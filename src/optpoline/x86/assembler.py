@@ -164,6 +164,16 @@ class Assembler:
         # cmp disp32(%rip), %reg   REX.W+R 3b /r
         self._rip_relative(register, 0x3B, data_addr)
 
+    def sub_mem(self, register: str, data_addr: int) -> None:
+        """Subtract the u64 at ``data_addr`` from a register."""
+        # sub disp32(%rip), %reg   REX.W+R 2b /r
+        self._rip_relative(register, 0x2B, data_addr)
+
+    def add_mem(self, register: str, data_addr: int) -> None:
+        """Add the u64 at ``data_addr`` to a register."""
+        # add disp32(%rip), %reg   REX.W+R 03 /r
+        self._rip_relative(register, 0x03, data_addr)
+
     def cmp_mem_zero(self, data_addr: int) -> None:
         """Compare the u64 at ``data_addr`` with 0."""
         # cmpq $0, disp32(%rip)    REX.W 83 /7 ib

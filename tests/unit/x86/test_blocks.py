@@ -34,7 +34,7 @@ from tests.emulate.block_kinds import (
     LiteralTable,
     encode_image,
 )
-from tests.emulate.disassemble import disassemble
+from tests.emulate.disassemble import Insn, disassemble
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "blocks"
 UPDATE = "OPTPOLINE_UPDATE_GOLDEN" in os.environ
@@ -133,8 +133,11 @@ def check_rules(plan: BlockPlan, layout: Layout) -> None:
     literals = set(image.literals.values.values())
 
     assert {insn.mnemonic for insn in insns} <= {
-        *("cmpl", "cmpq", "movq", "incq", "je", "jne", "jb", "ja", "jae", "jmp", "int3")
+        *("cmpl", "cmpq", "movq", "incq", "je", "jne", "jb", "ja", "jae", "jmp", "int3"),
+        *(("subq", "addq") if plan.base is not None else ()),
     }
+    if plan.base is not None:
+        check_base(insns, image)
     for insn, following in pairwise(insns):
         if insn.mnemonic == "jmp":
             assert following.mnemonic == "int3"
@@ -155,7 +158,7 @@ def check_rules(plan: BlockPlan, layout: Layout) -> None:
     assert insns[-1].mnemonic == "int3"
     for insn in insns:
         assert not insn.is_indirect
-        assert insn.writes == ()
+        assert insn.writes == () or insn.mnemonic in ("subq", "addq")
         if insn.branch_addr is not None:
             off = insn.branch_addr - layout.block_addr
             assert insn.branch_addr in targets | {plan.thunk_addr} or off in starts
@@ -170,10 +173,36 @@ def check_rules(plan: BlockPlan, layout: Layout) -> None:
                 assert insn.memory_addr is None or insn.memory_addr in literals | slots
     guarded = {insn.branch_addr for insn in insns} & targets
     assert guarded == targets
-    assert tuple(image.literals.values) == tuple(
-        dict.fromkeys(value for value in image.literals.values if not fits_immediate(value))
+    needed = needed_literals(plan.tree) if plan.base is None else {plan.base}
+    assert set(image.literals.values) == needed
+
+
+def check_base(insns: list[Insn], image: Image) -> None:
+    """Check that the operand is changed first, and put right on the one way to the thunk."""
+    plan = image.plan
+    assert plan.base is not None
+    assert [insn.mnemonic for insn in insns].count("subq") == 1
+    assert insns[0].mnemonic == "subq"
+    (again,) = [i for i, insn in enumerate(insns) if insn.mnemonic == "addq"]
+    for insn in (insns[0], insns[again]):
+        assert insn.writes == (plan.operand,)
+        assert insn.memory_addr == image.literals.values[plan.base]
+    # Whatever goes to the thunk, or looks at the operand in a slot, comes by there.
+    thunk_jumps = [i for i, insn in enumerate(insns) if insn.branch_addr == plan.thunk_addr]
+    assert thunk_jumps
+    assert all(i > again for i in thunk_jumps)
+    assert all(insn.mnemonic != "movq" for insn in insns[:again])
+    for insn in insns[:again]:
+        off = (insn.branch_addr or 0) - image.layout.block_addr
+        assert not insns[again].off < off < len(image.code) or is_hit(insns, off, plan)
+
+
+def is_hit(insns: list[Insn], off: int, plan: BlockPlan) -> bool:
+    """Tell whether a counted hit begins at an offset: count, then off to a target."""
+    at = next(i for i, insn in enumerate(insns) if insn.off == off)
+    return insns[at].mnemonic == "incq" and insns[at + 1].branch_addr in set(
+        tree_targets(plan.tree)
     )
-    assert set(image.literals.values) == needed_literals(plan.tree)
 
 
 def keys_of(tree: TreeNode) -> set[int]:
