@@ -19,9 +19,9 @@ Invariants:
     at every target; the thunk gets it as it was.
   * No indirect branch, ``int3`` after each unconditional jump (rule 3).
   * A target is compared whole: with an immediate where it fits one, as it does
-    relative to a base, else with a literal. A split only chooses a way, so the low half of the operand does
-    where all keys below it agree on the high half: an operand from elsewhere
-    comes to some guard, which refuses it.
+    relative to a base, else with a literal. A split only chooses a way, so the
+    low half of the operand does where all keys below it agree on the high half:
+    an operand from elsewhere comes to some guard, which refuses it.
   * A compare operand that decides where a branch goes is an immediate or a
     literal in read-only memory; counter cells decide only what is counted
     (rule 5).
@@ -241,9 +241,8 @@ class _BlockEncoder:
     def _compare_low(self, node: Split) -> None:
         """Compare the operand with a split's key, by low halves where that will do."""
         keys = _keys(node)
-        if self._plan.base is not None:
-            self._compare(node.key)
-        elif fits_immediate(max(keys)) or len({key >> 32 for key in keys}) > 1:
+        is_short = self._plan.base is not None or fits_immediate(max(keys))
+        if is_short or len({key >> 32 for key in keys}) > 1:
             self._compare(node.key)
         else:
             self._asm.cmp_low32(self._plan.operand, node.key & _LOW_HALF)
