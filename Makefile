@@ -7,9 +7,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ONLY   ?=
 ROUNDS ?=
+FULL   ?=
+SEED   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo bench check lint types format lock clean
+.PHONY: help setup test demo bench torture check lint types format lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +30,9 @@ demo: setup ## Build Lua twice; show plain, retpoline and promoted live side by 
 
 bench: setup ## Measure every workload into build/bench.json (ONLY=lua,redis ROUNDS=11)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+torture: setup ## Show that a target does not notice (FULL=1 ONLY=calls,kills SEED=7)
+	$(BIN)/python -m torture $(if $(FULL),--full) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 check: lint types ## Lint and type-check
 

@@ -16,6 +16,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from optpoline.controller.audit import audit
+    from optpoline.controller.audit_report import (
+        AuditReport,
+        Fault,
+        FaultKind,
+        ForeignChange,
+        ForeignKind,
+    )
     from optpoline.controller.config import Config
     from optpoline.controller.events import Event, EventKind
     from optpoline.controller.session import Session, attach
@@ -35,11 +43,16 @@ if TYPE_CHECKING:
     from optpoline.errors import OptpolineError
 
 __all__ = [
+    "AuditReport",
     "Config",
     "DetachOutcome",
     "DetachResult",
     "Event",
     "EventKind",
+    "Fault",
+    "FaultKind",
+    "ForeignChange",
+    "ForeignKind",
     "LeftBehind",
     "ModuleSummary",
     "OptpolineError",
@@ -51,19 +64,26 @@ __all__ = [
     "Summary",
     "TargetShare",
     "attach",
+    "audit",
     "find_sites",
     "read_status",
     "restore",
 ]
 
 _MODULES = {
+    "AuditReport": "controller.audit_report",
     "Config": "controller.config",
     "Event": "controller.events",
     "EventKind": "controller.events",
+    "Fault": "controller.audit_report",
+    "FaultKind": "controller.audit_report",
+    "ForeignChange": "controller.audit_report",
+    "ForeignKind": "controller.audit_report",
     "OptpolineError": "errors",
     "Session": "controller.session",
     "SiteReport": "controller.summaries",
     "attach": "controller.session",
+    "audit": "controller.audit",
     "find_sites": "controller.summaries",
     "read_status": "controller.takeover",
     "restore": "controller.takeover",

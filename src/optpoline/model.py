@@ -62,6 +62,7 @@ class Refusal(Enum):
     FLAGS_UNKNOWN = "the function around it is not known, so flags may be live"
     FOREIGN_BYTES = "another patcher's bytes are in it"
     UNKNOWN_OPERAND = "its thunk does not take the target in a register"
+    CRITICAL_SECTION = "it is inside a restartable sequence of the program's own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,23 +114,43 @@ class Machine:
         Raises:
             AssertionError: if it is not left by a branch to unmapped memory.
         """
-        cpu, layout = self._cpu, self._image.layout
-        cpu.mem_write(_STACK_ADDR, state.stack)
-        cpu.mem_write(layout.counter_addr, state.counters)
-        cpu.reg_write_batch(
-            [
-                *zip(_REGISTERS.values(), state.registers, strict=True),
-                *zip(_VECTORS, state.vectors, strict=True),
-                (_EFLAGS, state.flags),
-            ]
-        )
+        self.load(state)
+        self.go_on(state.registers, state.flags, start_off)
+        return self.read_state()
+
+    def load(self, state: State) -> None:
+        """Set all that a program has but what ``go_on`` sets."""
+        self._cpu.mem_write(_STACK_ADDR, state.stack)
+        self._cpu.mem_write(self._image.layout.counter_addr, state.counters)
+        self._cpu.reg_write_batch(list(zip(_VECTORS, state.vectors, strict=True)))
+
+    def go_on(
+        self, registers: tuple[int, ...], flags: int, start_off: int = 0
+    ) -> tuple[int, int, tuple[int, ...]]:
+        """Run from an offset in the block until it is left; the rest is as it was left.
+
+        Returns:
+            Program counter, flags and general registers.
+
+        Raises:
+            AssertionError: if it is not left by a branch to unmapped memory.
+        """
+        cpu = self._cpu
+        values = zip(_REGISTERS.values(), registers, strict=True)
+        cpu.reg_write_batch([*values, (_EFLAGS, flags)])
         try:
-            cpu.emu_start(layout.block_addr + start_off, _UNTIL, count=_MAX_INSNS)
+            cpu.emu_start(self._image.layout.block_addr + start_off, _UNTIL, count=_MAX_INSNS)
         except UcError as error:
             if error.errno != unicorn.UC_ERR_FETCH_UNMAPPED:
                 raise AssertionError(f"{error} at {cpu.reg_read(_RIP):#x}") from error
         else:
             raise AssertionError("the block was not left")
+        pc, flags, *after = cpu.reg_read_batch([_RIP, _EFLAGS, *_REGISTERS.values()])
+        return pc, flags, tuple(after)
+
+    def read_state(self) -> State:
+        """Return all there is."""
+        cpu = self._cpu
         values = cpu.reg_read_batch([_RIP, _EFLAGS, *_REGISTERS.values(), *_VECTORS])
         return State(
             pc=values[0],
@@ -138,7 +158,7 @@ class Machine:
             registers=tuple(values[2:18]),
             vectors=tuple(values[18:]),
             stack=bytes(cpu.mem_read(_STACK_ADDR, _STACK_SIZE)),
-            counters=bytes(cpu.mem_read(layout.counter_addr, _PAGE_SIZE)),
+            counters=bytes(cpu.mem_read(self._image.layout.counter_addr, _PAGE_SIZE)),
             fixed=self._read_fixed(),
         )
 

@@ -13,8 +13,8 @@ from optpoline.model import Addr, BlockPlan, Count
 from optpoline.promote.cost import CostModel
 from optpoline.promote.tree import plan_tree
 from tests.emulate.block_kinds import LAYOUTS, OPERANDS, Layout, encode_image
+from tests.emulate.block_runs import check_run, interesting_values, random_counters
 from tests.emulate.machine import Machine, random_state
-from tests.emulate.test_block_kinds import check_run, interesting_values, random_counters
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -10,9 +10,9 @@ import pytest
 
 from optpoline.x86.blocks import HEAD_SIZE, POISON, encode_redirect
 from tests.emulate.block_kinds import KINDS, LAYOUTS, OPERANDS, Layout, encode_image
+from tests.emulate.block_runs import interesting_values, random_counters
 from tests.emulate.disassemble import disassemble
 from tests.emulate.machine import Machine, random_state
-from tests.emulate.test_block_kinds import interesting_values, random_counters
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

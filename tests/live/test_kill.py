@@ -58,7 +58,7 @@ def count(owner, name):
 count(Tracer, "_request")
 count(RemoteMemory, "write")
 count(Arena, "store_u64")
-count(Arena, "add_block")
+count(Arena, "put_block")
 count(Arena, "journal")
 config = optpoline.Config(sample_every_s=0.02, poll_s=0.02)
 with optpoline.attach(pid, config=config) as session:

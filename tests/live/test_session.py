@@ -30,7 +30,7 @@ def _check_mappings(session: optpoline.Session) -> None:
 
 def _check_sites(session: optpoline.Session) -> None:
     """Each site holds its baseline or a branch to a block of ours."""
-    code = [(a.code_start, a.code_start + a.used_code_size) for a in session.target.arenas]
+    code = [(a.code_start, a.used_code_end) for a in session.target.arenas]
     with RemoteMemory(session.pid) as memory:
         for record in session.records:
             site = record.site

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
     DetachResult,
     LeftBehind,
@@ -26,7 +28,15 @@ from optpoline.errors import TargetFault
 if TYPE_CHECKING:
     import optpoline
 
-__all__ = ["Api", "LiveApi", "OnEvent", "SessionEvent", "SessionHandle", "SiteListing"]
+__all__ = [
+    "Api",
+    "LiveApi",
+    "OnEvent",
+    "SessionEvent",
+    "SessionHandle",
+    "SessionSettings",
+    "SiteListing",
+]
 
 
 class SessionEvent(Protocol):
@@ -42,6 +52,21 @@ class SessionEvent(Protocol):
 
 
 OnEvent = Callable[[SessionEvent], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """What the user may set of a session (``optpoline.Config``).
+
+    Attributes:
+        learn_s: Length of the first learning window in seconds.
+        max_stop_s: How long the program's threads may stand while its text is changed.
+        follow_fork: Restore its forked children at the end as well.
+    """
+
+    learn_s: float = 1.0
+    max_stop_s: float = 0.005
+    follow_fork: bool = False
 
 
 class SessionHandle(Protocol):
@@ -82,7 +107,7 @@ class SiteListing(Protocol):
 class Api(Protocol):
     """What the subcommands call."""
 
-    def attach(self, pid: int, *, learn_s: float, on_event: OnEvent) -> SessionHandle:
+    def attach(self, pid: int, *, settings: SessionSettings, on_event: OnEvent) -> SessionHandle:
         """Attach to a process, or raise an error of ``optpoline.errors``."""
 
     def find_sites(self, target: int | str) -> SiteListing:
@@ -91,6 +116,9 @@ class Api(Protocol):
     def read_status(self, pid: int) -> LeftBehind | None:
         """Say what an earlier controller left in a process."""
 
+    def audit(self, pid: int) -> AuditReport:
+        """Verify what controllers did to a process."""
+
     def restore(self, pid: int) -> DetachResult:
         """Undo what an earlier controller left in a process."""
 
@@ -98,11 +126,18 @@ class Api(Protocol):
 class LiveApi:
     """The real API."""
 
-    def attach(self, pid: int, *, learn_s: float, on_event: OnEvent) -> optpoline.Session:
+    def attach(
+        self, pid: int, *, settings: SessionSettings, on_event: OnEvent
+    ) -> optpoline.Session:
         """Attach to a process."""
         import optpoline
 
-        return optpoline.attach(pid, config=optpoline.Config(learn_s=learn_s), on_event=on_event)
+        config = optpoline.Config(
+            learn_s=settings.learn_s,
+            max_stop_s=settings.max_stop_s,
+            follow_fork=settings.follow_fork,
+        )
+        return optpoline.attach(pid, config=config, on_event=on_event)
 
     def find_sites(self, target: int | str) -> optpoline.SiteReport:
         """List the sites of a process or file."""
@@ -117,6 +152,17 @@ class LiveApi:
 
         try:
             return optpoline.read_status(pid)
+        except TargetFault:
+            check_attachable(pid)
+            raise
+
+    def audit(self, pid: int) -> AuditReport:
+        """Verify what controllers did to a process; explain it if we may not see."""
+        import optpoline
+        from optpoline.process.permissions import check_attachable
+
+        try:
+            return optpoline.audit(pid)
         except TargetFault:
             check_attachable(pid)
             raise

@@ -7,6 +7,7 @@ import signal
 
 import click
 
+from optpoline.cli.api import SessionSettings
 from optpoline.cli.drive import (
     EXIT_NOT_UNDONE,
     NOT_UNDONE,
@@ -35,6 +36,8 @@ def attach_command(
     pid: int,
     duration: float | None,
     learn_seconds: float,
+    max_stop_ms: float,
+    follow_fork: bool,
     leave: bool,
     no_progress: bool,
 ) -> None:
@@ -45,12 +48,13 @@ def attach_command(
     """
     invocation.progress = not no_progress
     invocation.sink.validate_writable()
-    plan = SessionPlan(learn_s=learn_seconds, duration_s=duration, leave=leave)
+    settings = SessionSettings(
+        learn_s=learn_seconds, max_stop_s=max_stop_ms / 1e3, follow_fork=follow_fork
+    )
+    plan = SessionPlan(settings=settings, duration_s=duration, leave=leave)
     console = invocation.console()
     with SignalRelay(stopping=_SIGNALS) as relay:
-        session = invocation.api.attach(
-            pid, learn_s=learn_seconds, on_event=describe_event(console)
-        )
+        session = invocation.api.attach(pid, settings=settings, on_event=describe_event(console))
         end = drive_session(session, plan, relay.stop, console)
         received = relay.received
     console.say_all(format_summary(end.summary, console.style))

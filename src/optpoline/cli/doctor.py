@@ -9,7 +9,8 @@ from optpoline.cli.invocation import Invocation
 from optpoline.cli.machine import check_machine
 from optpoline.cli.options import PID, pass_invocation, shared_options
 from optpoline.errors import UnsupportedTarget
-from optpoline.process.permissions import Check, CheckStatus, diagnose
+from optpoline.process.checks import Check, CheckStatus
+from optpoline.process.permissions import diagnose
 from optpoline.report.check_text import format_checks
 from optpoline.report.json_document import checks_document
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from optpoline.cli.api import SessionEvent, SessionHandle
+from optpoline.cli.api import SessionEvent, SessionHandle, SessionSettings
 from optpoline.cli.console import Console
 from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState, Summary
 from optpoline.errors import OptpolineError, ProcessGone
@@ -56,12 +56,12 @@ class SessionPlan:
     """What the user asked for.
 
     Attributes:
-        learn_s: Length of the first learning window in seconds.
+        settings: Settings of the session.
         duration_s: When to let go, in seconds from now, or None for no such limit.
         leave: Whether the promotions are to go on working without us.
     """
 
-    learn_s: float
+    settings: SessionSettings
     duration_s: float | None
     leave: bool
 
@@ -140,7 +140,7 @@ def _keep_promoted(
     def remaining_s() -> float | None:
         return None if limit_s is None else max(0.0, limit_s - (clock() - started))
 
-    window_s = plan.learn_s if limit_s is None else min(plan.learn_s, limit_s)
+    window_s = plan.settings.learn_s if limit_s is None else min(plan.settings.learn_s, limit_s)
     if window_s > 0 and not stop.is_set():
         _show_progress(session, console, clock() - started)
         session.learn(seconds=window_s, stop=stop)

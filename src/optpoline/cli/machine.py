@@ -12,7 +12,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from optpoline.process.permissions import Check, CheckStatus, Failure
+from optpoline.process.checks import Check, CheckStatus, Failure
 
 __all__ = ["check_machine"]
 

@@ -32,7 +32,7 @@ EXIT_RUN_FAILED = 125
 
 _PROGRAM = "optpoline"
 _COMPLETION_VARIABLE = "_OPTPOLINE_COMPLETE"
-_VERBS = ("run", "attach", "status", "detach", "sites", "doctor")
+_VERBS = ("run", "attach", "status", "check", "detach", "sites", "doctor")
 
 
 class _VerbGroup(click.Group):
@@ -57,6 +57,10 @@ class _VerbGroup(click.Group):
                 from optpoline.cli.status import status_command
 
                 return status_command
+            case "check":
+                from optpoline.cli.check import check_command
+
+                return check_command
             case "detach":
                 from optpoline.cli.detach import detach_command
 

@@ -183,6 +183,17 @@ def session_options(function: Callable[P, R]) -> Callable[P, R]:
             show_default=True,
             help="Length of the first learning window.",
         ),
+        click.option(
+            "--max-stop-ms",
+            type=SECONDS,
+            metavar="MS",
+            default=5.0,
+            show_default=True,
+            help="Longest stop while the text is changed; more sites take more stops.",
+        ),
+        click.option(
+            "--follow-fork", is_flag=True, help="Restore forked children at the end as well."
+        ),
         click.option("--leave", is_flag=True, help="Leave the promotions working at the end."),
         click.option("--no-progress", is_flag=True, help="No progress line on a terminal."),
     ]

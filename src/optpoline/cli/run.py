@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import click
 
+from optpoline.cli.api import SessionSettings
 from optpoline.cli.child import Child, Image
 from optpoline.cli.console import Console
 from optpoline.cli.drive import SessionEnd, SessionPlan, describe_event, drive_session
@@ -42,6 +43,8 @@ def run_command(
     command: tuple[str, ...],
     duration: float | None,
     learn_seconds: float,
+    max_stop_ms: float,
+    follow_fork: bool,
     leave: bool,
     no_progress: bool,
 ) -> None:
@@ -53,7 +56,10 @@ def run_command(
     """
     invocation.progress = not no_progress
     invocation.sink.validate_writable()
-    plan = SessionPlan(learn_s=learn_seconds, duration_s=duration, leave=leave)
+    settings = SessionSettings(
+        learn_s=learn_seconds, max_stop_s=max_stop_ms / 1e3, follow_fork=follow_fork
+    )
+    plan = SessionPlan(settings=settings, duration_s=duration, leave=leave)
     child = Child(command)
     # Caught before the child exists, so that no signal falls between; those caught are
     # back to their defaults in the child, those ignored stay ignored.
@@ -120,7 +126,7 @@ class _Promotion:
         try:
             session = self._invocation.api.attach(
                 self._child.pid,
-                learn_s=plan.learn_s,
+                settings=plan.settings,
                 on_event=describe_event(self._console),
             )
             return drive_session(session, plan, self._relay.stop, self._console)

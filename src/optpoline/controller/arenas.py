@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -16,6 +17,11 @@ from optpoline.process.stop import Stop
 from optpoline.x86.syscalls import SYS_CLOSE, SYS_MEMFD_CREATE, SYS_MMAP, SYS_MUNMAP
 
 __all__ = ["map_arena", "unmap_range"]
+
+_MAP_HINTS = {
+    errno.ENOMEM: "raise its limit of address space",
+    errno.EAGAIN: "it locks all its memory (mlockall): raise its limit of locked memory",
+}
 
 # include/uapi/linux/memfd.h
 _MFD_CLOEXEC = 1
@@ -81,6 +87,7 @@ def _map_parts(
     """Map the parts, counters first: the seal forbids writable mappings after it."""
     header = ArenaHeader(
         size=geometry.size,
+        block_off=geometry.block_off,
         code_off=geometry.code_off,
         literal_off=geometry.literal_off,
         counter_off=geometry.counter_off,
@@ -113,7 +120,7 @@ def _map_parts(
             raise ArenaError(
                 f"the target cannot map {last - first} bytes of an arena at {addr + first:#x}: "
                 f"{reason}",
-                hint="raise its limit of address space" if result == -12 else None,
+                hint=_MAP_HINTS.get(-result),
             )
         if number == 0:
             fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)

@@ -28,6 +28,12 @@ class Config:
         relink_after_s: How long a re-promoted site must be quiet before its
             text is linked to its new block, which takes a stop.
         stop_timeout_s: How long threads may take to stop before all are resumed.
+        max_stop_s: How long the program's threads may stand while its text is changed;
+            more sites than fit are changed in several stops.
+        reclaim_after_size: Bytes of blocks that nothing leads to from which on they are
+            retired, to be reused after a grace period.
+        reclaim_every_s: Interval of looking for such blocks, seconds.
+        follow_fork: Restore the target's forked children at the end as well.
         policy: Turns counts into decisions.
     """
 
@@ -41,4 +47,8 @@ class Config:
     maps_every_s: float = 1.0
     relink_after_s: float = 1.0
     stop_timeout_s: float = 2.0
+    max_stop_s: float = 0.005
+    reclaim_after_size: int = 64 << 10
+    reclaim_every_s: float = 1.0
+    follow_fork: bool = False
     policy: Policy = field(default_factory=CostPolicy)

@@ -82,7 +82,7 @@ def add_counting_block(record: SiteRecord, tree: TreeNode, n_open: int) -> Block
         n_open=n_open,
         cells_addr=record.arena.add_counters(n_cells(n_known, n_open)),
     )
-    return add_block(record.arena, plan)
+    return add_block(record.arena, plan, site_addr=record.site.addr)
 
 
 def first_block(record: SiteRecord) -> Block:

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Link sites to blocks or back to their baseline, many at a time, in one stop."""
+"""Link sites to blocks or back to their baseline, many at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from optpoline.controller.poking import poke_in_stops
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.controller.target import Target
+from optpoline.errors import ProcessGone
 from optpoline.model import Addr, Refusal
 from optpoline.patch.blocks import Block, redirect
-from optpoline.patch.text import (
-    Poke,
-    crosses_line,
-    is_same_but_disp,
-    poke_batch,
-    read_entries,
-)
+from optpoline.patch.text import Poke, is_same_but_disp, read_entries
 from optpoline.x86.assembler import encode_disp32
 
 __all__ = ["Linker", "Move"]
@@ -38,12 +34,16 @@ class Linker:
         """Work on one target."""
         self._target = target
 
-    def link(self, moves: Sequence[Move]) -> int:
-        """Change all sites of a batch in one stop.
+    def link(self, moves: Sequence[Move], *, may_delay: bool = False) -> int:
+        """Change all sites of a batch, in as few stops as their length allows.
 
         Sites that hold another patcher's bytes are left and refused. Sites
         whose displacement crosses a cache line are written only if every
         thread could be stopped; else they stay where they are.
+
+        Args:
+            moves: Where each site shall lead.
+            may_delay: Whether timeouts of waits may begin again where it takes that.
 
         Returns:
             How many sites lead where they should.
@@ -62,26 +62,26 @@ class Linker:
                 record.home = move.block
         if not pokes:
             return len(moves)
-        return len(moves) - self._poke(pokes)
+        return len(moves) - self._poke(pokes, may_delay)
 
-    def _poke(self, pokes: Sequence[tuple[Move, Poke]]) -> int:
-        """Stop, poke, note what became of each; return how many did not move."""
+    def _poke(self, pokes: Sequence[tuple[Move, Poke]], may_delay: bool) -> int:
+        """Poke, note what became of each; return how many did not move."""
         self._target.read_maps()
         for move, _ in pokes:
             if not self._target.has_site(move.record):
                 move.record.forget_links()
         pokes = [(move, poke) for move, poke in pokes if self._target.has_site(move.record)]
+        if not self._target.memory.is_current():
+            raise ProcessGone(self._target.pid)
         by_entry = {poke.entry.addr: move for move, poke in pokes}
-        crossing = [poke for _, poke in pokes if crosses_line(poke.entry)]
-        easy = [poke for _, poke in pokes if not crosses_line(poke.entry)]
-        wake_all = bool(crossing) and self._target.may_wake_all()
-        with self._target.stop(wake_all=wake_all) as stop:
-            batch = easy if crossing and stop.asleep else easy + crossing
-            try:
-                result = poke_batch(self._target.memory, batch)
-            except BaseException:
-                self._note_truth(by_entry, batch)
-                raise
+        batch = [poke for _, poke in pokes]
+        try:
+            result = poke_in_stops(self._target, batch, may_delay=may_delay)
+        except ProcessGone:
+            raise
+        except BaseException:
+            self._note_truth(by_entry, batch)
+            raise
         for poke in result.done:
             move = by_entry[poke.entry.addr]
             if move.record.home is not None and _counts_hits(move.record.home):
@@ -89,7 +89,7 @@ class Linker:
                 self._lead_on(move)
             move.record.disp = poke.new
             move.record.home = move.block
-        for poke in crossing if len(batch) == len(easy) else ():
+        for poke in result.left:
             self._lead_on(by_entry[poke.entry.addr])
         for poke in result.reloaded:
             by_entry[poke.entry.addr].record.forget_links()

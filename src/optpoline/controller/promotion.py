@@ -49,6 +49,7 @@ def add_promoted_block(record: SiteRecord, plan: PlannedTree) -> Block | None:
                 miss_count_addr=record.arena.add_counters(1),
                 base=choose_base(plan.targets) if is_operand_dead else None,
             ),
+            site_addr=record.site.addr,
         )
     except (ArenaError, EncodeRangeError):
         return None

@@ -59,6 +59,11 @@ class Sampler:
         self._spares: dict[int, Block] = {}
         self._last_poll_s = time.monotonic()
 
+    @property
+    def spares(self) -> tuple[Block, ...]:
+        """The counting blocks kept for the next window of each site."""
+        return tuple(self._spares.values())
+
     def schedule(self, records: Iterable[SiteRecord], now_s: float) -> None:
         """Put newly promoted sites on the schedule."""
         for record in records:

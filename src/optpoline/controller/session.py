@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import assert_never
 
+from optpoline.controller.children import Children
 from optpoline.controller.config import Config
 from optpoline.controller.events import Event, EventKind
 from optpoline.controller.learning import (
@@ -28,6 +29,7 @@ from optpoline.controller.letting_go import let_go
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.promotion import promote_first
+from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.rediscovery import Rediscovery
 from optpoline.controller.sampling import Sampler
@@ -35,6 +37,7 @@ from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
     DetachOutcome,
     DetachResult,
+    ReclaimSummary,
     SessionState,
     SiteState,
     Summary,
@@ -111,6 +114,8 @@ class Session:
         self._linker: Linker | None = None
         self._sampler: Sampler | None = None
         self._rediscovery: Rediscovery | None = None
+        self._children: Children | None = None
+        self._reclaimer: Reclaimer | None = None
         self._pidfd = -1
         self._last_summary: Summary | None = None
         self._next_maps_s = 0.0
@@ -131,11 +136,17 @@ class Session:
             self._note(f"found what an earlier controller left: restored {restored}")
             for note in result.notes:
                 self._note(note)
-        target = Target(self.pid, stop_timeout_s=self.config.stop_timeout_s)
+        target = Target(
+            self.pid,
+            stop_timeout_s=self.config.stop_timeout_s,
+            max_stop_s=self.config.max_stop_s,
+        )
         self._target = target
         self._linker = Linker(target)
         self._sampler = Sampler(self.config, self._linker, target.may_guard)
         self._rediscovery = Rediscovery(self.pid, time.monotonic())
+        self._children = Children(target, follow=self.config.follow_fork)
+        self._reclaimer = Reclaimer(self.config, target, self._children)
         self._add_modules()
         if not self.sites:
             raise NoSites(self._describe_no_sites())
@@ -359,6 +370,8 @@ class Session:
             if n_demoted:
                 self._tell(EventKind.DEMOTED, f"{_count(n_demoted, 'site')} back on the thunk")
         self._sampler.relink(self.records, now_s)
+        assert self._reclaimer is not None
+        self._reclaimer.step(self.records, self._sampler.spares, time.monotonic())
         self._rediscover(time.monotonic(), stop)
         if now_s >= self._next_maps_s:
             self._next_maps_s = now_s + self.config.maps_every_s
@@ -418,6 +431,7 @@ class Session:
             state=self.state,
             learning_s=self.learning_s,
             notes=tuple(self.notes),
+            reclaim=self._reclaimer.summary() if self._reclaimer else ReclaimSummary(),
         )
 
     # --- letting go
@@ -444,6 +458,8 @@ class Session:
                 self.close()
                 raise
         self.notes += result.notes
+        if self._children is not None and not leave and result.outcome is not DetachOutcome.GONE:
+            self.notes += self._children.restore()
         self._last_summary = self.summary()
         self.close()
         return result
@@ -460,6 +476,8 @@ class Session:
 
     def close(self) -> None:
         """Release what this process holds; the target is not touched."""
+        if self._children is not None:
+            self._children.close()
         if self._target is not None:
             self._target.close()
             self._target = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import (
     ModuleSummary,
+    ReclaimSummary,
     SessionState,
     SiteState,
     SiteSummary,
@@ -155,6 +156,7 @@ def summarise(
     state: SessionState,
     learning_s: float,
     notes: tuple[str, ...],
+    reclaim: ReclaimSummary,
 ) -> Summary:
     """Return how a session stands."""
     by_addr = {record.site.addr: record for record in records}
@@ -177,6 +179,7 @@ def summarise(
         learning_s=learning_s,
         relearned=sum(record.n_relearned for record in records),
         notes=notes + scan_notes(list(target.modules.values())) + _far_notes(records),
+        reclaim=reclaim,
     )
 
 

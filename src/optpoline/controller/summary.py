@@ -7,7 +7,7 @@ looks into the session.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 __all__ = [
@@ -120,6 +120,30 @@ class ModuleSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReclaimSummary:
+    """What became of blocks that were replaced.
+
+    Attributes:
+        blocks_retired: Blocks that nothing led to any more.
+        blocks_reclaimed: Those of them whose memory was freed, after a grace period.
+        blocks_reused: Blocks that were written to memory freed before.
+        grace_periods: Grace periods that ended.
+        bytes_poisoned: Bytes filled with int3 when they were freed.
+        holders: Threads that held up the grace period at the last look.
+        is_search_refused: Whether the program's memory is too large to be searched for
+            saved contexts: then nothing is reused.
+    """
+
+    blocks_retired: int = 0
+    blocks_reclaimed: int = 0
+    blocks_reused: int = 0
+    grace_periods: int = 0
+    bytes_poisoned: int = 0
+    holders: tuple[int, ...] = ()
+    is_search_refused: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """A whole session at one moment.
 
@@ -136,6 +160,7 @@ class Summary:
         learning_s: Seconds during which any site led to a learning block.
         relearned: Sites that were promoted anew because their targets changed.
         notes: Sentences worth telling (what was left out, and why).
+        reclaim: What became of blocks that were replaced.
     """
 
     pid: int
@@ -150,6 +175,7 @@ class Summary:
     learning_s: float
     relearned: int
     notes: tuple[str, ...]
+    reclaim: ReclaimSummary = field(default_factory=ReclaimSummary)
 
 
 class DetachOutcome(Enum):

@@ -13,19 +13,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from optpoline.controller.left_arenas import (
+    LeftArena,
+    find_arena_files,
+    find_arenas,
+    is_controller_alive,
+)
 from optpoline.controller.letting_go import unmap_when_quiescent
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.controller.target import Target
-from optpoline.errors import ControllerActive, PermissionDenied, ProcessGone, TargetFault
-from optpoline.model import Addr, Mapping
-from optpoline.patch.layout import (
-    ARENA_PATH,
-    ENTRY_SIZE,
-    HEADER_SIZE,
-    ArenaHeader,
-    JournalEntry,
-)
+from optpoline.errors import ControllerActive, PermissionDenied
+from optpoline.model import Addr
+from optpoline.patch.layout import JournalEntry
 from optpoline.patch.text import (
     Poke,
     crosses_line,
@@ -36,88 +36,19 @@ from optpoline.patch.text import (
 )
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.permissions import check_attachable, explain_denied
-from optpoline.process.procfs import read_maps, read_start_time
+from optpoline.process.procfs import read_maps
 from optpoline.x86.syscalls import SYS_CLOSE
 
 __all__ = ["read_status", "restore", "restore_left"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _LeftArena:
-    """An arena found in a memory map."""
-
-    start: Addr
-    end: Addr
-    header: ArenaHeader | None
-    entries: tuple[JournalEntry, ...]
-    has_code: bool
-    """Whether its code is mapped, which is done last: text may lead there from then on."""
-
-
-def _find_arenas(memory: RemoteMemory, maps: Sequence[Mapping]) -> list[_LeftArena]:
-    """Return the arenas of a process, complete or not."""
-    spans: list[list[Mapping]] = []
-    for mapping in maps:
-        # A controller maps the whole of its arenas writable: those are not its own.
-        if mapping.path != ARENA_PATH or (mapping.is_writable and mapping.offset == 0):
-            continue
-        last = spans[-1][-1] if spans else None
-        if last is not None and last.end == mapping.start and last.inode == mapping.inode:
-            spans[-1].append(mapping)
-        else:
-            spans.append([mapping])
-    return [_read_arena(memory, span) for span in spans]
-
-
-def _find_open_files(pid: int) -> tuple[int, ...]:
-    """Return descriptors of arenas: open for an instant only, unless a controller died then."""
-    folder = f"/proc/{pid}/fd"
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return ()  # gone, or not ours to see: then we could not undo anything either
-    return tuple(int(name) for name in names if _is_arena_file(f"{folder}/{name}"))
-
-
-def _is_arena_file(link: str) -> bool:
-    """Tell whether a link of ``/proc/PID/fd`` leads to an arena's memfd."""
-    try:
-        return os.readlink(link) == ARENA_PATH
-    except OSError:
-        return False  # closed meanwhile
-
-
 def _close_files(target: Target) -> None:
     """Close descriptors that a controller left in the target."""
-    if not _find_open_files(target.pid):
+    if not find_arena_files(target.pid):
         return
     with target.stop(wake_one=True) as stop:
-        for number in _find_open_files(target.pid):
+        for number in find_arena_files(target.pid):
             stop.inject(SYS_CLOSE, number)
-
-
-def _read_arena(memory: RemoteMemory, span: Sequence[Mapping]) -> _LeftArena:
-    """Read header and journal; an arena that was never finished has neither."""
-    start, end = span[0].start, span[-1].end
-    has_code = any(mapping.is_executable for mapping in span)
-    nothing = _LeftArena(start=start, end=end, header=None, entries=(), has_code=has_code)
-    try:
-        header = ArenaHeader.unpack(memory.read(start, HEADER_SIZE))
-        if header is None:
-            return nothing
-        n_entries = min(header.n_entries, (header.code_off - HEADER_SIZE) // ENTRY_SIZE)
-        data = memory.read(start + HEADER_SIZE, n_entries * ENTRY_SIZE) if n_entries else b""
-    except TargetFault:
-        return nothing
-    # The last entry of an address counts: an earlier one is of a module that was replaced.
-    entries = {
-        entry.addr: entry
-        for off in range(0, len(data), ENTRY_SIZE)
-        for entry in (JournalEntry.unpack(data[off : off + ENTRY_SIZE]),)
-    }
-    return _LeftArena(
-        start=start, end=end, header=header, entries=tuple(entries.values()), has_code=has_code
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +66,7 @@ class _FoundSite:
     state: str
 
 
-def _find_sites(memory: RemoteMemory, arena: _LeftArena) -> list[_FoundSite]:
+def _find_sites(memory: RemoteMemory, arena: LeftArena) -> list[_FoundSite]:
     """Look at each journalled site of an arena."""
     found = read_entries(memory, arena.entries)
     sites: list[_FoundSite] = []
@@ -151,7 +82,7 @@ def _find_sites(memory: RemoteMemory, arena: _LeftArena) -> list[_FoundSite]:
     return sites
 
 
-def _is_hidden(site: _FoundSite, arena: _LeftArena) -> bool:
+def _is_hidden(site: _FoundSite, arena: LeftArena) -> bool:
     """Tell whether a site with foreign bytes would lead into the arena without them."""
     return site.state == "foreign" and leads_into(site.entry, site.code, arena.start, arena.end)
 
@@ -170,8 +101,8 @@ def read_status(pid: int) -> LeftBehind | None:
     except PermissionDenied as denied:
         raise explain_denied(pid) from denied
     with memory:
-        arenas = _find_arenas(memory, read_maps(pid))
-        if not arenas and not _find_open_files(pid):
+        arenas = find_arenas(memory, read_maps(pid))
+        if not arenas and not find_arena_files(pid):
             return None
         sites: list[tuple[int, str]] = []
         for arena in arenas:
@@ -181,7 +112,7 @@ def read_status(pid: int) -> LeftBehind | None:
     return LeftBehind(
         pid=pid,
         controller_pid=headers[0].controller_pid if headers else 0,
-        controller_alive=any(_is_alive(header) for header in headers),
+        controller_alive=any(is_controller_alive(header) for header in headers),
         arenas=len(arenas),
         sites=states.count("patched"),
         baseline=states.count("baseline"),
@@ -190,7 +121,7 @@ def read_status(pid: int) -> LeftBehind | None:
     )
 
 
-def _check_nobody_works(pid: int, arenas: Sequence[_LeftArena]) -> None:
+def _check_nobody_works(pid: int, arenas: Sequence[LeftArena]) -> None:
     """Refuse to undo the work of a controller that still runs.
 
     The lock does not tell where it was taken in another network namespace. A forked
@@ -203,20 +134,12 @@ def _check_nobody_works(pid: int, arenas: Sequence[_LeftArena]) -> None:
         header = arena.header
         if header is None or header.target_pid != pid or header.controller_pid == os.getpid():
             continue
-        if _is_alive(header):
+        if is_controller_alive(header):
             raise ControllerActive(
                 f"another optpoline controller, process {header.controller_pid}, works on "
                 f"process {pid}",
                 hint=f"end that one first (kill -INT {header.controller_pid})",
             )
-
-
-def _is_alive(header: ArenaHeader) -> bool:
-    """Tell whether the controller that made an arena still runs."""
-    try:
-        return read_start_time(header.controller_pid) == header.controller_start
-    except ProcessGone:
-        return False
 
 
 def restore(pid: int, *, stop_timeout_s: float = 2.0) -> DetachResult:
@@ -245,7 +168,7 @@ def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
     """
     target = Target(pid, stop_timeout_s=stop_timeout_s)
     try:
-        arenas = _find_arenas(target.memory, target.maps)
+        arenas = find_arenas(target.memory, target.maps)
         _check_nobody_works(pid, arenas)
         _close_files(target)
         if not arenas:
@@ -257,7 +180,7 @@ def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
         target.close()
 
 
-def _restore(target: Target, arenas: Sequence[_LeftArena]) -> DetachResult:
+def _restore(target: Target, arenas: Sequence[LeftArena]) -> DetachResult:
     """Put baselines back and unmap."""
     unreadable = [arena for arena in arenas if arena.header is None and arena.has_code]
     if unreadable:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from optpoline.controller.arenas import map_arena
+from optpoline.controller.pace import Pace
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.discover import ModuleImage, SiteScan, find_sites, flags_dead_at, operand_dead_at
@@ -17,9 +18,10 @@ from optpoline.model import Addr, Mapping, Module, Refusal, Site, SiteKind
 from optpoline.patch.arena import Arena, ArenaGeometry
 from optpoline.patch.layout import ARENA_NAME, JournalEntry
 from optpoline.patch.placement import choose_arena_addr, is_within_reach
+from optpoline.patch.text import is_same_but_disp, leads_into, read_entries
 from optpoline.process.inject import InjectionCode, find_injection_code
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.modules import list_modules, open_module
+from optpoline.process.modules import is_anonymous, list_modules, open_module
 from optpoline.process.procfs import (
     ThreadWhere,
     list_tids,
@@ -74,19 +76,21 @@ class Target:
     Args:
         pid: Its id.
         stop_timeout_s: How long its threads may take to stop.
+        max_stop_s: How long they may stand for one batch of changes to its text.
     """
 
-    def __init__(self, pid: int, *, stop_timeout_s: float) -> None:
+    def __init__(self, pid: int, *, stop_timeout_s: float, max_stop_s: float = 0.005) -> None:
         """Open its memory and read what it has mapped."""
         self.pid = pid
         self.start_time = read_start_time(pid)
         self.memory = RemoteMemory(pid)
         self.stops = StopLog()
+        self.pace = Pace(max_ns=int(max_stop_s * 1e9))
         self.arenas: list[Arena] = []
         self.modules: dict[ModuleKey, LoadedModule] = {}
         self.unread: dict[ModuleKey, str] = {}
         """Modules that could not be read, and why."""
-        self._stop_timeout_ns = int(stop_timeout_s * 1e9)
+        self.stop_timeout_ns = int(stop_timeout_s * 1e9)
         self._injection_code: InjectionCode | None = None
         self._flags_dead: dict[int, bool] = {}
         self._operand_dead: dict[tuple[int, str], bool] = {}
@@ -113,7 +117,7 @@ class Target:
         code = [m for m in self._maps if m.is_executable and not _is_arena(m)]
         self._code_starts = [int(m.start) for m in code]
         self._code_ends = [int(m.end) for m in code]
-        self._code_inodes = [m.inode for m in code]
+        self._code_inodes = [0 if is_anonymous(m) else m.inode for m in code]
         return self._maps
 
     @property
@@ -133,7 +137,14 @@ class Target:
         """
         addr = record.site.addr
         at = bisect.bisect_right(self._code_starts, addr) - 1
-        return at >= 0 and addr < self._code_ends[at] and self._code_inodes[at] == record.inode
+        if at < 0 or addr >= self._code_ends[at]:
+            return False
+        if self._code_inodes[at] == 0:  # perhaps the program's copy of the text, and of our change
+            code = read_entries(self.memory, [record.entry])[record.entry.addr]
+            return is_same_but_disp(record.entry, code) or any(
+                leads_into(record.entry, code, arena.addr, arena.end) for arena in self.arenas
+            )
+        return self._code_inodes[at] == record.inode
 
     def has_arena(self) -> bool:
         """Tell whether all our arenas are still mapped; an exec unmaps them."""
@@ -318,14 +329,18 @@ class Target:
             self.pid,
             memory=self.memory,
             wake=wake,
-            timeout_ns=self._stop_timeout_ns,
+            timeout_ns=self.stop_timeout_ns,
             code=self._injection_code,
         ) as stop:
             yield stop
         self.stops.add(stop.duration_ns)
 
-    def may_wake_all(self) -> bool:
-        """Tell whether waking every sleeping thread would harm none of them."""
+    def may_wake_all(self, *, may_delay: bool = False) -> bool:
+        """Tell whether waking every sleeping thread would harm none of them.
+
+        Args:
+            may_delay: Whether a wait's timeout may begin again.
+        """
         for tid in list_tids(self.pid):
             try:
                 state = read_thread_state(self.pid, tid)
@@ -333,7 +348,9 @@ class Target:
                 continue  # one thread that exited meanwhile; a whole process shows elsewhere
             if state.where is ThreadWhere.IN_SYSCALL:
                 rank = rank_disturbance(state.syscall_nr, state.syscall_args)
-                if rank is Disturbance.HARMFUL:
+                if rank is Disturbance.HARMFUL or (
+                    rank is Disturbance.TIMEOUT_AFRESH and not may_delay
+                ):
                     return False
         return True
 

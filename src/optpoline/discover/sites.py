@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from optpoline.discover.critical_sections import find_critical_sections
 from optpoline.discover.flags import FlagsAnalysis
 from optpoline.discover.image import ModuleImage
 from optpoline.discover.relocations import read_relocations
@@ -135,6 +136,7 @@ class _SiteFinder:
         self._image = image
         self._thunks = {thunk.addr: thunk for thunk in image.thunks.thunks}
         self._flags = FlagsAnalysis(image)
+        self._critical = find_critical_sections(image)
         self.n_unverified = 0
 
     def find_in(self, text: Text) -> Iterator[Site]:
@@ -196,6 +198,8 @@ class _SiteFinder:
         """Say why a site whose bytes are its own must not be promoted, or None."""
         if thunk.operand == STACK_OPERAND:
             return Refusal.UNKNOWN_OPERAND
+        if any(insn.addr in span for span in self._critical):
+            return Refusal.CRITICAL_SECTION
         if (insn.end - _DISP_SIZE) % _PAGE_SIZE > _PAGE_SIZE - _DISP_SIZE:
             return Refusal.PAGE_CROSSING
         if insn.flow is Flow.CALL:

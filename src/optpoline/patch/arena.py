@@ -11,18 +11,32 @@ even ``mprotect`` in the program opens it again.
 The whole range is reserved when the arena is made and never grows beyond it
 (design rule 8): a forked child maps all that any block may ever lead to.
 
-Memory is handed out once and never taken back: nothing can be reused early.
+Memory of a block is taken back by ``free_block`` alone, which must not be called
+before a grace period has passed since it was retired (``patch/grace.py``).
 An arena that is used up raises ``ArenaError``; its sites stay as they are.
 """
 
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from optpoline.errors import ArenaError
 from optpoline.model import Addr, Site
-from optpoline.patch.layout import ENTRY_SIZE, HEADER_SIZE, ArenaHeader, JournalEntry
+from optpoline.patch.extents import Extent, FreeExtents
+from optpoline.patch.layout import (
+    BLOCK_ENTRY_SIZE,
+    ENTRY_SIZE,
+    HEADER_SIZE,
+    ArenaHeader,
+    BlockEntry,
+    BlockKind,
+    BlockState,
+    JournalEntry,
+)
 from optpoline.x86.blocks import BLOCK_ALIGNMENT, HEAD_SIZE, POISON
 
 __all__ = ["Arena", "ArenaGeometry"]
@@ -40,6 +54,8 @@ LITERAL_RATIO = 8
 """Code bytes per literal byte: one 8-byte literal for a 13-byte guard, shared."""
 COUNTER_RATIO = 2
 """Code bytes per counter byte: an open slot is 55 bytes of code and 16 of counters."""
+CODE_PER_BLOCK_SIZE = 64
+"""Bytes of code per entry of the block table: a block of one guard takes 32."""
 JOURNAL_SPARE_ENTRIES = 4096
 """Entries kept for sites of modules that are loaded later."""
 
@@ -53,6 +69,7 @@ def _round_up(size: int) -> int:
 class ArenaGeometry:
     """Sizes and offsets of an arena's parts, in bytes, all whole pages."""
 
+    block_off: int
     code_off: int
     literal_off: int
     counter_off: int
@@ -63,10 +80,12 @@ class ArenaGeometry:
         """Return what ``n_sites`` sites may need over a long session."""
         journal = _round_up((n_sites + JOURNAL_SPARE_ENTRIES) * ENTRY_SIZE)
         code = _round_up(max(MIN_CODE_SIZE, n_sites * CODE_PER_SITE_SIZE))
-        code_off = HEADER_SIZE + journal
+        block_off = HEADER_SIZE + journal
+        code_off = block_off + _round_up(code // CODE_PER_BLOCK_SIZE * BLOCK_ENTRY_SIZE)
         literal_off = code_off + code
         counter_off = literal_off + _round_up(code // LITERAL_RATIO)
         return cls(
+            block_off=block_off,
             code_off=code_off,
             literal_off=literal_off,
             counter_off=counter_off,
@@ -88,16 +107,27 @@ class Arena:
         """Map the whole arena and write its header."""
         self.addr = addr
         self.geometry = geometry
+        self.inode = os.fstat(fd).st_ino
         self._memory = mmap.mmap(fd, geometry.size)
         self._view = memoryview(self._memory)
         # One aligned native u64 store per item: never torn (see store_u64).
         self._words = self._view.cast("Q")
         self._memory[:HEADER_SIZE] = header.pack().ljust(HEADER_SIZE, b"\0")
         self._journal: dict[int, JournalEntry] = {}
-        self._next_code = geometry.code_off
+        self._code = FreeExtents(geometry.code_off, geometry.literal_off)
+        self._counters = FreeExtents(geometry.counter_off, geometry.size)
+        self._used_code_end = geometry.code_off
         self._next_literal = geometry.literal_off
-        self._next_counter = geometry.counter_off
         self._literals: dict[int, Addr] = {}
+        self._extents: dict[Addr, Extent] = {}
+        self._slots: dict[Addr, int] = {}
+        self._free_slots: list[int] = []
+        self._entries: dict[Addr, BlockEntry] = {}
+        self._cells: dict[Addr, tuple[Addr, int]] = {}
+        self.n_put = 0
+        """Blocks ever written."""
+        self.n_reused = 0
+        """Those of them that were written to memory of earlier ones."""
 
     @property
     def end(self) -> Addr:
@@ -115,18 +145,28 @@ class Arena:
         return Addr(self.addr + self.geometry.counter_off)
 
     @property
-    def used_code_size(self) -> int:
-        """Bytes of code handed out."""
-        return self._next_code - self.geometry.code_off
+    def used_code_end(self) -> Addr:
+        """Address after the last block that there ever was."""
+        return Addr(self.addr + self._used_code_end)
 
     @property
     def free_code_size(self) -> int:
-        """Bytes of code that can still be handed out."""
-        return self.geometry.literal_off - self._next_code
+        """Bytes of code that can be handed out, in however many pieces."""
+        return self._code.free_size
+
+    @property
+    def blocks(self) -> tuple[BlockEntry, ...]:
+        """Live and retired blocks, in no order."""
+        return tuple(self._entries.values())
+
+    @property
+    def journalled(self) -> tuple[JournalEntry, ...]:
+        """The journal's entries, the latest of each address."""
+        return tuple(self._journal.values())
 
     def has_room_for(self, n_sites: int) -> bool:
         """Tell whether that many more sites can be journalled and given blocks."""
-        free_entries = (self.geometry.code_off - HEADER_SIZE) // ENTRY_SIZE - len(self._journal)
+        free_entries = (self.geometry.block_off - HEADER_SIZE) // ENTRY_SIZE - len(self._journal)
         return free_entries >= n_sites and self.free_code_size >= n_sites * CODE_PER_SITE_SIZE // 2
 
     def close(self) -> None:
@@ -138,33 +178,109 @@ class Arena:
 
     # --- handing out memory
 
-    def next_block_addr(self) -> Addr:
-        """Return where the next block would go."""
-        return Addr(self.addr + self._next_code)
+    def find_room(self, size: int, place: Callable[[int], int]) -> Extent:
+        """Return where the next block of ``size`` bytes would go, as offsets.
 
-    def add_block(self, code: bytes) -> Addr:
-        """Write a block at ``next_block_addr`` and return its address.
+        Args:
+            size: Bytes of code.
+            place: Rounds an address up to where a block of that size may start.
 
         Raises:
-            ArenaError: if the code part is used up.
+            ArenaError: if there is no such room left.
         """
-        off = self._next_code
-        if off + len(code) > self.geometry.literal_off:
+        found = self._code.find(size, lambda off: place(self.addr + off) - self.addr)
+        if found is None:
             raise ArenaError(
                 f"the arena at {self.addr:#x} is used up",
                 hint="detach and attach again to start with an empty one",
             )
-        end = -(-(off + len(code)) // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
-        self._memory[off:end] = code.ljust(end - off, bytes((POISON,)))
-        self._next_code = end
-        return Addr(self.addr + off)
+        end = -(-found.end // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
+        return replace(found, end=min(end, self.geometry.literal_off))
 
-    def skip_to(self, addr: Addr) -> None:
-        """Let the next block start at ``addr``, or as near as the code part goes."""
-        start = self._next_code
-        end = max(start, min(addr - self.addr, self.geometry.literal_off))
-        self._memory[start:end] = bytes((POISON,)) * (end - start)
-        self._next_code = end
+    def put_block(
+        self,
+        room: Extent,
+        code: bytes,
+        *,
+        site_addr: Addr,
+        kind: BlockKind,
+        cells: tuple[Addr, int],
+    ) -> Addr:
+        """Write a block to where ``find_room`` found room and return its address.
+
+        Args:
+            room: Where.
+            code: Its bytes.
+            site_addr: The site it is for.
+            kind: What it is for.
+            cells: Its counter cells, first and how many; freed with it.
+
+        Raises:
+            ArenaError: if the block table is full.
+        """
+        addr = Addr(self.addr + room.at)
+        slot = self._free_slots.pop() if self._free_slots else self._new_slot()
+        self._code.take(room)
+        poison = bytes((POISON,))
+        self._memory[room.start : room.at] = poison * (room.at - room.start)
+        self._memory[room.at : room.end] = code.ljust(room.end - room.at, poison)
+        # Below the highest end so far all that is free was freed.
+        self.n_reused += room.at < self._used_code_end
+        self.n_put += 1
+        self._used_code_end = max(self._used_code_end, room.end)
+        self._cells[addr] = cells
+        self._extents[addr] = room
+        self._slots[addr] = slot
+        entry = BlockEntry(
+            addr=addr,
+            size=len(code),
+            crc=zlib.crc32(code),
+            site_addr=site_addr,
+            head=self.head_of(addr),
+            kind=kind,
+            state=BlockState.FREE,
+        )
+        off = self.geometry.block_off + slot * BLOCK_ENTRY_SIZE
+        self._memory[off : off + BLOCK_ENTRY_SIZE] = entry.pack()
+        self._set_state(entry, BlockState.LIVE)
+        return addr
+
+    def _new_slot(self) -> int:
+        """Use one more entry of the block table."""
+        n_blocks = self.load_u64(Addr(self.addr + ArenaHeader.N_BLOCKS_OFF))
+        if (n_blocks + 1) * BLOCK_ENTRY_SIZE > self.geometry.code_off - self.geometry.block_off:
+            raise ArenaError(f"the block table of the arena at {self.addr:#x} is full")
+        self.store_u64(Addr(self.addr + ArenaHeader.N_BLOCKS_OFF), n_blocks + 1)
+        return n_blocks
+
+    def _set_state(self, entry: BlockEntry, state: BlockState) -> None:
+        """Say in one store where a block is in its life."""
+        off = self.geometry.block_off + self._slots[entry.addr] * BLOCK_ENTRY_SIZE
+        entry = replace(entry, state=state)
+        self.store_u64(Addr(self.addr + off + BlockEntry.STATE_OFF), entry.state_word)
+        self._entries[entry.addr] = entry
+
+    def retire_block(self, addr: Addr) -> BlockEntry:
+        """Note that nothing leads to a block any more; return its entry."""
+        self._set_state(self._entries[addr], BlockState.RETIRED)
+        return self._entries[addr]
+
+    def free_block(self, addr: Addr) -> int:
+        """Poison a retired block's memory, to be used again; return how many bytes.
+
+        Only after a grace period: no thread is inside, or can come back to it.
+        """
+        if self._entries[addr].state is not BlockState.RETIRED:
+            raise ValueError(f"the block at {addr:#x} was not retired")
+        room = self._extents.pop(addr)
+        size = room.end - room.start
+        self._memory[room.start : room.end] = bytes((POISON,)) * size
+        self._set_state(self._entries[addr], BlockState.FREE)
+        del self._entries[addr]
+        self._free_slots.append(self._slots.pop(addr))
+        self._code.give(room)
+        self._free_counters(*self._cells.pop(addr))
+        return size
 
     def addr_of(self, value: int) -> Addr:
         """Return the address of a literal, shared between blocks.
@@ -189,11 +305,19 @@ class Arena:
         Raises:
             ArenaError: if the counter part is used up.
         """
-        off = self._next_counter
-        if off + n_cells * _CELL_SIZE > self.geometry.size:
+        found = self._counters.find(n_cells * _CELL_SIZE, lambda off: off)
+        if found is None:
             raise ArenaError(f"the counters of the arena at {self.addr:#x} are used up")
-        self._next_counter = off + n_cells * _CELL_SIZE
-        return Addr(self.addr + off)
+        self._counters.take(found)
+        return Addr(self.addr + found.at)
+
+    def _free_counters(self, addr: Addr, n_cells: int) -> None:
+        """Take back what ``add_counters`` gave."""
+        if not n_cells:
+            return
+        off, size = addr - self.addr, n_cells * _CELL_SIZE
+        self._memory[off : off + size] = bytes(size)
+        self._counters.give(Extent(start=off, at=off, end=off + size))
 
     # --- access while the program runs
 
@@ -232,7 +356,7 @@ class Arena:
         entry = JournalEntry(addr=site.addr, code=site.code, disp_off=site.disp_addr - site.addr)
         n_entries = self.load_u64(Addr(self.addr + ArenaHeader.N_ENTRIES_OFF))
         off = HEADER_SIZE + n_entries * ENTRY_SIZE
-        if off + ENTRY_SIZE > self.geometry.code_off:
+        if off + ENTRY_SIZE > self.geometry.block_off:
             raise ArenaError(f"the journal of the arena at {self.addr:#x} is full")
         self._memory[off : off + ENTRY_SIZE] = entry.pack()
         # Pairs with the reader in another controller: complete before counted.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks in an arena: write them once, redirect them by one store.
 
-A block's bytes never change after it was written, but for its head: one aligned
+A block's bytes never change while it is live, but for its head: one aligned
 8-byte store makes it ``jmp`` elsewhere, another takes that back. Threads inside
 the block finish the old way; threads that enter it after go the new way. Both
 are right, whichever of them a thread takes.
@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 from optpoline.model import Addr, BlockPlan
 from optpoline.patch.arena import Arena
+from optpoline.patch.extents import Extent
+from optpoline.patch.layout import BlockKind
+from optpoline.x86.assembler import JMP32_OPCODE, JMP32_SIZE
 from optpoline.x86.blocks import LINE_SIZE, encode_block, encode_redirect, place_block
 
-__all__ = ["Block", "add_block", "point_back", "redirect"]
+__all__ = ["Block", "add_block", "counter_cells", "point_back", "redirect", "redirection_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +40,13 @@ class Block:
     head: bytes
 
 
-def add_block(arena: Arena, plan: BlockPlan) -> Block:
+def add_block(arena: Arena, plan: BlockPlan, *, site_addr: Addr) -> Block:
     """Encode a plan, write it to the arena, return the block; nothing leads to it yet.
+
+    Args:
+        arena: Where to.
+        plan: What it does; its counter cells are the arena's.
+        site_addr: The site it is for.
 
     Raises:
         ArenaError: if the arena is used up.
@@ -46,16 +54,29 @@ def add_block(arena: Arena, plan: BlockPlan) -> Block:
     """
     # Only displacements out of the block depend on its place, so its size does not; most
     # blocks with slots or counters start a line, so try that first.
-    next_addr = arena.next_block_addr()
-    is_big = bool(plan.open_slots or plan.hit_count_addrs)
-    guess = place_block(next_addr, LINE_SIZE + 1) if is_big else next_addr
+    is_counting = bool(plan.open_slots or plan.hit_count_addrs)
+    room = _find_room(arena, LINE_SIZE + 1 if is_counting else 1)
+    guess = Addr(arena.addr + room.at)
     code = encode_block(plan, guess, arena)
-    place = place_block(next_addr, len(code))
-    if place != guess:
-        code = encode_block(plan, place, arena)
-    arena.skip_to(place)
-    addr = arena.add_block(code)
+    room = _find_room(arena, len(code))
+    if arena.addr + room.at != guess:
+        code = encode_block(plan, Addr(arena.addr + room.at), arena)
+    kind = BlockKind.COUNTING if is_counting else BlockKind.PROMOTED
+    addr = arena.put_block(room, code, site_addr=site_addr, kind=kind, cells=counter_cells(plan))
     return Block(arena=arena, addr=addr, size=len(code), plan=plan, head=arena.head_of(addr))
+
+
+def _find_room(arena: Arena, size: int) -> Extent:
+    """Return where a block of ``size`` bytes would go."""
+    return arena.find_room(size, lambda addr: place_block(addr, size))
+
+
+def counter_cells(plan: BlockPlan) -> tuple[Addr, int]:
+    """Return where a plan's counter cells begin, and how many there are, adjacent."""
+    cells = [addr for _, addr in plan.hit_count_addrs]
+    cells += [addr for slot in plan.open_slots for addr in (slot.target_addr, slot.count_addr)]
+    cells += [] if plan.miss_count_addr is None else [plan.miss_count_addr]
+    return min(cells, default=Addr(0)), len(cells)
 
 
 def redirect(block: Block, dst_addr: Addr) -> None:
@@ -64,6 +85,18 @@ def redirect(block: Block, dst_addr: Addr) -> None:
     Target state: running; one aligned 8-byte store.
     """
     block.arena.store_u64(block.addr, encode_redirect(block.head, block.addr, dst_addr))
+
+
+def redirection_of(arena: Arena, addr: Addr) -> Addr | None:
+    """Return where the head of the block at ``addr`` jumps to, or None if it does not.
+
+    A block that is nothing but a jump counts as redirected, too.
+    """
+    head = arena.head_of(addr)
+    if head[:1] != JMP32_OPCODE:
+        return None
+    disp = int.from_bytes(head[1:JMP32_SIZE], "little", signed=True)
+    return Addr(addr + JMP32_SIZE + disp)
 
 
 def point_back(block: Block) -> None:

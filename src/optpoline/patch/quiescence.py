@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find who may still be inside a range of code: the rule for unmapping an arena.
+"""Find who may still be inside ranges of code: the rule of grace periods.
 
-A thread is quiescent for a range of blocks when its PC is outside **and** no PC
+A thread is quiescent for retired blocks when its PC is outside **and** no PC
 saved by an interrupted frame is inside. Blocks make no return addresses
 (design rule 4), so a saved PC can only be in a signal frame; a conservative
 scan of every word of the stack, from the red zone up, finds it wherever it is.
@@ -12,8 +12,8 @@ segment registers and follows the stack pointer saved beside them.
 
 Programs that switch stacks by themselves (swapcontext, coroutines) keep
 contexts in memory that no stack leads to. For them the rest of the writable
-memory is searched as well, up to a bound; beyond it the range is not quiescent
-by decision: it stays mapped and is reported.
+memory is searched as well, up to a bound; beyond it the ranges are not quiescent
+by decision: their memory stays as it is and is reported.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 
 from optpoline.errors import TargetFault
 from optpoline.model import Addr, Mapping
+from optpoline.patch.ranges import AddressRanges, Words
 from optpoline.x86.signal_frame import (
     FRAME_SEGMENTS,
     FRAME_SEGMENTS_MASK,
@@ -63,10 +64,9 @@ def is_thread_quiescent(
     *,
     read: ReadMemory,
     maps: Sequence[Mapping],
-    start: Addr,
-    end: Addr,
+    ranges: AddressRanges,
 ) -> bool:
-    """Tell whether a thread cannot come back to addresses ``start`` to ``end``.
+    """Tell whether a thread cannot come back to any address in ``ranges``.
 
     Target state: the thread is stopped, or asleep in the kernel.
 
@@ -74,10 +74,9 @@ def is_thread_quiescent(
         position: Where it is.
         read: Reads the target's memory.
         maps: All mappings.
-        start: First address of the range.
-        end: Address after the last.
+        ranges: Retired code.
     """
-    if start <= position.pc < end:
+    if position.pc in ranges:
         return False
     stacks = _writable_ranges(maps)
     if not any(first <= position.sp < last for first, last in stacks):
@@ -98,7 +97,7 @@ def is_thread_quiescent(
             words = np.frombuffer(read(first, stack_end - first), dtype="<u8")
         except TargetFault:
             return False
-        if bool(np.any((words >= start) & (words < end))):
+        if ranges.pointing_into(words).size:
             return False
         todo.extend(_interrupted_stacks(words))
     return True
@@ -120,7 +119,7 @@ def _writable_ranges(maps: Sequence[Mapping]) -> list[tuple[int, int]]:
     return ranges
 
 
-def _interrupted_stacks(words: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> list[int]:
+def _interrupted_stacks(words: Words) -> list[int]:
     """Return the stack pointers saved in what looks like signal frames."""
     at = np.nonzero((words & np.uint64(FRAME_SEGMENTS_MASK)) == np.uint64(FRAME_SEGMENTS))[0]
     at = at[at >= FRAME_SP_WORDS]
@@ -132,11 +131,10 @@ def find_words(
     read: ReadMemory,
     maps: Sequence[Mapping],
     skip: Sequence[tuple[int, int]],
-    start: Addr,
-    end: Addr,
+    ranges: AddressRanges,
     max_size: int,
-) -> int | None:
-    """Search writable memory for saved PCs in a range: any aligned word counts.
+) -> frozenset[int] | None:
+    """Search writable memory for saved PCs in retired code: any aligned word counts.
 
     A program that switches stacks may keep a PC anywhere, and bare: a preempting
     handler pushes it on its coroutine's stack and no thread's stack leads there.
@@ -145,23 +143,22 @@ def find_words(
         read: Reads the target's memory.
         maps: All mappings.
         skip: Ranges that were scanned otherwise, or cannot matter.
-        start: First address of the range.
-        end: Address after the last.
+        ranges: Retired code.
         max_size: Bytes to search at most.
 
     Returns:
-        How many there are, or None if there is more memory than ``max_size``.
+        The addresses found, or None if there is more memory than ``max_size``.
     """
-    ranges = _writable_ranges([m for m in maps if not _is_inside((m.start, m.end), skip)])
-    if sum(last - first for first, last in ranges) > max_size:
+    memory = _writable_ranges([m for m in maps if not _is_inside((m.start, m.end), skip)])
+    if sum(last - first for first, last in memory) > max_size:
         return None
-    found = 0
-    for first, last in ranges:
+    found: set[int] = set()
+    for first, last in memory:
         for chunk in range(first, last, _CHUNK_SIZE):
             data = _read_mapped(read, chunk, min(_CHUNK_SIZE, last - chunk))
             words = np.frombuffer(data, dtype="<u8")
-            found += int(np.count_nonzero((words >= start) & (words < end)))
-    return found
+            found.update(ranges.pointing_into(words).tolist())
+    return frozenset(found)
 
 
 def _is_inside(one: tuple[int, int], ranges: Sequence[tuple[int, int]]) -> bool:

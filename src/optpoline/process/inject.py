@@ -40,7 +40,13 @@ import struct
 import time
 from dataclasses import dataclass
 
-from optpoline.errors import OptpolineError, ProcessGone, TargetFault, UnsupportedTarget
+from optpoline.errors import (
+    OptpolineError,
+    ProcessGone,
+    StopTimeout,
+    TargetFault,
+    UnsupportedTarget,
+)
 from optpoline.model import Mapping
 from optpoline.process.host_cpu import read_xsave_layout
 from optpoline.process.memory import RemoteMemory, store_data
@@ -155,6 +161,8 @@ def is_usable_for_injection(
         return False  # setting the mask would lose the one the call is to put back
     if tracer.has_shadow_stack(tid):
         return False  # our return address would not be on it
+    if read_status(tid).seccomp and not _is_suspendable(tracer, tid):
+        return False  # our call might kill it; seccomp is each thread's own
     return not _is_in_rseq(tracer, memory, tid, regs.rip)
 
 
@@ -217,6 +225,7 @@ class InjectionThread:
         self._rsp = 0
         self._rbp = regs.rbp
         self._is_masked = False
+        self._is_stopped = True
         self._saved = (0, b"")
         self.is_entered = False
 
@@ -261,7 +270,7 @@ class InjectionThread:
 
         Raises:
             ProcessGone: if the thread was killed.
-            OptpolineError: if the call did not come back in time; it is still under way.
+            StopTimeout: if the call did not come back in time; ``leave`` still may.
         """
         regs = self._regs.with_call(
             insn_addr=self._code.path.syscall_addr,
@@ -306,13 +315,15 @@ class InjectionThread:
 
         Raises:
             ProcessGone: if it was killed.
-            OptpolineError: if it did not stop in time.
+            StopTimeout: if it did not stop in time.
         """
         if not self.is_entered:
             return
-        # 6. To the event stop, where a pending restart is honoured.
+        # 6. To the event stop, where a pending restart is honoured. One that has not
+        # stopped for a call (frozen by its control group, say) comes there by itself.
         self._tracer.interrupt(self.tid)
-        self._tracer.cont(self.tid)
+        if self._is_stopped:
+            self._tracer.cont(self.tid)
         for _ in range(_MAX_STOPS_PER_CALL):
             code = self._wait(deadline_ns)
             if code.is_event_stop:
@@ -333,6 +344,7 @@ class InjectionThread:
         signal = 0
         for _ in range(_MAX_STOPS_PER_CALL):
             self._tracer.cont_to_syscall(self.tid, signal)
+            self._is_stopped = False
             code = self._wait(deadline_ns)
             if code.is_syscall_stop:
                 return
@@ -343,10 +355,21 @@ class InjectionThread:
 
     def _wait(self, deadline_ns: int) -> StopCode:
         """Wait for the next stop."""
+        begin_ns = time.monotonic_ns()
         code = wait_for_stop(self._tracer, self._pid, self.tid, deadline_ns)
         if code is None:
-            raise OptpolineError(f"a system call injected into thread {self.tid} takes too long")
+            raise StopTimeout(time.monotonic_ns() - begin_ns, (self.tid,))
+        self._is_stopped = True
         return code
+
+
+def _is_suspendable(tracer: Tracer, tid: int) -> bool:
+    """Say whether a thread's seccomp filters can be suspended while it is traced."""
+    try:
+        tracer.suspend_seccomp(tid)
+    except UnsupportedTarget:
+        return False
+    return True
 
 
 def _is_in_rseq(tracer: Tracer, memory: RemoteMemory, tid: int, pc: int) -> bool:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from optpoline.errors import OptpolineError, PermissionDenied, ProcessGone, TargetFault
+from optpoline.process.leader import find_live_tid
 
 __all__ = ["Memory", "RemoteMemory", "store_data"]
 
@@ -44,7 +45,7 @@ class RemoteMemory:
         """Open the memory."""
         self.pid = pid
         try:
-            self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+            self._fd = os.open(f"/proc/{find_live_tid(pid)}/mem", os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError) as error:
             raise ProcessGone(pid) from error
         except PermissionError as error:

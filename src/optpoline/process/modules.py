@@ -4,6 +4,10 @@
 Headers are read from the target's *memory*, where the dynamic linker has put
 them: no file is opened to list modules, so a deleted or replaced file makes no
 difference. Only program headers and notes are looked at.
+
+Some programs copy their text to anonymous memory on huge pages and put that in its
+place. Such memory is taken for the file's if it lies where the headers, which stay
+the file's, say that text is.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ from typing import BinaryIO, NamedTuple
 
 from optpoline.errors import TargetFault
 from optpoline.model import Mapping, Module
+from optpoline.process.leader import find_live_tid
 from optpoline.process.memory import Memory, RemoteMemory
 from optpoline.process.procfs import read_maps
 
-__all__ = ["find_modules", "list_modules", "open_module"]
+__all__ = ["find_modules", "is_anonymous", "list_modules", "open_module"]
 
 _DELETED = " (deleted)"
+_HUGE_PAGES = "/anon_hugepage"  # anonymous memory of hugetlbfs has an inode
 _PAGE_MASK = 4095
 # System V gABI, ELF-64: the file header, a program header.
 _FILE_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -69,6 +75,22 @@ class _Headers:
                 return (mapping.start - mapping.offset) - (segment.vaddr - segment.off)
         return None
 
+    def find_bias_of_head(self, addr: int) -> int | None:
+        """Return the load bias by which the beginning of the file is at an address."""
+        for segment in self.segments:
+            if segment.kind == _PT_LOAD and segment.off == 0:
+                return addr - (segment.vaddr & ~_PAGE_MASK)
+        return None
+
+    def is_text(self, vaddr: int) -> bool:
+        """Say whether an ELF address is in a page of executable code."""
+        return any(
+            segment.kind == _PT_LOAD
+            and segment.flags & _PF_X
+            and segment.vaddr & ~_PAGE_MASK <= vaddr < segment.vaddr + segment.mem_size
+            for segment in self.segments
+        )
+
     def find_extent(self) -> tuple[int, int]:
         """Return the lowest and highest ELF address that is loaded, in whole pages."""
         loads = [s for s in self.segments if s.kind == _PT_LOAD]
@@ -115,15 +137,22 @@ def find_modules(
         table_addr: Where the executable's program headers are (AT_PHDR), 0 if unknown.
     """
     files: dict[tuple[str, int, str], list[Mapping]] = {}
+    copies = [m for m in mappings if m.is_executable and is_anonymous(m)]
     for mapping in mappings:
         if mapping.inode:
             key = (mapping.device, mapping.inode, mapping.path)
             files.setdefault(key, []).append(mapping)
     modules = []
     for group in files.values():
-        if any(mapping.is_executable for mapping in group):
-            modules += _find_images(group, memory, table_addr)
+        own = [m for m in copies if group[0].start < m.start < group[-1].end]
+        if own or any(mapping.is_executable for mapping in group):
+            modules += _find_images(group, own, memory, table_addr)
     return tuple(sorted(modules, key=lambda module: module.start))
+
+
+def is_anonymous(mapping: Mapping) -> bool:
+    """Say whether a mapping shows no file, such as a program's copy of its own text."""
+    return mapping.inode == 0 or mapping.path.startswith(_HUGE_PAGES)
 
 
 def open_module(pid: int, module: Module, *, proc_root: Path = Path("/proc")) -> BinaryIO | None:
@@ -134,9 +163,10 @@ def open_module(pid: int, module: Module, *, proc_root: Path = Path("/proc")) ->
     only if it is still the same one (device and inode).
     """
     first = module.mappings[0]
+    directory = f"{proc_root}/{find_live_tid(pid, proc_root=proc_root)}"
     for path in (
-        f"{proc_root}/{pid}/map_files/{first.start:x}-{first.end:x}",
-        f"{proc_root}/{pid}/root{module.path}",
+        f"{directory}/map_files/{first.start:x}-{first.end:x}",
+        f"{directory}/root{module.path}",
     ):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -156,8 +186,17 @@ def _is_same_file(file: BinaryIO, mapping: Mapping) -> bool:
     return stat.st_ino == mapping.inode and device == mapping.device
 
 
-def _find_images(group: list[Mapping], memory: Memory, table_addr: int) -> list[Module]:
-    """Return the images in the mappings of one file; dlmopen can load it twice."""
+def _find_images(
+    group: list[Mapping], copies: list[Mapping], memory: Memory, table_addr: int
+) -> list[Module]:
+    """Return the images in the mappings of one file; dlmopen can load it twice.
+
+    Args:
+        group: What is mapped of the file.
+        copies: Anonymous executable memory between those.
+        memory: The target's memory.
+        table_addr: Where the executable's program headers are.
+    """
     images: dict[int, _Headers] = {}
     for mapping in group:
         if not mapping.is_executable:
@@ -166,10 +205,16 @@ def _find_images(group: list[Mapping], memory: Memory, table_addr: int) -> list[
         bias = headers.find_bias(mapping) if headers else None
         if headers is not None and bias is not None:
             images.setdefault(bias, headers)
+    copies = [m for m in copies if _add_copied(group, m, memory, images)]
     modules = []
     for bias, headers in images.items():
         low, high = headers.find_extent()
-        parts = tuple(m for m in group if bias + low <= m.start < bias + high)
+        parts = tuple(
+            sorted(
+                (m for m in (*group, *copies) if bias + low <= m.start < bias + high),
+                key=lambda m: m.start,
+            )
+        )
         table_vaddr = headers.find_table_addr()
         modules.append(
             Module(
@@ -183,6 +228,21 @@ def _find_images(group: list[Mapping], memory: Memory, table_addr: int) -> list[
             )
         )
     return modules
+
+
+def _add_copied(
+    group: list[Mapping], copy: Mapping, memory: Memory, images: dict[int, _Headers]
+) -> bool:
+    """Add the image whose text an anonymous mapping replaces; say if there is one."""
+    for head in group:
+        if head.offset or head.start > copy.start:
+            continue
+        headers = _read_headers(head.start, memory)
+        bias = headers.find_bias_of_head(head.start) if headers else None
+        if headers is not None and bias is not None and headers.is_text(copy.start - bias):
+            images.setdefault(bias, headers)
+            return True
+    return False
 
 
 def _read_headers_before(group: list[Mapping], mapping: Mapping, memory: Memory) -> _Headers | None:
@@ -245,7 +305,7 @@ def _read_build_id(headers: _Headers, bias: int, memory: Memory) -> str | None:
 def _read_aux_value(pid: int, kind: int) -> int:
     """Return a value of the auxiliary vector, 0 where it cannot be had."""
     try:
-        data = Path(f"/proc/{pid}/auxv").read_bytes()
+        data = Path(f"/proc/{find_live_tid(pid)}/auxv").read_bytes()
     except OSError:
         return 0
     for key, value in struct.iter_unpack("<QQ", data[: len(data) & -16]):

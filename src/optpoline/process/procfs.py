@@ -22,6 +22,7 @@ __all__ = [
     "list_tids",
     "read_exe_path",
     "read_maps",
+    "read_preempted_where",
     "read_start_time",
     "read_state_char",
     "read_status",
@@ -73,7 +74,7 @@ class ThreadWhere(Enum):
     RUNNING = "running"
     IN_SYSCALL = "in_syscall"
     BLOCKED = "blocked"
-    """Asleep, but not in a system call: a page fault, or stopped in user code."""
+    """Not running, and not in a system call: a page fault, stopped or preempted in user code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +237,27 @@ def read_thread_state(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadS
         n_voluntary=int(status["voluntary_ctxt_switches"]),
         n_nonvoluntary=int(status["nonvoluntary_ctxt_switches"]),
     )
+
+
+def read_preempted_where(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadWhere:
+    """Return where a thread is off its CPU; RUNNING if it is on one, or we may not look.
+
+    Other than ``read_thread_state`` this tells a thread that only waits for a CPU, too.
+
+    Raises:
+        ProcessGone: if the thread does not exist.
+    """
+    try:
+        stack = _read_text(f"{proc_root}/{pid}/task/{tid}/stack", tid)
+    except ProcessGone:
+        raise
+    except OptpolineError:
+        return ThreadWhere.RUNNING  # without CAP_SYS_ADMIN, or a kernel without stack traces
+    if not stack:
+        return ThreadWhere.RUNNING
+    # arch/x86/entry/entry_64.S: the one way into every 64-bit system call.
+    is_call = "entry_SYSCALL_64" in stack
+    return ThreadWhere.IN_SYSCALL if is_call else ThreadWhere.BLOCKED
 
 
 def read_exe_path(pid: int, *, proc_root: Path = _PROC) -> str:

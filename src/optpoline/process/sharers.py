@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable
 
 from optpoline.errors import AttachError, OptpolineError, ProcessGone
+from optpoline.process.leader import find_live_tid
 from optpoline.process.procfs import list_tids, read_maps, read_status
 
 __all__ = ["find_sharers", "has_same_memory"]
@@ -66,7 +67,9 @@ def has_same_memory(pid: int, other_pid: int) -> bool:
     Raises:
         OptpolineError: if the kernel cannot tell.
     """
-    result = int(_libc.syscall(_SYS_KCMP, pid, other_pid, _KCMP_VM, 0, 0))
+    # A first thread that has exited has no memory: one that lives answers for its process.
+    tid, other_tid = find_live_tid(pid), find_live_tid(other_pid)
+    result = int(_libc.syscall(_SYS_KCMP, tid, other_tid, _KCMP_VM, 0, 0))
     if result >= 0:
         return result == 0
     number = ctypes.get_errno()

@@ -24,6 +24,7 @@ from optpoline.errors import (
     TargetFault,
     UnsupportedTarget,
 )
+from optpoline.process.busy import MAX_LOOKED_AT, find_busy, is_in_call
 from optpoline.process.inject import (
     InjectionCode,
     InjectionThread,
@@ -35,6 +36,7 @@ from optpoline.process.procfs import (
     ThreadState,
     ThreadWhere,
     list_tids,
+    read_preempted_where,
     read_state_char,
     read_thread_state,
 )
@@ -58,7 +60,12 @@ _FIRST_POLL_S = 10e-6
 _MAX_POLL_S = 200e-6
 _CHECK_STATE_NS = 1_000_000
 _MAX_RUNNING_POLLED = 8
+_LIST_AGAIN_NS = 10_000_000
+"""When to look for threads that have begun to run; then after twice that, and so on."""
+
 _LEAVE_TIMEOUT_NS = 1_000_000_000
+_FIND_INJECTOR_NS = 20_000_000
+"""How long to look for a thread for injection; short, as others may stand meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,10 +134,9 @@ class Stopper:
     def sweep(self) -> None:
         """Stop threads that have woken or appeared, until none has."""
         while True:
-            self._find_running()
+            self._interrupt_running()
             if not self._pending:
                 return
-            self._interrupt_pending()
             self._collect_pending()
             if time.monotonic_ns() >= self.deadline_ns:
                 raise StopTimeout(self.timeout_ns, tuple(sorted(self._pending)))
@@ -202,6 +208,7 @@ class Stopper:
     def _find_running(self) -> None:
         """Seize running threads that are not ours yet; note who is asleep."""
         self.asleep = {}
+        runnable: dict[int, int] = {}
         uninterruptible: dict[int, list[int]] = {}
         for pid in tuple(self._pids):
             try:
@@ -213,19 +220,28 @@ class Stopper:
                 continue
             for tid in tids:
                 # Pending ones are seized already: this calls itself for sharers found late.
-                if tid in self.tracees or tid in self._pending or tid in self._left_seized:
+                if tid in self.tracees or tid in self._pending:
                     continue
                 try:
                     state = read_state_char(pid, tid)
+                    may_wake = self.wakes_all and state == "S" and _may_wake(pid, tid)
                 except ProcessGone:
                     continue
-                if state == "R" or (state == "S" and self.wakes_all):
+                if state == "R":
+                    runnable[tid] = pid
+                elif may_wake:
                     if self._seize(pid, tid):
                         self._pending[tid] = pid
                 elif state not in _DEAD_STATES:
                     self.asleep[tid] = pid
                     if state == "D":
                         uninterruptible.setdefault(pid, []).append(tid)
+        busy = find_busy(runnable)
+        for tid, pid in runnable.items():
+            if tid not in busy:
+                self.asleep[tid] = pid
+            elif self._seize(pid, tid):
+                self._pending[tid] = pid
         for pid, parents in uninterruptible.items():
             new = [p for p in find_sharers(pid, tids=parents) if p not in self._pids]
             if new:
@@ -234,6 +250,9 @@ class Stopper:
 
     def _seize(self, pid: int, tid: int) -> bool:
         """Seize a thread; False if it is gone."""
+        if tid in self._left_seized:
+            self._left_seized.remove(tid)
+            return True
         try:
             self.tracer.seize(tid)
         except ProcessGone:
@@ -248,20 +267,37 @@ class Stopper:
         self._seized.add(tid)
         return True
 
-    def _interrupt_pending(self) -> None:
-        """Ask all seized threads to stop; waiting comes after, so that they stop at once."""
-        if not self.begin_ns:
+    def _interrupt_running(self) -> None:
+        """Ask threads that run, and have not been asked, to stop.
+
+        All are seized before, and waited for after, so that they stop at once.
+        """
+        before = set(self._pending)
+        self._find_running()
+        asked = [tid for tid in self._pending if tid not in before]
+        if asked and not self.begin_ns:
             self.begin_ns = time.monotonic_ns()
             self.deadline_ns = self.begin_ns + self.timeout_ns
-        for tid in tuple(self._pending):
-            try:
-                self.tracer.interrupt(tid)
-            except ProcessGone:
-                del self._pending[tid]
+        # One may have begun a system call since it was found busy.
+        may_leave = not self.wakes_all and len(asked) <= MAX_LOOKED_AT
+        for tid in asked:
+            if may_leave and is_in_call(self._pending[tid], tid):
+                self._left_seized.add(tid)
+                self.asleep[tid] = self._pending.pop(tid)
+            else:
+                self._interrupt(tid)
+
+    def _interrupt(self, tid: int) -> None:
+        """Ask a seized thread to stop."""
+        try:
+            self.tracer.interrupt(tid)
+        except ProcessGone:
+            del self._pending[tid]
 
     def _collect_pending(self) -> None:
         """Wait until the interrupted threads stand."""
-        pause_s, checked_ns = _FIRST_POLL_S, time.monotonic_ns()
+        pause_s, begin_ns = _FIRST_POLL_S, time.monotonic_ns()
+        checked_ns, list_again_ns = begin_ns, _LIST_AGAIN_NS
         while self._pending:
             if self._collect_some():
                 pause_s = _FIRST_POLL_S
@@ -273,6 +309,10 @@ class Stopper:
             if now_ns - checked_ns > _CHECK_STATE_NS:
                 checked_ns = now_ns
                 self._drop_unstoppable()
+            if now_ns - begin_ns > list_again_ns:
+                # Those that have begun to run keep the ones we wait for off their CPU.
+                list_again_ns *= 2
+                self._interrupt_running()
             # A sleep, not a spin: at real-time priority we could keep the very
             # threads we wait for off their CPU.
             time.sleep(pause_s)
@@ -343,20 +383,28 @@ class Stopper:
         """Choose a thread and prepare it."""
         if not code.is_present(self.memory):
             raise UnsupportedTarget(f"process {self.pid} has unmapped the code that injection uses")
-        for tracee in sorted(self.tracees.values(), key=_rank_stopped):
-            if (injection := self._try_enter(tracee, code)) is not None:
-                return injection
-        for tid in self._rank_asleep() if may_wake else ():
-            woken = self._wake(tid)
-            # It may have executed another program before it stopped.
-            if not self.memory.is_current() or not code.is_present(self.memory):
-                raise ProcessGone(self.pid, f"process {self.pid} runs a new program")
-            injection = None if woken is None else self._try_enter(woken, code)
-            if injection is not None:
-                return injection
+        end_ns = time.monotonic_ns() + _FIND_INJECTOR_NS
+        while True:
+            for tracee in sorted(self.tracees.values(), key=_rank_stopped):
+                if (injection := self._try_enter(tracee, code)) is not None:
+                    return injection
+            for tid in self._rank_asleep() if may_wake else ():
+                woken = self._wake(tid)
+                # It may have executed another program before it stopped.
+                if not self.memory.is_current() or not code.is_present(self.memory):
+                    raise ProcessGone(self.pid, f"process {self.pid} runs a new program")
+                injection = None if woken is None else self._try_enter(woken, code)
+                if injection is not None:
+                    return injection
+            if not may_wake or time.monotonic_ns() >= end_ns:
+                break
+            # One may come out of its call, or into one that it may be woken from.
+            time.sleep(_MAX_POLL_S)
+            self.sweep()
         raise UnsupportedTarget(
             f"no thread of process {self.pid} can run a system call for us now",
-            hint="its threads sleep in calls that must not be disturbed; try again later",
+            hint="its threads sleep in calls that must not be disturbed (try again later), or "
+            "are under seccomp or on shadow stacks",
         )
 
     def _wake(self, tid: int) -> Tracee | None:
@@ -364,8 +412,12 @@ class Stopper:
         if not self._seize(self.pid, tid):
             return None
         self._pending[tid] = self.pid
-        self._interrupt_pending()
-        deadline_ns = time.monotonic_ns() + self.timeout_ns
+        now_ns = time.monotonic_ns()
+        if not self.begin_ns:
+            self.begin_ns = now_ns
+            self.deadline_ns = now_ns + self.timeout_ns
+        self._interrupt(tid)
+        deadline_ns = now_ns + self.timeout_ns
         try:
             code = wait_for_stop(self.tracer, self.pid, tid, deadline_ns)
             if code is None:
@@ -402,10 +454,9 @@ class Stopper:
             if pid != self.pid:
                 continue
             try:
-                state = read_thread_state(pid, tid)
+                rank = _rank_waking(pid, read_thread_state(pid, tid))
             except ProcessGone:
                 continue
-            rank = _rank_waking(state)
             if rank < Disturbance.HARMFUL:
                 ranked.append((rank, tid))
         return [tid for _, tid in sorted(ranked)]
@@ -418,17 +469,24 @@ def _rank_stopped(tracee: Tracee) -> int:
     return 2 if tracee.regs.result == -ERESTART_RESTARTBLOCK else 1
 
 
-def _rank_waking(state: ThreadState) -> Disturbance:
+def _rank_waking(pid: int, state: ThreadState) -> Disturbance:
     """Say how much a sleeping thread would notice of being woken."""
     if state.state == "T":
         # Stopped by job control: it has left its call already.
         is_masked = state.where is ThreadWhere.IN_SYSCALL and has_temporary_mask(state.syscall_nr)
         return Disturbance.HARMFUL if is_masked else Disturbance.NONE
     if state.where is ThreadWhere.RUNNING:
-        return Disturbance.NONE  # it has just woken by itself
+        # It has just woken by itself, or waits for a CPU; maybe half-way through a transfer.
+        is_calling = read_preempted_where(pid, state.tid) is ThreadWhere.IN_SYSCALL
+        return Disturbance.HARMFUL if is_calling else Disturbance.RESTART_BLOCK
     if state.state != "S" or state.where is not ThreadWhere.IN_SYSCALL:
         return Disturbance.HARMFUL
     return rank_disturbance(state.syscall_nr, state.syscall_args)
+
+
+def _may_wake(pid: int, tid: int) -> bool:
+    """Tell whether a sleeping thread may be woken; it may have begun another call just now."""
+    return _rank_waking(pid, read_thread_state(pid, tid)) < Disturbance.HARMFUL
 
 
 def _is_socket(pid: int, fd: int) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from optpoline.process.permissions import Check, CheckStatus
+from optpoline.process.checks import Check, CheckStatus
 from optpoline.report.table import Colour, Style, printable
 
 __all__ = ["format_checks"]

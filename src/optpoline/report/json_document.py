@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
     DetachResult,
     LeftBehind,
@@ -23,12 +24,13 @@ from optpoline.controller.summary import (
     TargetShare,
 )
 from optpoline.errors import OptpolineError
-from optpoline.process.permissions import Check
+from optpoline.process.checks import Check
 
 __all__ = [
     "SCHEMA_VERSION",
     "JsonObject",
     "JsonValue",
+    "audit_document",
     "checks_document",
     "detach_document",
     "encode_document",
@@ -147,6 +149,39 @@ def checks_document(
         "exit_code": exit_code,
         "machine": [_check_object(check) for check in machine],
         "target": [_check_object(check) for check in target],
+    }
+
+
+def audit_document(report: AuditReport) -> JsonObject:
+    """Return what ``check`` writes."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "check",
+        "pid": report.pid,
+        "sound": report.is_sound,
+        "arenas": report.arenas,
+        "controller_pid": report.controller_pid,
+        "controller_alive": report.controller_alive,
+        "promoted": report.patched,
+        "baseline": report.baseline,
+        "gone": report.gone,
+        "blocks": report.blocks,
+        "retired": report.retired,
+        "n_modules": report.modules,
+        "faults": [
+            {"kind": one.kind.value, "address": hex(one.address), "sentence": one.sentence}
+            for one in report.faults
+        ],
+        "foreign_changes": [
+            {
+                "kind": one.kind.value,
+                "address": hex(one.address),
+                "size": one.size,
+                "module": one.module,
+            }
+            for one in report.foreign
+        ],
+        "notes": list(report.notes),
     }
 
 

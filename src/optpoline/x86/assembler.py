@@ -22,6 +22,7 @@ from optpoline.model import Addr
 __all__ = [
     "DISP32_SIZE",
     "INT3",
+    "JMP32_OPCODE",
     "JMP32_SIZE",
     "REGISTER_NUMBERS",
     "Assembler",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 DISP32_SIZE = 4
+JMP32_OPCODE = b"\xe9"
 JMP32_SIZE = 5
 INT3 = 0xCC
 
@@ -121,7 +123,7 @@ def encode_jmp32(src_addr: int, dst_addr: int) -> bytes:
     >>> encode_jmp32(0x1000, 0x1005).hex()
     'e900000000'
     """
-    return b"\xe9" + encode_disp32(src_addr + JMP32_SIZE, dst_addr)
+    return JMP32_OPCODE + encode_disp32(src_addr + JMP32_SIZE, dst_addr)
 
 
 class Assembler:

@@ -59,6 +59,7 @@ _PSELECT6, _PPOLL, _EPOLL_PWAIT, _ACCEPT4, _RECVMMSG = 270, 271, 281, 288, 299
 _IO_PGETEVENTS, _IO_URING_ENTER, _EPOLL_PWAIT2 = 333, 426, 441
 
 _MSG_WAITALL = 0x100
+_NEGATIVE = 1 << 31  # of a 32-bit argument
 _TIMER_ABSTIME = 1
 _F_SETLKW, _F_OFD_SETLKW = 7, 38
 _FUTEX_COMMAND_MASK = 0x7F
@@ -89,11 +90,13 @@ _TEMPORARY_MASK = frozenset(
 
 _RESTARTED = frozenset(
     {
-        _READ, _READV, _ACCEPT, _ACCEPT4, _WAIT4, _WAITID, _PAUSE, _SELECT, _MSGSND, _MSGRCV,
-        _FLOCK, _OPEN, _OPENAT, _MQ_TIMEDSEND, _MQ_TIMEDRECEIVE, _RECVMSG,
+        _READ, _READV, _WAIT4, _WAITID, _PAUSE, _SELECT, _MSGSND, _MSGRCV, _FLOCK, _OPEN, _OPENAT,
+        _MQ_TIMEDSEND, _MQ_TIMEDRECEIVE, _SEMOP,
     }
 )  # fmt: skip
-_RESTARTED_AFRESH = frozenset({_EPOLL_WAIT, _SEMOP, _SEMTIMEDOP, _IO_GETEVENTS})
+_RESTARTED_AFRESH = frozenset({_EPOLL_WAIT, _SEMTIMEDOP, _IO_GETEVENTS})
+_RECEIVES = frozenset({_ACCEPT, _ACCEPT4, _RECVFROM, _RECVMSG})
+
 _RESTART_BLOCK = frozenset({_NANOSLEEP, _POLL, _RESTART_SYSCALL})
 
 
@@ -102,11 +105,13 @@ class Disturbance(IntEnum):
 
     NONE = 0
     """The kernel restarts the call; nothing is lost."""
-    TIMEOUT_AFRESH = 1
+    SOCKET_TIMEOUT_AFRESH = 1
+    """It is restarted; if its socket has a timeout, which few have, that begins again."""
+    TIMEOUT_AFRESH = 2
     """It is restarted, and a relative timeout begins again."""
-    RESTART_BLOCK = 2
+    RESTART_BLOCK = 3
     """It is restarted through a restart block, which a signal frame would cancel."""
-    HARMFUL = 3
+    HARMFUL = 4
     """A transfer may be cut short, a temporary signal mask lost: never wake it."""
 
 
@@ -120,10 +125,10 @@ def rank_disturbance(nr: int, args: tuple[int, ...]) -> Disturbance:
     >>> rank_disturbance(35, (0, 0, 0, 0, 0, 0)).name
     'RESTART_BLOCK'
     """
-    if nr == _RECVFROM:
-        return Disturbance.HARMFUL if args[3] & _MSG_WAITALL else Disturbance.NONE
-    if nr == _RECVMSG:
-        return Disturbance.HARMFUL if args[2] & _MSG_WAITALL else Disturbance.NONE
+    if (nr == _RECVFROM and args[3] & _MSG_WAITALL) or (nr == _RECVMSG and args[2] & _MSG_WAITALL):
+        return Disturbance.HARMFUL
+    if nr == _EPOLL_WAIT and args[3] & _NEGATIVE:
+        return Disturbance.NONE  # no timeout
     if nr == _FUTEX and args[1] & _FUTEX_COMMAND_MASK in _FUTEX_WAITS:
         return Disturbance.RESTART_BLOCK if args[3] else Disturbance.NONE
     if nr == _CLOCK_NANOSLEEP:
@@ -133,6 +138,8 @@ def rank_disturbance(nr: int, args: tuple[int, ...]) -> Disturbance:
         return Disturbance.NONE if waits else Disturbance.HARMFUL
     if nr in _RESTARTED:
         return Disturbance.NONE
+    if nr in _RECEIVES:
+        return Disturbance.SOCKET_TIMEOUT_AFRESH
     if nr in _RESTARTED_AFRESH:
         return Disturbance.TIMEOUT_AFRESH
     if nr in _RESTART_BLOCK:

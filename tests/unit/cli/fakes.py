@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from optpoline.cli.api import OnEvent
+from optpoline.cli.api import OnEvent, SessionSettings
+from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
     DetachOutcome,
     DetachResult,
@@ -163,10 +164,11 @@ class FakeApi:
     attached: list[int] = field(default_factory=list)
     listing: FakeListing | None = None
     left: LeftBehind | None = None
+    report: AuditReport | None = None
     restore_error: OptpolineError | None = None
     found: list[int | str] = field(default_factory=list)
 
-    def attach(self, pid: int, *, learn_s: float, on_event: OnEvent) -> FakeSession:
+    def attach(self, pid: int, *, settings: SessionSettings, on_event: OnEvent) -> FakeSession:
         """Attach."""
         self.attached.append(pid)
         if self.attach_errors:
@@ -185,6 +187,11 @@ class FakeApi:
     def read_status(self, pid: int) -> LeftBehind | None:
         """Say what is left."""
         return self.left
+
+    def audit(self, pid: int) -> AuditReport:
+        """Verify."""
+        assert self.report is not None
+        return self.report
 
     def restore(self, pid: int) -> DetachResult:
         """Restore."""

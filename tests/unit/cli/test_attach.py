@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from optpoline.cli.api import SessionSettings
 from optpoline.cli.console import Console
 from optpoline.cli.drive import SessionPlan, drive_session
 from optpoline.cli.main import main
@@ -183,7 +184,7 @@ def test_stop_while_learning_promotes_nothing() -> None:
             stop.set()
 
     session = Interrupted()
-    plan = SessionPlan(learn_s=1.0, duration_s=None, leave=False)
+    plan = SessionPlan(settings=SessionSettings(), duration_s=None, leave=False)
     console = Console(io.StringIO(), Style())
     end = drive_session(session, plan, stop, console)
     assert session.calls == ["learn 1", "detach"]
@@ -272,7 +273,7 @@ def test_progress_line_does_not_outlive_the_session(fails: bool) -> None:
     if fails:
         session.errors["watch"] = ControllerActive("another one")
     stream = Terminal()
-    plan = SessionPlan(learn_s=1.0, duration_s=None, leave=False)
+    plan = SessionPlan(settings=SessionSettings(), duration_s=None, leave=False)
     console = Console(stream, Style())
     if fails:
         with pytest.raises(ControllerActive):

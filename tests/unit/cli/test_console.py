@@ -10,7 +10,7 @@ import pytest
 
 from optpoline.cli.console import Console, style_for
 from optpoline.cli.machine import check_machine
-from optpoline.process.permissions import CheckStatus
+from optpoline.process.checks import CheckStatus
 from optpoline.report.table import Style
 
 

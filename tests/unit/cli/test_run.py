@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from optpoline.cli.api import OnEvent
+from optpoline.cli.api import OnEvent, SessionSettings
 from optpoline.cli.child import Child
 from optpoline.cli.main import main
 from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState
@@ -111,8 +111,8 @@ def test_program_that_is_executed_later_is_found(
     fifo: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class FirstWithout(FakeApi):
-        def attach(self, pid: int, *, learn_s: float, on_event: OnEvent) -> FakeSession:
-            session = super().attach(pid, learn_s=learn_s, on_event=on_event)
+        def attach(self, pid: int, *, settings: SessionSettings, on_event: OnEvent) -> FakeSession:
+            session = super().attach(pid, settings=settings, on_event=on_event)
             if len(self.attached) == 1:
                 fifo.write_text("go\n")
                 raise NoSites("the shell has no retpoline site")

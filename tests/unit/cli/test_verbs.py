@@ -16,7 +16,7 @@ from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.errors import ControllerActive
 from tests.unit.cli.fakes import FakeApi, FakeListing, make_site
 
-VERBS = ("run", "attach", "status", "detach", "sites", "doctor")
+VERBS = ("run", "attach", "status", "check", "detach", "sites", "doctor")
 
 LEFT = LeftBehind(
     pid=4711,

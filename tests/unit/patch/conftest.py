@@ -10,15 +10,72 @@ import pytest
 
 from optpoline.model import Addr
 from optpoline.patch.arena import Arena, ArenaGeometry
-from optpoline.patch.layout import HEADER_SIZE, ArenaHeader
+from optpoline.patch.layout import (
+    BLOCK_ENTRY_SIZE,
+    HEADER_SIZE,
+    ArenaHeader,
+    BlockEntry,
+    BlockKind,
+)
+from optpoline.x86.blocks import place_block
 
 ARENA_ADDR = Addr(0x2000_0000)
+SITE_ADDR = Addr(0x40_1001)
+PAGE_SIZE = 4096
 GEOMETRY = ArenaGeometry(
-    code_off=HEADER_SIZE + 4096,
-    literal_off=HEADER_SIZE + 4096 + 8192,
-    counter_off=HEADER_SIZE + 4096 + 8192 + 4096,
-    size=HEADER_SIZE + 4096 + 8192 + 4096 + 4096,
+    block_off=HEADER_SIZE + PAGE_SIZE,
+    code_off=HEADER_SIZE + 4 * PAGE_SIZE,
+    literal_off=HEADER_SIZE + 6 * PAGE_SIZE,
+    counter_off=HEADER_SIZE + 7 * PAGE_SIZE,
+    size=HEADER_SIZE + 8 * PAGE_SIZE,
 )
+CODE_SIZE = GEOMETRY.literal_off - GEOMETRY.code_off
+N_BLOCK_ENTRIES = (GEOMETRY.code_off - GEOMETRY.block_off) // BLOCK_ENTRY_SIZE
+NO_CELLS = (Addr(0), 0)
+
+
+def make_header() -> ArenaHeader:
+    """Return the header of an arena with nothing in it."""
+    return ArenaHeader(
+        size=GEOMETRY.size,
+        block_off=GEOMETRY.block_off,
+        code_off=GEOMETRY.code_off,
+        literal_off=GEOMETRY.literal_off,
+        counter_off=GEOMETRY.counter_off,
+        controller_pid=1,
+        controller_start=2,
+        target_pid=3,
+        n_entries=0,
+    )
+
+
+def put_code(
+    arena: Arena,
+    code: bytes,
+    *,
+    kind: BlockKind = BlockKind.PROMOTED,
+    cells: tuple[Addr, int] = NO_CELLS,
+) -> Addr:
+    """Write a block where the next one goes."""
+    room = arena.find_room(len(code), lambda addr: place_block(addr, len(code)))
+    return arena.put_block(room, code, site_addr=SITE_ADDR, kind=kind, cells=cells)
+
+
+def free(arena: Arena, addr: Addr) -> int:
+    """Free a block as after a grace period."""
+    arena.retire_block(addr)
+    return arena.free_block(addr)
+
+
+def read_block_table(fd: int) -> list[BlockEntry | None]:
+    """Return the block table as another process reads it; None where an entry is free."""
+    header = ArenaHeader.unpack(os.pread(fd, HEADER_SIZE, 0))
+    assert header is not None
+    data = os.pread(fd, header.n_blocks * BLOCK_ENTRY_SIZE, header.block_off)
+    return [
+        BlockEntry.unpack(data[off : off + BLOCK_ENTRY_SIZE])
+        for off in range(0, len(data), BLOCK_ENTRY_SIZE)
+    ]
 
 
 @pytest.fixture
@@ -33,16 +90,6 @@ def arena_fd() -> Iterator[int]:
 @pytest.fixture
 def arena(arena_fd: int) -> Iterator[Arena]:
     """Return a small, empty arena."""
-    header = ArenaHeader(
-        size=GEOMETRY.size,
-        code_off=GEOMETRY.code_off,
-        literal_off=GEOMETRY.literal_off,
-        counter_off=GEOMETRY.counter_off,
-        controller_pid=1,
-        controller_start=2,
-        target_pid=3,
-        n_entries=0,
-    )
-    made = Arena(ARENA_ADDR, arena_fd, GEOMETRY, header)
+    made = Arena(ARENA_ADDR, arena_fd, GEOMETRY, make_header())
     yield made
     made.close()

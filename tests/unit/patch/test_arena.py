@@ -12,13 +12,29 @@ import pytest
 from optpoline.errors import ArenaError
 from optpoline.model import Addr, Site, SiteKind, Thunk, ThunkFlavour
 from optpoline.patch.arena import JOURNAL_SPARE_ENTRIES, Arena, ArenaGeometry
-from optpoline.patch.layout import ENTRY_SIZE, HEADER_SIZE, ArenaHeader, JournalEntry
-from optpoline.x86.blocks import BLOCK_ALIGNMENT, HEAD_SIZE, POISON
-from tests.unit.patch.conftest import ARENA_ADDR, GEOMETRY
+from optpoline.patch.layout import (
+    BLOCK_ENTRY_SIZE,
+    ENTRY_SIZE,
+    HEADER_SIZE,
+    ArenaHeader,
+    BlockKind,
+    JournalEntry,
+)
+from optpoline.x86.blocks import BLOCK_ALIGNMENT, HEAD_SIZE, LINE_SIZE, POISON
+from tests.unit.patch.conftest import (
+    ARENA_ADDR,
+    CODE_SIZE,
+    GEOMETRY,
+    NO_CELLS,
+    PAGE_SIZE,
+    SITE_ADDR,
+    make_header,
+    put_code,
+)
 
 THUNK = Thunk(addr=Addr(0x40_0000), operand="rax", flavour=ThunkFlavour.GCC, symbol=None)
 SITE = Site(
-    addr=Addr(0x40_1001),
+    addr=SITE_ADDR,
     code=bytes.fromhex("e8 11 22 33 44"),
     kind=SiteKind.CALL,
     disp_addr=Addr(0x40_1002),
@@ -32,11 +48,17 @@ SITE = Site(
 @pytest.mark.parametrize("n_sites", [0, 1, 48, 1900, 100_000])
 def test_geometry_is_whole_pages_in_order(n_sites: int) -> None:
     geometry = ArenaGeometry.for_sites(n_sites)
-    offsets = (HEADER_SIZE, geometry.code_off, geometry.literal_off, geometry.counter_off)
+    offsets = (
+        *(HEADER_SIZE, geometry.block_off, geometry.code_off),
+        *(geometry.literal_off, geometry.counter_off),
+    )
     assert all(off % 4096 == 0 for off in (*offsets, geometry.size))
     assert [*offsets, geometry.size] == sorted({*offsets, geometry.size})
-    assert geometry.code_off - HEADER_SIZE >= (n_sites + JOURNAL_SPARE_ENTRIES) * ENTRY_SIZE
-    assert geometry.literal_off - geometry.code_off >= n_sites * 1024
+    assert geometry.block_off - HEADER_SIZE >= (n_sites + JOURNAL_SPARE_ENTRIES) * ENTRY_SIZE
+    code_size = geometry.literal_off - geometry.code_off
+    assert code_size >= n_sites * 1024
+    # Blocks of one line each must not run out of entries before the code is used up.
+    assert (geometry.code_off - geometry.block_off) // BLOCK_ENTRY_SIZE >= code_size // LINE_SIZE
 
 
 def test_header_can_be_read_by_another_controller(arena: Arena, arena_fd: int) -> None:
@@ -50,59 +72,76 @@ def test_parts_lie_where_the_geometry_says(arena: Arena) -> None:
     assert arena.end == ARENA_ADDR + GEOMETRY.size
     assert arena.code_start == ARENA_ADDR + GEOMETRY.code_off
     assert arena.code_end == ARENA_ADDR + GEOMETRY.counter_off
-    assert (arena.used_code_size, arena.free_code_size) == (0, 8192)
+    assert arena.used_code_end == arena.code_start
+    assert arena.free_code_size == CODE_SIZE
+    assert arena.blocks == ()
 
 
 @pytest.mark.parametrize("size", [1, 6, 15, 16, 17, 100])
 def test_blocks_are_aligned_and_padded_with_poison(arena: Arena, size: int) -> None:
-    first = arena.next_block_addr()
-    assert arena.add_block(b"\x90" * size) == first == arena.code_start
-    second = arena.next_block_addr()
+    first = put_code(arena, b"\x90" * size)
+    assert first == arena.code_start
+    end = arena.used_code_end
+    assert end % BLOCK_ALIGNMENT == 0
+    assert size <= end - first < size + BLOCK_ALIGNMENT
+    data = arena.read(first, end - first)
+    assert data == b"\x90" * size + bytes((POISON,)) * (end - first - size)
+    assert arena.free_code_size == CODE_SIZE - (end - first)
+    second = put_code(arena, b"\x90" * size)
     assert second % BLOCK_ALIGNMENT == 0
-    assert size <= second - first < size + BLOCK_ALIGNMENT
-    data = arena.read(first, second - first)
-    assert data == b"\x90" * size + bytes((POISON,)) * (second - first - size)
-    assert arena.used_code_size == second - first
+    assert second >= end
 
 
 def test_head_of_a_short_block_is_whole(arena: Arena) -> None:
-    addr = arena.add_block(b"\xe9\0\0\0\0\xcc")
+    addr = put_code(arena, b"\xe9\0\0\0\0\xcc")
     assert arena.head_of(addr) == b"\xe9\0\0\0\0\xcc\xcc\xcc"
     assert len(arena.head_of(addr)) == HEAD_SIZE
 
 
 def test_blocks_until_the_code_is_used_up(arena: Arena, arena_fd: int) -> None:
-    for i in range(8192 // 128):
-        arena.add_block(bytes((i,)) * 128)
+    for i in range(CODE_SIZE // 128):
+        put_code(arena, bytes((i,)) * 128)
     assert arena.free_code_size == 0
     with pytest.raises(ArenaError, match="used up") as caught:
-        arena.add_block(b"\x90")
+        put_code(arena, b"\x90")
     assert caught.value.hint is not None
     # The literals behind the code were not written.
-    assert os.pread(arena_fd, 4096, GEOMETRY.literal_off) == bytes(4096)
+    assert os.pread(arena_fd, PAGE_SIZE, GEOMETRY.literal_off) == bytes(PAGE_SIZE)
     assert arena.read(arena.code_start, 128) == bytes(128)
 
 
 def test_block_that_is_too_large_takes_nothing(arena: Arena) -> None:
     with pytest.raises(ArenaError):
-        arena.add_block(b"\x90" * 8193)
-    assert arena.used_code_size == 0
-    arena.add_block(b"\x90" * 8192)
+        put_code(arena, b"\x90" * (CODE_SIZE + 1))
+    assert arena.free_code_size == CODE_SIZE
+    put_code(arena, b"\x90" * CODE_SIZE)
 
 
-def test_skip_to_fills_with_poison_and_stays_inside(arena: Arena) -> None:
-    arena.add_block(b"\x90" * 16)
-    place = Addr(arena.code_start + 64)
-    arena.skip_to(place)
-    assert arena.next_block_addr() == place
+def test_finding_room_takes_nothing(arena: Arena) -> None:
+    rooms = [arena.find_room(100, lambda addr: addr) for _ in range(3)]
+    assert rooms[0] == rooms[1] == rooms[2]
+    assert arena.free_code_size == CODE_SIZE
+
+
+def test_gap_before_a_block_is_poison_and_taken_with_it(arena: Arena) -> None:
+    put_code(arena, b"\x90" * 16)
+    room = arena.find_room(20, lambda addr: -(-addr // LINE_SIZE) * LINE_SIZE)
+    assert (room.start, room.at, room.end) == (
+        GEOMETRY.code_off + 16,
+        GEOMETRY.code_off + 64,
+        GEOMETRY.code_off + 96,
+    )
+    arena.put_block(
+        room, b"\x90" * 20, site_addr=SITE_ADDR, kind=BlockKind.PROMOTED, cells=NO_CELLS
+    )
     assert arena.read(Addr(arena.code_start + 16), 48) == bytes((POISON,)) * 48
-    arena.skip_to(arena.code_start)
-    assert arena.used_code_size == 64
-    arena.add_block(b"\x90")
-    arena.skip_to(Addr(arena.end + 64))
-    assert arena.free_code_size == 0
+    assert arena.free_code_size == CODE_SIZE - 96
+
+
+def test_place_beyond_the_arena_is_no_room(arena: Arena) -> None:
     with pytest.raises(ArenaError):
-        arena.add_block(b"\x90")
+        arena.find_room(1, lambda _addr: int(arena.end))
+    assert arena.free_code_size == CODE_SIZE
 
 
 def test_equal_literals_are_one(arena: Arena) -> None:
@@ -196,7 +235,7 @@ def test_full_journal(arena: Arena, arena_fd: int) -> None:
     with pytest.raises(ArenaError, match="journal"):
         arena.journal(sites[-1])
     assert [entry.addr for entry in read_journal(arena_fd)] == [site.addr for site in sites[:-1]]
-    assert os.pread(arena_fd, 1, GEOMETRY.code_off) == b"\0"
+    assert os.pread(arena_fd, 1, GEOMETRY.block_off) == b"\0"
 
 
 def test_entry_is_complete_before_it_is_counted(
@@ -218,23 +257,13 @@ def test_entry_is_complete_before_it_is_counted(
 
 
 def test_close_lets_go_of_the_memory(arena_fd: int) -> None:
-    header = ArenaHeader.unpack(
-        ArenaHeader(
-            size=GEOMETRY.size,
-            code_off=GEOMETRY.code_off,
-            literal_off=GEOMETRY.literal_off,
-            counter_off=GEOMETRY.counter_off,
-            controller_pid=1,
-            controller_start=2,
-            target_pid=3,
-            n_entries=0,
-        ).pack()
-    )
-    assert header is not None
-    arena = Arena(ARENA_ADDR, arena_fd, GEOMETRY, header)
-    addr = arena.add_block(b"\x90")
+    arena = Arena(ARENA_ADDR, arena_fd, GEOMETRY, make_header())
+    addr = put_code(arena, b"\x90")
     arena.close()
     with pytest.raises(ValueError, match="closed"):
         arena.read(addr, 1)
     # What was written stays for the program.
     assert os.pread(arena_fd, 1, GEOMETRY.code_off) == b"\x90"
+    header = ArenaHeader.unpack(os.pread(arena_fd, HEADER_SIZE, 0))
+    assert header is not None
+    assert header.controller_start == 0

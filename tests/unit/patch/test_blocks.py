@@ -11,6 +11,7 @@ from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, add_block, point_back, redirect
 from optpoline.x86.blocks import LINE_SIZE, POISON, encode_block
 from tests.emulate.disassemble import disassemble
+from tests.unit.patch.conftest import CODE_SIZE, SITE_ADDR, read_block_table
 
 PLAN = BlockPlan(
     operand="rax",
@@ -19,8 +20,13 @@ PLAN = BlockPlan(
 )
 
 
+def write(arena: Arena, plan: BlockPlan) -> Block:
+    """Write a block for the only site there is."""
+    return add_block(arena, plan, site_addr=SITE_ADDR)
+
+
 def test_block_is_what_the_encoder_made(arena: Arena) -> None:
-    block = add_block(arena, PLAN)
+    block = write(arena, PLAN)
     code = arena.read(block.addr, block.size)
     assert code == encode_block(PLAN, block.addr, arena)
     assert block.head == code[:8]
@@ -33,7 +39,7 @@ def test_blocks_keep_to_lines_and_leave_poison_between(arena: Arena) -> None:
         tree=Guard(Addr(0x40_1000), None, Guard(Addr(0x40_2000), None, PLAN.tree)),
         thunk_addr=PLAN.thunk_addr,
     )
-    blocks = [add_block(arena, plan) for plan in (PLAN, PLAN, chain, PLAN, chain, chain, PLAN)]
+    blocks = [write(arena, plan) for plan in (PLAN, PLAN, chain, PLAN, chain, chain, PLAN)]
     assert blocks[0].size <= LINE_SIZE
     taken: set[int] = set()
     for block in blocks:
@@ -43,7 +49,7 @@ def test_blocks_keep_to_lines_and_leave_poison_between(arena: Arena) -> None:
         own = set(range(block.addr, block.addr + block.size))
         assert not own & taken
         taken |= own
-    used = range(arena.code_start, arena.next_block_addr())
+    used = range(arena.code_start, arena.used_code_end)
     code = arena.read(Addr(used.start), len(used))
     assert {code[addr - used.start] for addr in used if addr not in taken} == {POISON}
 
@@ -51,17 +57,17 @@ def test_blocks_keep_to_lines_and_leave_poison_between(arena: Arena) -> None:
 def test_full_arena_is_an_error_and_keeps_its_blocks(arena: Arena) -> None:
     blocks: list[Block] = []
     while arena.free_code_size >= LINE_SIZE:
-        blocks.append(add_block(arena, PLAN))
+        blocks.append(write(arena, PLAN))
     assert len(blocks) > 100
     # What is left has room for one more at most.
     with pytest.raises(ArenaError):
-        blocks += [add_block(arena, PLAN), add_block(arena, PLAN), add_block(arena, PLAN)]
+        blocks += [write(arena, PLAN), write(arena, PLAN), write(arena, PLAN)]
     for block in blocks:
         assert arena.read(block.addr, block.size) == encode_block(PLAN, block.addr, arena)
 
 
 def test_redirect_and_back(arena: Arena) -> None:
-    first, second = add_block(arena, PLAN), add_block(arena, PLAN)
+    first, second = write(arena, PLAN), write(arena, PLAN)
     before = arena.read(first.addr, first.size)
     redirect(first, second.addr)
     jump = disassemble(arena.read(first.addr, 5), first.addr)[0]
@@ -76,7 +82,7 @@ def test_redirect_and_back(arena: Arena) -> None:
 
 def test_redirect_of_the_shortest_block_keeps_to_itself(arena: Arena) -> None:
     empty = BlockPlan(operand="rax", tree=Miss(), thunk_addr=PLAN.thunk_addr)
-    first, second = add_block(arena, empty), add_block(arena, empty)
+    first, second = write(arena, empty), write(arena, empty)
     assert first.size < 8
     following = arena.read(second.addr, 8)
     redirect(first, second.addr)
@@ -86,7 +92,7 @@ def test_redirect_of_the_shortest_block_keeps_to_itself(arena: Arena) -> None:
 
 
 def test_redirect_out_of_reach_changes_nothing(arena: Arena) -> None:
-    block = add_block(arena, PLAN)
+    block = write(arena, PLAN)
     with pytest.raises(EncodeRangeError):
         redirect(block, Addr(0x7F00_0000_0000))
     assert arena.head_of(block.addr) == block.head
@@ -95,5 +101,7 @@ def test_redirect_out_of_reach_changes_nothing(arena: Arena) -> None:
 def test_block_out_of_reach_takes_no_code(arena: Arena) -> None:
     far = BlockPlan(operand="rax", tree=Miss(), thunk_addr=Addr(0x7F00_0000_0000))
     with pytest.raises(EncodeRangeError):
-        add_block(arena, far)
-    assert arena.used_code_size == 0
+        write(arena, far)
+    assert arena.used_code_end == arena.code_start
+    assert arena.free_code_size == CODE_SIZE
+    assert arena.blocks == ()

@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 
 from optpoline.model import Addr
 from optpoline.patch.layout import (
+    BLOCK_ENTRY_SIZE,
     ENTRY_SIZE,
     HEADER_SIZE,
     MAGIC,
     VERSION,
     ArenaHeader,
+    BlockEntry,
+    BlockKind,
+    BlockState,
     JournalEntry,
 )
 
@@ -24,6 +28,7 @@ u64 = st.integers(0, (1 << 64) - 1)
 
 HEADER = ArenaHeader(
     size=0x60_0000,
+    block_off=0x2_0000,
     code_off=0x4_0000,
     literal_off=0x44_0000,
     counter_off=0x4C_0000,
@@ -31,10 +36,11 @@ HEADER = ArenaHeader(
     controller_start=987_654_321,
     target_pid=4321,
     n_entries=17,
+    n_blocks=23,
 )
 
 
-@given(pid=u64, start=u64, target=u64, n_entries=st.integers(0, (0x4_0000 - 4096) // ENTRY_SIZE))
+@given(pid=u64, start=u64, target=u64, n_entries=st.integers(0, (0x2_0000 - 4096) // ENTRY_SIZE))
 def test_header_round_trip(pid: int, start: int, target: int, n_entries: int) -> None:
     header = replace(
         HEADER, controller_pid=pid, controller_start=start, target_pid=target, n_entries=n_entries
@@ -57,11 +63,19 @@ def test_n_entries_is_where_its_offset_says() -> None:
     assert ArenaHeader.unpack(bytes(data)) == replace(HEADER, n_entries=18)
 
 
-def test_n_entries_off_is_no_field() -> None:
-    assert "N_ENTRIES_OFF" not in {field.name for field in fields(ArenaHeader)}
+def test_n_blocks_and_controller_start_are_where_their_offsets_say() -> None:
+    data = HEADER.pack()
+    assert struct.unpack_from("<Q", data, ArenaHeader.N_BLOCKS_OFF) == (23,)
+    assert struct.unpack_from("<Q", data, ArenaHeader.CONTROLLER_START_OFF) == (987_654_321,)
+    assert ArenaHeader.N_BLOCKS_OFF % 8 == ArenaHeader.CONTROLLER_START_OFF % 8 == 0
 
 
-@pytest.mark.parametrize("size", [0, 1, 8, 87])
+def test_offsets_are_no_fields() -> None:
+    names = {field.name for field in (*fields(ArenaHeader), *fields(BlockEntry))}
+    assert not {name for name in names if name.isupper()}
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 87, len(HEADER.pack()) - 1])
 def test_short_data_is_no_header(size: int) -> None:
     assert ArenaHeader.unpack(HEADER.pack()[:size]) is None
 
@@ -73,8 +87,9 @@ def test_other_magic_version_or_header_size_is_no_header(off: int) -> None:
     assert ArenaHeader.unpack(bytes(data)) is None
 
 
-def test_newer_version_is_no_header() -> None:
-    assert ArenaHeader.unpack(replace(HEADER, version=VERSION + 1).pack()) is None
+@pytest.mark.parametrize("version", [1, VERSION + 1])
+def test_other_version_is_no_header(version: int) -> None:
+    assert ArenaHeader.unpack(replace(HEADER, version=version).pack()) is None
 
 
 @pytest.mark.parametrize(
@@ -82,12 +97,17 @@ def test_newer_version_is_no_header() -> None:
     [
         replace(HEADER, size=0),
         replace(HEADER, size=0x4B_0000),
+        replace(HEADER, block_off=0),
+        replace(HEADER, block_off=HEADER_SIZE - 1),
+        replace(HEADER, block_off=HEADER.code_off + 1),
         replace(HEADER, code_off=0),
         replace(HEADER, code_off=HEADER.literal_off + 1),
         replace(HEADER, literal_off=HEADER.counter_off + 1),
         replace(HEADER, counter_off=1 << 63),
-        replace(HEADER, n_entries=(0x4_0000 - 4096) // ENTRY_SIZE + 1),
+        replace(HEADER, n_entries=(0x2_0000 - 4096) // ENTRY_SIZE + 1),
         replace(HEADER, n_entries=(1 << 64) - 1),
+        replace(HEADER, n_blocks=0x2_0000 // BLOCK_ENTRY_SIZE + 1),
+        replace(HEADER, n_blocks=(1 << 64) - 1),
     ],
 )
 def test_impossible_parts_are_no_header(damaged: ArenaHeader) -> None:
@@ -120,3 +140,58 @@ def test_entries_lie_in_words() -> None:
     # n_entries counts what was written before it: entries must not share words.
     assert ENTRY_SIZE % 8 == 0
     assert HEADER_SIZE % ENTRY_SIZE == 0
+
+
+# --- block table
+
+block_entries = st.builds(
+    BlockEntry,
+    addr=u64.map(Addr),
+    size=st.integers(0, (1 << 32) - 1),
+    crc=st.integers(0, (1 << 32) - 1),
+    site_addr=u64.map(Addr),
+    head=st.binary(min_size=8, max_size=8),
+    kind=st.sampled_from(BlockKind),
+    state=st.sampled_from([BlockState.LIVE, BlockState.RETIRED]),
+)
+
+
+@given(entry=block_entries)
+def test_block_entry_round_trip(entry: BlockEntry) -> None:
+    data = entry.pack()
+    assert len(data) == BLOCK_ENTRY_SIZE
+    assert BlockEntry.unpack(data) == entry
+    assert entry.end == entry.addr + entry.size
+
+
+@given(entry=block_entries)
+def test_state_word_is_the_last_word_of_an_entry(entry: BlockEntry) -> None:
+    data = entry.pack()
+    (word,) = struct.unpack_from("<Q", data, BlockEntry.STATE_OFF)
+    assert word == entry.state_word
+    assert BlockEntry.STATE_OFF + 8 == BLOCK_ENTRY_SIZE
+
+
+@given(entry=block_entries)
+def test_free_block_entry_says_nothing(entry: BlockEntry) -> None:
+    assert BlockEntry.unpack(replace(entry, state=BlockState.FREE).pack()) is None
+
+
+def test_block_table_begins_empty() -> None:
+    assert BlockEntry.unpack(bytes(BLOCK_ENTRY_SIZE)) is None
+
+
+@given(entry=block_entries, kind=st.integers(0, 255), state=st.integers(0, 255))
+def test_any_kind_and_state_are_an_entry_or_none(entry: BlockEntry, kind: int, state: int) -> None:
+    data = bytearray(entry.pack())
+    data[BlockEntry.STATE_OFF : BlockEntry.STATE_OFF + 2] = kind, state
+    found = BlockEntry.unpack(bytes(data))
+    if kind in tuple(BlockKind) and state in (BlockState.LIVE, BlockState.RETIRED):
+        assert found == replace(entry, kind=BlockKind(kind), state=BlockState(state))
+    else:
+        assert found is None
+
+
+def test_block_entries_lie_in_words() -> None:
+    # Their state is stored in one aligned word.
+    assert BLOCK_ENTRY_SIZE % 8 == BlockEntry.STATE_OFF % 8 == 0

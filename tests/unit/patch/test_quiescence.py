@@ -18,10 +18,12 @@ from optpoline.patch.quiescence import (
     find_words,
     is_thread_quiescent,
 )
+from optpoline.patch.ranges import AddressRanges
 
 PAGE = 4096
 START, END = Addr(0x7F00_1000_0000), Addr(0x7F00_1040_0000)
 INSIDE = START + 0x123
+RANGES = AddressRanges([(START, END)])
 TEXT_PC = Addr(0x40_1000)
 SEGMENTS = 0x002B_0000_0000_0033
 STACK = 0x7FFC_0000_0000
@@ -99,8 +101,7 @@ def is_quiescent(memory: FakeMemory, sp: int, pc: int = TEXT_PC) -> bool:
         ThreadPosition(tid=1, pc=Addr(pc), sp=Addr(sp)),
         read=memory.read,
         maps=memory.maps,
-        start=START,
-        end=END,
+        ranges=RANGES,
     )
 
 
@@ -264,7 +265,7 @@ def test_stack_too_deep_to_scan_is_not_quiescent() -> None:
         raise AssertionError("nothing is to be read")
 
     position = ThreadPosition(tid=1, pc=TEXT_PC, sp=Addr(start + 256))
-    assert not is_thread_quiescent(position, read=refuse, maps=[mapping], start=START, end=END)
+    assert not is_thread_quiescent(position, read=refuse, maps=[mapping], ranges=RANGES)
 
 
 @given(
@@ -289,52 +290,69 @@ def test_random_stacks_agree_with_a_plain_scan(words: list[int], at: int | None)
 HEAP = 0x5555_0000_0000
 
 
-def count_contexts(
+def find_contexts(
     memory: FakeMemory, skip: tuple[tuple[int, int], ...] = (), max_size: int = 1 << 30
-) -> int | None:
+) -> set[int] | None:
     """Search all memory for contexts with a PC in the range."""
-    return find_words(
-        read=memory.read, maps=memory.maps, skip=skip, start=START, end=END, max_size=max_size
+    found = find_words(
+        read=memory.read, maps=memory.maps, skip=skip, ranges=RANGES, max_size=max_size
     )
+    return None if found is None else set(found)
 
 
 def test_saved_context_in_the_heap(memory: FakeMemory) -> None:
     memory.map(HEAP, 4 * PAGE)
-    assert count_contexts(memory) == 0
+    assert find_contexts(memory) == set()
     memory.put_frame(HEAP + 0x1008, sp=SP, pc=INSIDE)
-    assert count_contexts(memory) == 1
+    assert find_contexts(memory) == {INSIDE}
     memory.put_frame(HEAP + 0x2000, sp=SP, pc=END - 1)
     memory.put_frame(HEAP + 0x2100, sp=SP, pc=END)
     memory.put_frame(HEAP + 0x2200, sp=SP, pc=START - 1)
-    assert count_contexts(memory) == 2
+    assert find_contexts(memory) == {INSIDE, END - 1}
 
 
-def test_bare_word_may_be_a_saved_pc(memory: FakeMemory) -> None:
+@pytest.mark.parametrize("off", [0x100, 0x108, PAGE - 8])
+def test_bare_word_may_be_a_saved_pc(memory: FakeMemory, off: int) -> None:
     memory.map(HEAP, PAGE)
-    memory.put(HEAP + 0x100, INSIDE, 5, INSIDE, 0x33, 0, INSIDE)
-    memory.put(HEAP + PAGE - 8, INSIDE)
-    assert count_contexts(memory) == 4
+    memory.put(HEAP + 0x80, START - 1, 5, END, 0x33, 0)
+    assert find_contexts(memory) == set()
+    memory.put(HEAP + off, INSIDE)
+    assert find_contexts(memory) == {INSIDE}
+
+
+def test_every_address_found_is_told_once(memory: FakeMemory) -> None:
+    memory.map(HEAP, PAGE)
+    memory.put(HEAP + 0x100, INSIDE, 5, INSIDE + 1, INSIDE)
+    memory.put(ALT_STACK, END - 1)
+    assert find_contexts(memory) == {INSIDE, INSIDE + 1, END - 1}
 
 
 def test_memory_that_cannot_be_written_is_not_searched(memory: FakeMemory) -> None:
     memory.put_frame(START + 0x100, sp=SP, pc=INSIDE)
-    assert count_contexts(memory) == 0
+    assert find_contexts(memory) == set()
 
 
 def test_skipped_ranges(memory: FakeMemory) -> None:
     memory.map(HEAP, PAGE)
     memory.map(HEAP + PAGE, PAGE)
     memory.put_frame(HEAP + 0x100, sp=SP, pc=INSIDE)
-    memory.put_frame(HEAP + PAGE + 0x100, sp=SP, pc=INSIDE)
-    assert count_contexts(memory) == 2
-    assert count_contexts(memory, skip=((HEAP, HEAP + PAGE),)) == 1
-    assert count_contexts(memory, skip=((HEAP, HEAP + 2 * PAGE),)) == 0
+    memory.put_frame(HEAP + PAGE + 0x100, sp=SP, pc=INSIDE + 1)
+    assert find_contexts(memory) == {INSIDE, INSIDE + 1}
+    assert find_contexts(memory, skip=((HEAP, HEAP + PAGE),)) == {INSIDE + 1}
+    assert find_contexts(memory, skip=((HEAP, HEAP + 2 * PAGE),)) == set()
+
+
+def test_mapping_that_is_skipped_in_part_is_searched(memory: FakeMemory) -> None:
+    # It grew since the stack in it was looked at: it is no longer one stack alone.
+    memory.map(HEAP, 2 * PAGE)
+    memory.put(HEAP + 0x100, INSIDE)
+    assert find_contexts(memory, skip=((HEAP, HEAP + PAGE),)) == {INSIDE}
 
 
 def test_more_memory_than_may_be_searched(memory: FakeMemory) -> None:
     memory.put_frame(ALT_STACK + 0x100, sp=SP, pc=INSIDE)
-    assert count_contexts(memory, max_size=20 * PAGE) == 1
-    assert count_contexts(memory, max_size=20 * PAGE - 1) is None
+    assert find_contexts(memory, max_size=20 * PAGE) == {INSIDE}
+    assert find_contexts(memory, max_size=20 * PAGE - 1) is None
 
 
 @pytest.mark.parametrize("pc_off", [-24, -16, -8, 0, 8])
@@ -344,19 +362,33 @@ def test_context_across_two_reads(
     monkeypatch.setattr(quiescence, "_CHUNK_SIZE", 2 * PAGE)
     memory.map(HEAP, 4 * PAGE)
     memory.put_frame(HEAP + 2 * PAGE + pc_off - 8, sp=SP, pc=INSIDE)
-    assert count_contexts(memory) == 1
+    assert find_contexts(memory) == {INSIDE}
 
 
 def test_context_across_two_mappings(memory: FakeMemory) -> None:
     memory.map(HEAP, PAGE)
     memory.map(HEAP + PAGE, PAGE)
     memory.put_frame(HEAP + PAGE - 16, sp=SP, pc=INSIDE)
-    assert count_contexts(memory) == 1
+    assert find_contexts(memory) == {INSIDE}
 
 
 def test_page_that_cannot_be_read_hides_only_itself(memory: FakeMemory) -> None:
     memory.map(HEAP, 8 * PAGE)
     memory.holes.add(HEAP + 3 * PAGE)
     memory.put_frame(HEAP + 5 * PAGE, sp=SP, pc=INSIDE)
-    memory.put_frame(HEAP + PAGE, sp=SP, pc=INSIDE)
-    assert count_contexts(memory) == 2
+    memory.put_frame(HEAP + PAGE, sp=SP, pc=INSIDE + 1)
+    assert find_contexts(memory) == {INSIDE, INSIDE + 1}
+
+
+def test_gap_between_ranges_is_outside(memory: FakeMemory) -> None:
+    """Blocks that are retired together do not lie side by side."""
+    ranges = AddressRanges([(START, START + 16), (START + 64, START + 96)])
+    memory.put(SP + 64, START + 16, START + 63, START + 96)
+
+    def is_clear() -> bool:
+        position = ThreadPosition(tid=1, pc=Addr(START + 32), sp=Addr(SP))
+        return is_thread_quiescent(position, read=memory.read, maps=memory.maps, ranges=ranges)
+
+    assert is_clear()
+    memory.put(SP + 128, START + 64)
+    assert not is_clear()

@@ -10,14 +10,8 @@ from pathlib import Path
 import pytest
 
 from optpoline.errors import AttachError, PermissionDenied, ProcessGone, UnsupportedTarget
-from optpoline.process.permissions import (
-    Check,
-    CheckStatus,
-    Failure,
-    check_attachable,
-    diagnose,
-    explain_denied,
-)
+from optpoline.process.checks import Check, CheckStatus, Failure
+from optpoline.process.permissions import check_attachable, diagnose, explain_denied
 
 PID, SELF, SHELL, TRACER = 4711, 900, 800, 321
 UID = os.getuid()

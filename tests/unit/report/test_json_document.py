@@ -14,7 +14,7 @@ import pytest
 
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.errors import OptpolineError
-from optpoline.process.permissions import Check, CheckStatus
+from optpoline.process.checks import Check, CheckStatus
 from optpoline.report.json_document import (
     JsonObject,
     JsonValue,

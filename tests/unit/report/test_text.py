@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optpoline.controller.summary import DetachOutcome, DetachResult, ModuleSummary, SessionState
-from optpoline.process.permissions import Check, CheckStatus, Failure
+from optpoline.process.checks import Check, CheckStatus, Failure
 from optpoline.report.check_text import format_checks
 from optpoline.report.demangle import readable_name, shorten_middle
 from optpoline.report.session_text import format_detach, format_progress, format_summary

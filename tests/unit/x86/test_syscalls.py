@@ -27,7 +27,8 @@ def _regs(nr: int, result: int) -> Registers:
     [
         (0, NO_ARGS, Disturbance.NONE),  # read
         (1, NO_ARGS, Disturbance.HARMFUL),  # write
-        (45, NO_ARGS, Disturbance.NONE),  # recvfrom
+        (43, NO_ARGS, Disturbance.SOCKET_TIMEOUT_AFRESH),  # accept
+        (45, NO_ARGS, Disturbance.SOCKET_TIMEOUT_AFRESH),  # recvfrom
         (45, (0, 0, 0, 0x100, 0, 0), Disturbance.HARMFUL),  # MSG_WAITALL
         (47, (0, 0, 0x100, 0, 0, 0), Disturbance.HARMFUL),
         (202, (0, 128, 0, 0, 0, 0), Disturbance.NONE),  # futex wait, private
@@ -38,6 +39,7 @@ def _regs(nr: int, result: int) -> Registers:
         (35, NO_ARGS, Disturbance.RESTART_BLOCK),
         (7, NO_ARGS, Disturbance.RESTART_BLOCK),
         (232, NO_ARGS, Disturbance.TIMEOUT_AFRESH),
+        (232, (0, 0, 0, 2**32 - 1, 0, 0), Disturbance.NONE),  # epoll_wait without a timeout
         (72, (0, 7, 0, 0, 0, 0), Disturbance.NONE),  # F_SETLKW
         (271, NO_ARGS, Disturbance.HARMFUL),  # ppoll
         (281, NO_ARGS, Disturbance.HARMFUL),  # epoll_pwait

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judge the arenas of a process: rights, block table, blocks, heads, free memory.
+
+Pure but for the literals and thunks that blocks name, which are read when asked for.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from optpoline.controller.audit_report import Fault, FaultKind
+from optpoline.controller.audit_scene import ArenaContents, BlockSlot, CodeMap, Finding
+from optpoline.controller.left_arenas import LeftArena, is_controller_alive
+from optpoline.errors import TargetFault
+from optpoline.model import Addr
+from optpoline.patch.layout import ArenaHeader, BlockEntry, BlockState
+from optpoline.process.memory import Memory
+from optpoline.x86.block_rules import judge_block
+from optpoline.x86.block_verdict import BlockRule, BlockScene, BlockVerdict, decode_redirect
+from optpoline.x86.blocks import HEAD_SIZE, POISON
+from optpoline.x86.thunks import decode_thunk_body
+
+__all__ = ["ArenaJudge", "judge_rights", "was_killed"]
+
+_THUNK_SIZE = 96
+"""Bytes of a thunk read to know it by its body."""
+_CELL_SIZE = 8
+
+
+def was_killed(header: ArenaHeader) -> bool:
+    """Tell whether the controller died at work: it says so when it has let go."""
+    return header.controller_start != 0 and not is_controller_alive(header)
+
+
+def judge_rights(arena: LeftArena, header: ArenaHeader) -> Iterator[Finding]:
+    """Find parts that can be written or executed and must not be, and parts that lack."""
+    rights = (
+        (0, header.code_off, "r--s"),
+        (header.code_off, header.counter_off, "r-xs"),
+        (header.counter_off, header.size, "rw-s"),
+    )
+    for part in arena.parts:
+        first, last = part.offset, part.offset + part.size
+        wanted = [perms for low, high, perms in rights if low <= first and last <= high]
+        if wanted != [part.perms]:
+            names = wanted[0] if wanted else "parts of different rights"
+            sentence = f"the arena's part at {part.start:#x} is {part.perms}, not {names}"
+            yield _finding(FaultKind.RIGHTS, part.start, sentence)
+    if arena.parts[0].offset or arena.end - arena.start != header.size:
+        sentence = f"the arena at {arena.start:#x} is not mapped as a whole"
+        yield _finding(FaultKind.ARENA, arena.start, sentence)
+
+
+def _finding(kind: FaultKind, addr: int, sentence: str, evidence: bytes = b"") -> Finding:
+    """Make a finding."""
+    return Finding(Fault(kind=kind, address=int(addr), sentence=sentence), evidence)
+
+
+class ArenaJudge:
+    """Judges the arenas of one look.
+
+    Args:
+        memory: The program's.
+        code_map: What it can execute.
+        arenas: Those whose contents could be read.
+    """
+
+    def __init__(self, memory: Memory, code_map: CodeMap, arenas: Sequence[ArenaContents]) -> None:
+        """Index blocks and thunks."""
+        self._memory = memory
+        self._code_map = code_map
+        self._arenas = arenas
+        self._thunks: dict[Addr, set[Addr]] = defaultdict(set)
+        self._blocks: dict[Addr, list[BlockEntry]] = defaultdict(list)
+        self._literals: dict[int, int] = {}
+        self._operands: dict[Addr, str | None] = {}
+        for contents in arenas:
+            for entry in contents.arena.history:
+                disp = int.from_bytes(entry.disp, "little", signed=True)
+                self._thunks[entry.addr].add(Addr(entry.end + disp))
+            for block in contents.blocks():
+                self._blocks[block.addr].append(block)
+        self.remarks: list[str] = []
+
+    def is_block_of(self, addr: int, site_addr: Addr, *, or_retired: bool = False) -> bool:
+        """Tell whether a live block of a site begins at an address."""
+        return any(
+            block.site_addr == site_addr and (or_retired or block.state is BlockState.LIVE)
+            for block in self._blocks.get(Addr(addr), ())
+        )
+
+    def is_thunk(self, addr: Addr) -> bool:
+        """Tell whether the program can execute a thunk."""
+        return self._code_map.is_code(addr)
+
+    def judge(self, contents: ArenaContents) -> Iterator[Finding]:
+        """Find what is wrong in one arena."""
+        yield from judge_rights(contents.arena, contents.header)
+        for slot in contents.steady:
+            if slot.is_damaged:
+                yield _finding(
+                    FaultKind.TABLE,
+                    slot.addr,
+                    f"the entry at {slot.addr:#x} of the block table is damaged",
+                    slot.raw,
+                )
+            elif slot.entry is not None:
+                yield from self._judge_block(contents, slot, slot.entry)
+        yield from self._judge_overlaps(contents)
+        yield from self._judge_free(contents)
+
+    # --- blocks
+
+    def _judge_block(
+        self, contents: ArenaContents, slot: BlockSlot, block: BlockEntry
+    ) -> Iterator[Finding]:
+        """Judge one block that is live or retired."""
+        off = block.addr - contents.code_start
+        name = f"the block at {block.addr:#x} of the site at {block.site_addr:#x}"
+        thunks = self._thunks.get(block.site_addr, set())
+        end = contents.header.literal_off - contents.header.code_off
+        if not 0 <= off < off + block.size <= end or not thunks:
+            why = "lies outside the code" if thunks else "is of a site that no journal tells of"
+            yield _finding(FaultKind.TABLE, block.addr, f"{name} {why}", slot.raw)
+            return
+        now = contents.code[off : off + max(block.size, HEAD_SIZE)]
+        if _is_being_freed(contents, block, now):
+            self.remarks.append(f"{name} was being freed when its controller died")
+            return
+        planned = (block.head + now[HEAD_SIZE:])[: block.size]
+        is_as_written = zlib.crc32(planned) == block.crc
+        verdict, n_literals = self._judge_code(contents, block, planned, thunks)
+        if verdict.faults or not is_as_written:
+            words = () if is_as_written else ("its bytes are not those that were written",)
+            # The same bytes with another literal prove another operand.
+            is_literal = is_as_written and n_literals and _has_wrong_exits_only(verdict)
+            kind = FaultKind.LITERAL if is_literal else FaultKind.BLOCK
+            sentence = f"{name}: {'; '.join((*words, *_words(verdict)))}"
+            yield _finding(kind, block.addr, sentence, slot.raw)
+        head = now[:HEAD_SIZE]
+        if head != block.head and not self._is_redirected(block, head, thunks):
+            sentence = f"{name}: its head is {head.hex(' ')}, no redirection to where it may lead"
+            yield _finding(FaultKind.HEAD, block.addr, sentence, slot.raw)
+
+    def _is_redirected(self, block: BlockEntry, head: bytes, thunks: set[Addr]) -> bool:
+        """Tell whether a head leads to the site's thunk or to another block of the site."""
+        dst = decode_redirect(head, block.head, block.addr)
+        if dst is None:
+            return False
+        is_retired = block.state is BlockState.RETIRED
+        return dst in thunks or self.is_block_of(dst, block.site_addr, or_retired=is_retired)
+
+    def _judge_code(
+        self, contents: ArenaContents, block: BlockEntry, code: bytes, thunks: set[Addr]
+    ) -> tuple[BlockVerdict, int]:
+        """Judge a block's code; return the verdict and how many literals it reads."""
+        start, header = contents.arena.start, contents.header
+        literals: set[int] = set()
+
+        def read_literal(addr: int) -> int:
+            literals.add(addr)
+            return self._read_literal(addr)
+
+        scene = BlockScene(
+            thunk_addrs=frozenset(thunks),
+            operand=self._operand_of(next(iter(thunks))) if len(thunks) == 1 else None,
+            literals=(start + header.literal_off, start + header.counter_off),
+            counters=(start + header.counter_off, start + header.size),
+            read_literal=read_literal,
+            is_code=self._code_map.is_code,
+            is_arena=self._code_map.is_arena,
+        )
+        return judge_block(code, block.addr, scene), len(literals)
+
+    def _read_literal(self, addr: int) -> int:
+        """Read a literal, once a look."""
+        if addr not in self._literals:
+            data = self._memory.read(addr, _CELL_SIZE)
+            self._literals[addr] = int.from_bytes(data, "little")
+        return self._literals[addr]
+
+    def _operand_of(self, thunk_addr: Addr) -> str | None:
+        """Return the register that a thunk branches to, None if its body does not tell."""
+        if thunk_addr not in self._operands:
+            try:
+                body = decode_thunk_body(self._memory.read(thunk_addr, _THUNK_SIZE), thunk_addr)
+            except TargetFault:
+                body = None
+            self._operands[thunk_addr] = (body.operand or None) if body is not None else None
+        return self._operands[thunk_addr]
+
+    # --- memory
+
+    def _judge_overlaps(self, contents: ArenaContents) -> Iterator[Finding]:
+        """Find blocks that lie over each other."""
+        blocks = [(slot.entry, slot.raw) for slot in contents.steady if slot.entry is not None]
+        blocks.sort(key=lambda pair: pair[0].addr)
+        for (one, raw), (other, other_raw) in pairwise(blocks):
+            if other.addr < one.end:
+                sentence = f"the blocks at {one.addr:#x} and {other.addr:#x} overlap"
+                yield _finding(FaultKind.TABLE, one.addr, sentence, raw + other_raw)
+
+    def _judge_free(self, contents: ArenaContents) -> Iterator[Finding]:
+        """Find code memory of no block that is neither int3 nor zero."""
+        code = np.frombuffer(contents.code, dtype=np.uint8)
+        is_dirty = (code != POISON) & (code != 0)
+        for block in contents.blocks():
+            off = max(block.addr - contents.code_start, 0)
+            is_dirty[off : max(block.end - contents.code_start, 0)] = False
+        offs = np.flatnonzero(is_dirty)
+        gaps = _group(offs.tolist(), contents)
+        if len(gaps) == 1 and was_killed(contents.header):
+            first, _ = gaps[0]
+            where = contents.code_start + first
+            self.remarks.append(f"the controller died while it wrote a block at {where:#x}")
+            return
+        for first, last in gaps:
+            start, end = contents.code_start + first, contents.code_start + last + 1
+            sentence = f"free code memory at {start:#x} to {end:#x} is neither int3 nor zero"
+            evidence = contents.code[first : last + 1]
+            yield _finding(FaultKind.FREE_MEMORY, start, sentence, evidence)
+
+
+def _is_being_freed(contents: ArenaContents, block: BlockEntry, now: bytes) -> bool:
+    """Tell whether a controller died while it poisoned a retired block."""
+    is_dead = block.state is BlockState.RETIRED and was_killed(contents.header)
+    return is_dead and now[: block.size] == bytes((POISON,)) * block.size
+
+
+def _has_wrong_exits_only(verdict: BlockVerdict) -> bool:
+    """Tell whether all that is wrong is what the operand is compared with."""
+    return all(fault.rule is BlockRule.EXIT for fault in verdict.faults)
+
+
+def _words(verdict: BlockVerdict) -> tuple[str, ...]:
+    """Return each broken rule once, with the first place where it is."""
+    first: dict[str, Addr] = {}
+    for fault in verdict.faults:
+        first.setdefault(fault.rule.value, fault.addr)
+    return tuple(f"{rule} (at {addr:#x})" for rule, addr in first.items())
+
+
+def _group(offs: Iterable[int], contents: ArenaContents) -> list[tuple[int, int]]:
+    """Return (first, last) of the offsets between each two blocks."""
+    ends = sorted({int(block.end - contents.code_start) for block in contents.blocks()})
+    at = 0
+    gaps: dict[int, tuple[int, int]] = {}
+    for off in offs:
+        while at < len(ends) and ends[at] <= off:
+            at += 1
+        first, _ = gaps.get(at, (off, off))
+        gaps[at] = (first, off)
+    return list(gaps.values())

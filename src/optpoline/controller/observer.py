@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at the threads of a target for grace periods, and at those of its children.
+
+Threads that sleep in the kernel are looked at where they are: what was read counts
+only if their context-switch counters say that they slept all the while. Threads that
+run are looked at in a stop, as many as fit its length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+from optpoline.controller.target import Target
+from optpoline.errors import AttachError, ProcessGone
+from optpoline.model import Addr, Mapping
+from optpoline.patch.grace import Look, ThreadKey
+from optpoline.patch.quiescence import (
+    MAX_STACK_SCAN_SIZE,
+    ThreadPosition,
+    find_words,
+    is_thread_quiescent,
+)
+from optpoline.patch.ranges import AddressRanges
+from optpoline.process.memory import RemoteMemory
+from optpoline.process.procfs import (
+    ThreadWhere,
+    list_tids,
+    read_maps,
+    read_state_char,
+    read_thread_state,
+)
+from optpoline.process.sharers import find_sharers
+from optpoline.process.stop import Stop, Wake, stop_threads
+
+__all__ = ["AddressSpace", "ThreadObserver", "child_space", "target_space"]
+
+MAX_SEARCH_SIZE = 4 << 30
+"""Bytes of writable memory searched for contexts of programs that switch stacks."""
+
+MAX_STOPPED_SEARCH_SIZE = 8 << 20
+"""The same while the program is stopped: some 5 ms."""
+
+_DEAD_STATES = "ZX"
+
+
+@dataclass(slots=True)
+class AddressSpace:
+    """A process whose threads are looked at, with those that share its memory.
+
+    Attributes:
+        pid: The process.
+        memory: Its memory.
+        read_maps: Reads its memory map anew.
+        stop: Stops its threads for the length of a block; None if it must not be stopped.
+        maps: Its memory map as of the look under way.
+        stacks: Mappings that are one thread's stack and nothing else.
+        is_target: Whether it is the target itself, whose end is an error.
+    """
+
+    pid: int
+    memory: RemoteMemory
+    read_maps: Callable[[], Sequence[Mapping]]
+    stop: Callable[[], AbstractContextManager[Stop]] | None
+    maps: Sequence[Mapping] = ()
+    stacks: set[tuple[int, int]] = field(default_factory=set)
+    is_target: bool = False
+
+
+def target_space(target: Target) -> AddressSpace:
+    """Return the target's own."""
+    return AddressSpace(
+        pid=target.pid,
+        memory=target.memory,
+        read_maps=target.read_maps,
+        stop=target.stop,
+        is_target=True,
+    )
+
+
+def child_space(pid: int, *, may_stop: bool, timeout_ns: int) -> AddressSpace:
+    """Return that of a forked child of the target.
+
+    Raises:
+        AttachError: if it is gone, or its memory may not be read.
+    """
+    memory = RemoteMemory(pid)
+
+    @contextmanager
+    def stop() -> Iterator[Stop]:
+        with stop_threads(pid, memory=memory, wake=Wake.NONE, timeout_ns=timeout_ns) as stopped:
+            yield stopped
+
+    return AddressSpace(
+        pid=pid,
+        memory=memory,
+        read_maps=lambda: read_maps(pid),
+        stop=stop if may_stop else None,
+    )
+
+
+class ThreadObserver:
+    """The observer of one session's, or one takeover's, grace periods.
+
+    Args:
+        spaces: Returns the address spaces to look at, found anew each time.
+        stop_budget_s: How long threads that run may be kept for a look at them.
+    """
+
+    def __init__(
+        self, spaces: Callable[[], Sequence[AddressSpace]], *, stop_budget_s: float = 0.0025
+    ) -> None:
+        """Look at nothing yet."""
+        self._spaces = spaces
+        self._budget_s = stop_budget_s
+        self._is_switching = False
+
+    def is_switching(self) -> bool:
+        """Tell whether the program was ever seen to run on stacks of its own making."""
+        return self._is_switching
+
+    def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
+        """Look at threads that sleep."""
+        quiescent: set[ThreadKey] = set()
+        for space in self._spaces():
+            if not known:
+                space.stacks.clear()
+            for key in _list_threads(space):
+                if key not in known and self._is_quiescent_asleep(space, key, ranges):
+                    quiescent.add(key)
+        # Listed behind the looks: a child forked by a thread before that was looked at is here.
+        return Look(quiescent=frozenset(quiescent), threads=self._list_all())
+
+    def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
+        """Stop the threads that run, and look at all."""
+        quiescent: set[ThreadKey] = set()
+        pointed_to: set[int] | None = set()
+        for space in self._spaces():
+            if space.stop is None:
+                keys = [key for key in _list_threads(space) if key not in known]
+                quiescent |= {key for key in keys if self._is_quiescent_asleep(space, key, ranges)}
+                continue
+            with space.stop() as stop:
+                quiescent |= self._look_at_stopped(space, stop, ranges, known)
+                if self._is_switching:
+                    asleep = frozenset(stop.sleepers)
+                    before = {key: _read_switches(key) for key in asleep}
+                    quiescent |= {
+                        key for key in asleep if self._is_quiescent_asleep(space, key, ranges)
+                    }
+                    found = self._search(space, ranges, MAX_STOPPED_SEARCH_SIZE)
+                    if found is None or pointed_to is None:
+                        pointed_to = None
+                    else:
+                        pointed_to |= found
+                    # Who woke meanwhile may have resumed a context that was not found.
+                    quiescent -= {key for key in asleep if _read_switches(key) != before[key]}
+        return Look(
+            quiescent=frozenset(quiescent),
+            threads=self._list_all(),
+            pointed_to=None if pointed_to is None else frozenset(pointed_to),
+        )
+
+    def search(self, ranges: AddressRanges) -> frozenset[int] | None:
+        """Return addresses in ``ranges`` found in writable memory; None: too much memory."""
+        found: set[int] = set()
+        for space in self._spaces():
+            more = self._search(space, ranges, MAX_SEARCH_SIZE)
+            if more is None:
+                return None
+            found |= more
+        return frozenset(found)
+
+    def _list_all(self) -> frozenset[ThreadKey]:
+        """Return all threads of all address spaces."""
+        return frozenset(key for space in self._spaces() for key in _list_threads(space))
+
+    def _look_at_stopped(
+        self,
+        space: AddressSpace,
+        stop: Stop,
+        ranges: AddressRanges,
+        known: Collection[ThreadKey],
+    ) -> set[ThreadKey]:
+        """Look at the threads that stand, as many as there is time for."""
+        end_s = time.monotonic() + self._budget_s
+        quiescent: set[ThreadKey] = set()
+        for thread in stop.stopped:
+            key = (thread.pid, thread.tid)
+            if key in known:
+                continue
+            if quiescent and not self._is_switching and time.monotonic() > end_s:
+                break
+            position = ThreadPosition(tid=thread.tid, pc=thread.pc, sp=thread.sp)
+            if self._is_quiescent(space, position, ranges):
+                quiescent.add(key)
+        return quiescent
+
+    def _is_quiescent(
+        self, space: AddressSpace, position: ThreadPosition, ranges: AddressRanges
+    ) -> bool:
+        """Judge one thread, and note what kind of stack it is on."""
+        stack = _find_stack(space.maps, position.sp)
+        if stack is not None and stack.is_own:
+            space.stacks.add((stack.start, stack.end))
+        elif stack is not None:
+            self._is_switching = True
+        return is_thread_quiescent(position, read=space.memory.read, maps=space.maps, ranges=ranges)
+
+    def _is_quiescent_asleep(
+        self, space: AddressSpace, key: ThreadKey, ranges: AddressRanges
+    ) -> bool:
+        """Tell whether a thread sleeps and is quiescent, without stopping it."""
+        try:
+            before = read_thread_state(*key)
+            if before.where is ThreadWhere.RUNNING:
+                return False
+            position = ThreadPosition(tid=before.tid, pc=before.pc, sp=before.sp)
+            if not self._is_quiescent(space, position, ranges):
+                return False
+            return _read_switches(key) == (before.n_voluntary, before.n_nonvoluntary)
+        except AttachError:
+            return False
+
+    def _search(
+        self, space: AddressSpace, ranges: AddressRanges, max_size: int
+    ) -> frozenset[int] | None:
+        """Search one address space, threads' own stacks left out: those were looked at."""
+        found = find_words(
+            read=space.memory.read,
+            maps=space.maps,
+            skip=tuple(space.stacks),
+            ranges=ranges,
+            max_size=max_size,
+        )
+        if found:
+            self._is_switching = True
+        return found
+
+
+def _list_threads(space: AddressSpace) -> tuple[ThreadKey, ...]:
+    """Return the threads that live in an address space, and read its memory map anew."""
+    keys: list[ThreadKey] = []
+    try:
+        space.maps = space.read_maps()
+        pids = (space.pid, *find_sharers(space.pid))
+    except ProcessGone:
+        if space.is_target:
+            raise
+        return ()
+    for pid in pids:
+        try:
+            keys += [(pid, tid) for tid in list_tids(pid) if not _is_dead(pid, tid)]
+        except ProcessGone:
+            if pid == space.pid and space.is_target:
+                raise
+    return tuple(keys)
+
+
+def _is_dead(pid: int, tid: int) -> bool:
+    """Tell whether a thread runs no more, such as a first thread that has exited."""
+    try:
+        return read_state_char(pid, tid) in _DEAD_STATES
+    except ProcessGone:
+        return True
+
+
+def _read_switches(key: ThreadKey) -> tuple[int, int] | None:
+    """Return a thread's context-switch counters; None if it is gone."""
+    try:
+        state = read_thread_state(*key)
+    except ProcessGone:
+        return None
+    return state.n_voluntary, state.n_nonvoluntary
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """The mapping that a thread's stack pointer is in."""
+
+    start: int
+    end: int
+    is_own: bool
+
+
+def _find_stack(maps: Sequence[Mapping], sp: Addr) -> _Stack | None:
+    """Return the mapping that a stack is in, and whether it is one thread's and no more.
+
+    Dead frames in a thread's own stack do not count. That is the main stack, or a mapping
+    above a guard page as pthreads have it: any other may hold other stacks below this one.
+    None for a mapping made since ``maps`` was read.
+    """
+    previous: Mapping | None = None
+    for mapping in maps:
+        if mapping.start <= sp < mapping.end:
+            has_guard = (
+                previous is not None
+                and previous.end == mapping.start
+                and previous.perms.startswith("---")
+                and mapping.size <= MAX_STACK_SCAN_SIZE
+            )
+            is_own = mapping.path == "[stack]" or has_guard
+            return _Stack(int(mapping.start), int(mapping.end), is_own)
+        previous = mapping
+    return None

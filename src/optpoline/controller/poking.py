@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Change many sites in as few stops as their greatest length allows.
+
+Sites whose displacement crosses a
+cache line come last, in a stop of all threads, and only if nobody sleeps in a call
+that must not be interrupted; else they are left for another time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optpoline.controller.target import Target
+from optpoline.patch.text import Poke, PokeResult, crosses_line, poke_batch
+
+__all__ = ["Poked", "poke_in_stops"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poked:
+    """What became of all pokes.
+
+    Attributes:
+        done: Written, or found written already.
+        foreign: Left, because their site held another patcher's bytes.
+        reloaded: Left, because their module was loaded anew.
+        left: Not tried: they cross a cache line, and a thread slept that must not be woken.
+    """
+
+    done: tuple[Poke, ...]
+    foreign: tuple[Poke, ...]
+    reloaded: tuple[Poke, ...]
+    left: tuple[Poke, ...]
+
+
+def poke_in_stops(target: Target, pokes: Sequence[Poke], *, may_delay: bool = False) -> Poked:
+    """Do all pokes, a batch in each stop.
+
+    Args:
+        target: The process.
+        pokes: The hottest sites first: they are changed first.
+        may_delay: Whether timeouts of waits may begin again where it takes that.
+
+    Raises:
+        SiteChanged: if a site does not read back as written; what was done stays.
+        StopTimeout: if the threads could not be stopped; likewise.
+        ProcessGone: if the target is.
+    """
+    crossing = [poke for poke in pokes if crosses_line(poke.entry)]
+    easy = [poke for poke in pokes if not crosses_line(poke.entry)]
+    results: list[PokeResult] = []
+    while easy:
+        n = target.pace.batch_size()
+        batch, easy = easy[:n], easy[n:]
+        with target.stop() as stop:
+            results.append(poke_batch(target.memory, batch))
+        target.pace.note(len(batch), stop.duration_ns)
+    left: tuple[Poke, ...] = ()
+    if crossing:
+        with target.stop(wake_all=target.may_wake_all(may_delay=may_delay)) as stop:
+            if stop.asleep:
+                left = tuple(crossing)
+            else:
+                results.append(poke_batch(target.memory, crossing))
+    return Poked(
+        done=tuple(poke for result in results for poke in result.done),
+        foreign=tuple(poke for result in results for poke in result.foreign),
+        reloaded=tuple(poke for result in results for poke in result.reloaded),
+        left=left,
+    )

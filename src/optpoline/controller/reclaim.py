@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reclaim the memory of blocks that nothing leads to any more.
+
+Which those are is found as a garbage collector finds them: from the roots (where the
+text of the target and of its children leads, and the blocks that a site's record may
+use again) through redirected heads. The rest is retired, and freed after a grace
+period. Nothing of this touches the program's fast path, and most of it not even its
+threads: see ``patch/grace.py``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from optpoline.controller.children import Children
+from optpoline.controller.config import Config
+from optpoline.controller.observer import ThreadObserver, target_space
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import ReclaimSummary
+from optpoline.controller.target import Target
+from optpoline.model import Addr
+from optpoline.patch.arena import Arena
+from optpoline.patch.blocks import Block, redirection_of
+from optpoline.patch.grace import GracePeriods, RetiredCode
+from optpoline.patch.layout import BlockState
+
+__all__ = ["Reclaimer"]
+
+_MAX_DUTY = 0.01
+"""Share of the controller's core that looking for reclaimable memory may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Retired:
+    """A retired block."""
+
+    arena: Arena
+    addr: Addr
+
+
+class Reclaimer:
+    """Reclaims the blocks of one session.
+
+    Args:
+        config: Settings.
+        target: The target.
+        children: Its forked children.
+    """
+
+    def __init__(self, config: Config, target: Target, children: Children) -> None:
+        """Begin with nothing retired."""
+        self._config = config
+        self._target = target
+        self._children = children
+        self._space = target_space(target)
+        self._grace = GracePeriods(
+            ThreadObserver(
+                lambda: (self._space, *children.find()), stop_budget_s=config.max_stop_s / 2
+            )
+        )
+        self._retired: dict[Addr, _Retired] = {}
+        self._handle = 0
+        self._n_put_seen = 0
+        self._next_sweep_s = 0.0
+        self._not_before_s = 0.0
+        self._n_bytes = 0
+        self._n_freed = 0
+
+    def step(self, records: Sequence[SiteRecord], spares: Iterable[Block], now_s: float) -> None:
+        """Retire what has become garbage, look at the threads, free what may be freed.
+
+        Target state: running; a thread that never sleeps is stopped for an instant.
+
+        Raises:
+            ProcessGone: if the target is gone.
+            StopTimeout: if threads do not stop.
+        """
+        if now_s < self._not_before_s:
+            return
+        begin_s = time.monotonic()
+        if self._grace.is_idle or now_s >= self._next_sweep_s:
+            self._sweep(records, spares, now_s)
+        if not self._grace.is_idle and self._grace.poll(self._handle):
+            self._free()
+            self._handle = self._grace.start_poll()
+        took_s = time.monotonic() - begin_s
+        self._not_before_s = now_s + took_s / _MAX_DUTY if took_s > 0.001 else 0.0
+
+    def summary(self) -> ReclaimSummary:
+        """Say what was reclaimed so far, and what holds the rest up."""
+        statistics = self._grace.statistics
+        return ReclaimSummary(
+            blocks_retired=statistics.n_retired,
+            blocks_reclaimed=self._n_freed,
+            blocks_reused=sum(arena.n_reused for arena in self._target.arenas),
+            grace_periods=statistics.n_periods,
+            bytes_poisoned=self._n_bytes,
+            holders=tuple(tid for _, tid in self._grace.holders),
+            is_search_refused=self._grace.is_search_refused,
+        )
+
+    def _sweep(self, records: Sequence[SiteRecord], spares: Iterable[Block], now_s: float) -> None:
+        """Retire the live blocks that nothing leads to, once they are worth a grace period."""
+        n_put = sum(arena.n_put for arena in self._target.arenas)
+        if n_put == self._n_put_seen or now_s < self._next_sweep_s:
+            return
+        self._next_sweep_s = now_s + self._config.reclaim_every_s
+        self._n_put_seen = n_put
+        used = self._find_used(records, spares)
+        garbage = [
+            (arena, block)
+            for arena in self._target.arenas
+            for block in arena.blocks
+            if block.state is BlockState.LIVE and block.addr not in used
+        ]
+        if sum(block.size for _, block in garbage) < self._config.reclaim_after_size:
+            self._n_put_seen = 0  # what is there now still counts next time
+            return
+        for arena, block in garbage:
+            arena.retire_block(block.addr)
+            self._retired[block.addr] = _Retired(arena, block.addr)
+            self._grace.retire(RetiredCode(block.addr, block.end))
+        self._handle = self._grace.start_poll()
+
+    def _find_used(self, records: Sequence[SiteRecord], spares: Iterable[Block]) -> set[Addr]:
+        """Return the blocks that anything leads to, or may lead to again."""
+        todo = [block.addr for block in spares]
+        for record in records:
+            blocks = (record.home, record.active, record.counting, record.learner)
+            todo += [block.addr for block in blocks if block is not None]
+            # What the text holds has the last word, should a change of it have failed.
+            disp = int.from_bytes(record.disp, "little", signed=True)
+            todo.append(Addr(record.entry.end + disp))
+        entries = [entry for arena in self._target.arenas for entry in arena.journalled]
+        todo += self._children.led_to(entries)
+        used: set[Addr] = set()
+        arenas = self._target.arenas
+        while todo:
+            addr = todo.pop()
+            arena = next((a for a in arenas if a.code_start <= addr < a.code_end), None)
+            if arena is None or addr in used:
+                continue
+            used.add(addr)
+            ahead = redirection_of(arena, addr)
+            if ahead is not None:
+                todo.append(ahead)
+        return used
+
+    def _free(self) -> None:
+        """Free the blocks whose grace period is over."""
+        for code in self._grace.take_expired():
+            retired = self._retired.pop(code.start)
+            self._n_bytes += retired.arena.free_block(retired.addr)
+            self._n_freed += 1

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grace periods: when memory of code that nothing leads to any more may be used again.
+
+After Tasks RCU (P. McKenney, S. Rostedt: free a trampoline only after every task has
+been seen outside it) and with its words::
+
+    retire(code)          nothing leads to it any more; somebody may still be inside
+    start_poll()          a handle on a grace period that covers all retired so far
+    poll(handle)          look once; tell whether that grace period is over
+    synchronize(timeout)  look until it is, or time is up
+    take_expired()        what may be used again by now
+
+The program pays nothing: it is looked at from outside (``Observer``), as in
+J. Fernandes' variant that goes and looks at each CPU instead of waiting.
+
+The rule. A thread is *quiescent* once it was seen, after the retirement, with neither
+its PC nor a PC saved by a frame on its stacks inside the code (``patch/quiescence.py``).
+It stays so: nothing leads there. A grace period is over when
+
+1. every thread of every process that maps the arena was seen quiescent, and a listing
+   made *after* the last look shows no thread that was not; a thread born later comes
+   from a quiescent one; and then
+2. no word in the rest of the writable memory points into the code: a context that a
+   program keeps there (swapcontext, coroutines) could be resumed by any thread. What
+   is pointed to is kept back, by block; the rest is free. A program seen to switch its
+   stacks is searched in the same stop in which its threads are looked at, so that no
+   context can move from memory to a thread and back between the two.
+
+rseq descriptors are not for this module: the kernel reads ``rseq_cs`` lazily, so they
+need every thread's ``rseq_cs`` to have been seen elsewhere as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from optpoline.model import Addr
+from optpoline.patch.ranges import AddressRanges
+
+__all__ = ["GracePeriods", "GraceStatistics", "Look", "Observer", "RetiredCode", "ThreadKey"]
+
+PATIENCE = 5
+"""Looks without a stop before the threads that never slept are stopped for one."""
+
+_PAUSE_S = 0.005
+"""Between the looks of ``synchronize``."""
+
+ThreadKey = tuple[int, int]
+"""(pid, tid)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetiredCode:
+    """A range of the arena's code that nothing leads to: a block, or a whole arena.
+
+    Attributes:
+        start: First address.
+        end: Address after the last.
+    """
+
+    start: Addr
+    end: Addr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What one look at the program showed.
+
+    Attributes:
+        quiescent: Threads seen to be quiescent.
+        threads: All threads, listed after that.
+        pointed_to: Addresses inside the code found in memory by a search in the same
+            stop, or None if none was made (or there was too much memory).
+    """
+
+    quiescent: frozenset[ThreadKey]
+    threads: frozenset[ThreadKey]
+    pointed_to: frozenset[int] | None = None
+
+
+class Observer(Protocol):
+    """Looks at the threads of all processes that map the arena."""
+
+    def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
+        """Look at threads that sleep, without stopping any; ``known`` need no look."""
+
+    def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
+        """Stop the threads that run for a look at all that are not in ``known``."""
+
+    def search(self, ranges: AddressRanges) -> frozenset[int] | None:
+        """Return addresses in ``ranges`` found in writable memory; None: too much memory."""
+
+    def is_switching(self) -> bool:
+        """Tell whether the program was ever seen to run on stacks of its own making."""
+
+
+@dataclass(slots=True)
+class GraceStatistics:
+    """What grace periods have done so far."""
+
+    n_retired: int = 0
+    n_expired: int = 0
+    n_periods: int = 0
+    n_stops: int = 0
+    n_kept_back: int = 0
+
+
+@dataclass(slots=True)
+class _Period:
+    """The grace period under way."""
+
+    code: tuple[RetiredCode, ...]
+    ranges: AddressRanges
+    quiescent: set[ThreadKey] = field(default_factory=set)
+    n_looks: int = 0
+
+
+class GracePeriods:
+    """The grace periods of one target.
+
+    Args:
+        observer: Looks at it.
+        is_last: Whether what is retired will be unmapped rather than used again. Then a
+            program that switches stacks and has too much memory for a search in a stop
+            is searched twice without one. What that could miss is a context that was
+            resumed inside the code and parked again within the nanoseconds that it
+            takes to leave it, both times.
+    """
+
+    def __init__(self, observer: Observer, *, is_last: bool = False) -> None:
+        """Begin with nothing retired."""
+        self.statistics = GraceStatistics()
+        self.holders: tuple[ThreadKey, ...] = ()
+        """Threads that were not quiescent at the last look."""
+        self.is_search_refused = False
+        """Whether memory could not be searched because there is too much of it."""
+        self._observer = observer
+        self._is_last = is_last
+        self._waiting: list[RetiredCode] = []
+        self._expired: list[RetiredCode] = []
+        self._period: _Period | None = None
+        self._n_begun = 0
+        self._n_over = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits for a grace period."""
+        return self._period is None and not self._waiting
+
+    def retire(self, code: RetiredCode) -> None:
+        """Note code that nothing leads to from now on, in any process that maps it."""
+        self._waiting.append(code)
+        self.statistics.n_retired += 1
+
+    def start_poll(self) -> int:
+        """Return a handle on the grace period that covers all that is retired by now."""
+        if not self._waiting:
+            return self._n_begun
+        return self._n_begun + 1
+
+    def poll(self, handle: int, *, hurry: bool = False) -> bool:
+        """Look at the program once, if the handle's grace period is not over.
+
+        Args:
+            handle: From ``start_poll``.
+            hurry: Stop threads that run at once, not only after some looks.
+
+        Returns:
+            Whether that grace period is over.
+
+        Raises:
+            ProcessGone: if the program is.
+            StopTimeout: if its threads could not be stopped.
+        """
+        if self._n_over >= handle:
+            return True
+        if self._period is None:
+            self._begin()
+        assert self._period is not None
+        self._look(self._period, hurry=hurry)
+        return self._n_over >= handle
+
+    def synchronize(self, timeout_s: float) -> bool:
+        """Wait until all that is retired by now may be used again, or time is up."""
+        handle = self.start_poll()
+        end_s = time.monotonic() + timeout_s
+        while not self.poll(handle, hurry=True):
+            if time.monotonic() >= end_s:
+                return False
+            time.sleep(_PAUSE_S)
+        return True
+
+    def take_expired(self) -> tuple[RetiredCode, ...]:
+        """Return the code whose grace period is over, each once."""
+        expired, self._expired = tuple(self._expired), []
+        return expired
+
+    def _begin(self) -> None:
+        """Begin a grace period for what waits."""
+        code, self._waiting = tuple(self._waiting), []
+        ranges = AddressRanges((one.start, one.end) for one in code)
+        self._period = _Period(code=code, ranges=ranges)
+        self._n_begun += 1
+
+    def _look(self, period: _Period, *, hurry: bool) -> None:
+        """Look once; end the grace period if all threads are quiescent by now."""
+        observer = self._observer
+        look = observer.look(period.ranges, period.quiescent)
+        period.n_looks += 1
+        holders = self._note(period, look)
+        is_due = hurry or period.n_looks > PATIENCE
+        # Contexts of a program that switches stacks move: only a stop shows all at once.
+        if is_due and (holders or observer.is_switching()):
+            known = () if observer.is_switching() else period.quiescent
+            look = observer.look_stopped(period.ranges, known)
+            self.statistics.n_stops += 1
+            if observer.is_switching():
+                period.quiescent.clear()
+            holders = self._note(period, look)
+        self.holders = tuple(sorted(holders))
+        if holders:
+            return
+        if observer.is_switching():
+            if not is_due:
+                return
+            pointed_to = look.pointed_to
+            if pointed_to is None and self._is_last:
+                # Too much memory for a stop: twice without one.
+                for _ in range(2):
+                    pointed_to = observer.search(period.ranges)
+                    if pointed_to is None or pointed_to:
+                        break
+        else:
+            pointed_to = observer.search(period.ranges)
+            if observer.is_switching():
+                return  # that is news: look again, all in one stop
+        self._end(period, pointed_to)
+
+    def _note(self, period: _Period, look: Look) -> frozenset[ThreadKey]:
+        """Note who is quiescent; return who is not."""
+        period.quiescent |= look.quiescent
+        return look.threads - period.quiescent
+
+    def _end(self, period: _Period, pointed_to: Iterable[int] | None) -> None:
+        """End a grace period; keep back what memory points to."""
+        self.is_search_refused = pointed_to is None
+        kept: list[RetiredCode] = []
+        if pointed_to is None:
+            kept += period.code
+        else:
+            addrs = sorted(pointed_to)
+            for one in period.code:
+                is_held = any(one.start <= addr < one.end for addr in addrs)
+                (kept if is_held else self._expired).append(one)
+        self.statistics.n_expired += len(period.code) - len(kept)
+        self.statistics.n_kept_back += len(kept)
+        self.statistics.n_periods += 1
+        self._waiting += kept
+        self._period = None
+        self._n_over = self._n_begun

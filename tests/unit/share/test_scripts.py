@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts that stand alone: they know what the package knows."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import optpoline
+from optpoline.model import Addr
+from optpoline.patch import layout
+
+SHARE = Path(optpoline.__file__).parent / "share"
+
+
+def _load(name: str) -> ModuleType:
+    """Load one script as a module."""
+    spec = importlib.util.spec_from_file_location(name, SHARE / f"{name.replace('_', '-')}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+gdb_script = _load("optpoline_gdb")
+perf_script = _load("optpoline_perf")
+
+BASE = 0x5555_0000_0000
+
+
+def _arena() -> tuple[bytes, layout.ArenaHeader]:
+    """Return the first parts of an arena with three blocks, the second of them free."""
+    header = layout.ArenaHeader(
+        size=0x8000,
+        block_off=0x2000,
+        code_off=0x3000,
+        literal_off=0x5000,
+        counter_off=0x6000,
+        controller_pid=1,
+        controller_start=2,
+        target_pid=3,
+        n_entries=0,
+        n_blocks=3,
+    )
+    blocks = [
+        layout.BlockEntry(
+            addr=Addr(BASE + 0x3000 + 0x40 * number),
+            size=0x1A + number,
+            crc=5,
+            site_addr=Addr(0x1000 + number),
+            head=bytes(8),
+            kind=kind,
+            state=state,
+        ).pack()
+        for number, (kind, state) in enumerate(
+            [
+                (layout.BlockKind.COUNTING, layout.BlockState.LIVE),
+                (layout.BlockKind.PROMOTED, layout.BlockState.FREE),
+                (layout.BlockKind.PROMOTED, layout.BlockState.RETIRED),
+            ]
+        )
+    ]
+    return header.pack().ljust(header.block_off, b"\0") + b"".join(blocks), header
+
+
+def _reader(memory: bytes) -> Callable[[int, int], bytes]:
+    """Return a function that reads memory mapped at ``BASE``."""
+
+    def read(addr: int, size: int) -> bytes:
+        data = memory[addr - BASE : addr - BASE + size]
+        assert len(data) == size
+        return data
+
+    return read
+
+
+def test_the_format_is_the_package_s() -> None:
+    assert gdb_script.VERSION == layout.VERSION
+    assert gdb_script.MAGIC == layout.MAGIC
+    assert layout.ARENA_PATH.startswith(gdb_script.ARENA_NAME)
+    assert perf_script.ARENA_PATH.decode() == layout.ARENA_PATH
+    assert {kind.value: kind.name.lower() for kind in layout.BlockKind} == gdb_script.KINDS
+    assert gdb_script.LIVE == layout.BlockState.LIVE
+    assert gdb_script.RETIRED == layout.BlockState.RETIRED
+
+
+@pytest.mark.parametrize("path", sorted(SHARE.glob("*.py")), ids=lambda path: path.name)
+def test_they_stand_alone(path: Path) -> None:
+    imported = [
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else _names(node))
+    ]
+    assert set(imported) <= {*sys.stdlib_module_names, "gdb"}
+
+
+def _names(node: ast.Import) -> list[str]:
+    """Return what a statement imports."""
+    return [alias.name for alias in node.names]
+
+
+def test_the_header_is_read_as_it_is_written() -> None:
+    memory, header = _arena()
+    arena = gdb_script.read_arena(BASE, _reader(memory))
+    assert arena == gdb_script.Arena(
+        table=BASE + header.block_off,
+        n_blocks=3,
+        code_start=BASE + header.code_off,
+        code_end=BASE + header.literal_off,
+    )
+
+
+@pytest.mark.parametrize("at", [0, 8])
+def test_another_version_is_not_read(at: int) -> None:
+    memory = bytearray(_arena()[0])
+    memory[at] += 1
+    assert gdb_script.read_arena(BASE, _reader(bytes(memory))) is None
+
+
+@pytest.mark.parametrize(
+    ("off", "expected"),
+    [
+        (0x3000, (0x3000, 0x1A, 0x1000, "counting", False)),
+        (0x3019, (0x3000, 0x1A, 0x1000, "counting", False)),
+        (0x301A, None),
+        (0x3040, None),
+        (0x3080, (0x3080, 0x1C, 0x1002, "promoted", True)),
+        (0x2000, None),
+        (0x5000, None),
+    ],
+)
+def test_blocks_are_found(off: int, expected: tuple[int, int, int, str, bool] | None) -> None:
+    read = _reader(_arena()[0])
+    arena = gdb_script.read_arena(BASE, read)
+    block = gdb_script.find_block(arena, BASE + off, read)
+    if expected is None:
+        assert block is None
+    else:
+        start, *others = expected
+        assert block == gdb_script.Block(BASE + start, *others)
+
+
+@pytest.mark.parametrize(
+    ("code", "end", "is_call"),
+    [
+        ("e8 00 00 00 00", 5, True),
+        ("2e e8 00 00 00 00", 6, True),
+        ("e9 00 00 00 00", 5, False),
+        ("2e e9 00 00 00 00", 6, False),
+        ("0f 84 00 00 00 00", 6, False),
+        ("2e 0f 8f 00 00 00 00", 7, False),
+    ],
+)
+def test_sites_are_decoded(code: str, end: int, is_call: bool) -> None:
+    data = bytes.fromhex(code).ljust(15, b"\x90")
+    assert gdb_script.decode_site(0x1000, data) == gdb_script.Site(0x1000 + end, is_call)
+
+
+@pytest.mark.parametrize("code", ["", "cc", "0f", "0f 05", "2e", "ff d0"])
+def test_what_is_no_site(code: str) -> None:
+    assert gdb_script.decode_site(0x1000, bytes.fromhex(code)) is None
+
+
+MAPPINGS = """process 21
+Mapped address spaces:
+
+          Start Addr           End Addr       Size     Offset  Perms  objfile
+            0x401000           0x402000     0x1000     0x1000  r-xp   /bin/my program
+      0x7f0000000000     0x7f0000300000   0x300000        0x0  r--s   /memfd:optpoline (deleted)
+      0x7f0000300000     0x7f0000400000   0x100000   0x300000  r-xs   /memfd:optpoline (deleted)
+      0x7f0000500000     0x7f0000600000   0x100000        0x0  rw-p
+      0x7f0000700000     0x7f0000800000   0x100000        0x0         /memfd:optpoline (deleted)
+"""
+
+
+def test_mappings_are_read() -> None:
+    mappings = gdb_script.parse_mappings(MAPPINGS)
+    assert [m.start for m in mappings][:2] == [0x401000, 0x7F0000000000]
+    assert [m.is_arena for m in mappings] == [False, True, True, False, True]
+    assert gdb_script.find_arenas(mappings) == [0x7F0000000000, 0x7F0000700000]
+
+
+def test_renaming_keeps_every_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "perf.data"
+    path.write_bytes(b"head" + layout.ARENA_PATH.encode() + bytes(6) + b"tail")
+    size = path.stat().st_size
+    assert perf_script.main([str(path)]) == 0
+    assert path.read_bytes() == (b"head//anon".ljust(size - 4, b"\0") + b"tail")
+    assert perf_script.main([str(path)]) == 1
+    assert "no block" in capsys.readouterr().err
+    assert perf_script.main(["a", "b"]) == 2
