@@ -25,7 +25,7 @@ from bench.errors import BenchError
 from bench.sources import REDIS, fetch_source
 from bench.workload import Workload
 
-__all__ = ["WORKLOADS", "build_redis"]
+__all__ = ["WORKLOADS", "RedisServer", "build_redis"]
 
 _TESTS = {
     "get": 150_000,
@@ -73,6 +73,11 @@ class RedisServer:
     def pid(self) -> int:
         """Process id of the server."""
         return self._process.pid
+
+    @property
+    def socket_path(self) -> Path:
+        """Unix socket that it listens on."""
+        return self._socket
 
     def iterate(self) -> int:
         """Run the test once.

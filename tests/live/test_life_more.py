@@ -129,9 +129,17 @@ def test_a_forked_child_is_restored_while_its_parent_goes_on(
             child = int(target.ask("fork").split()[1])
         else:
             answers: list[str] = []
-            asker = threading.Timer(0.1, lambda: answers.append(target.ask("fork")))
+            is_over = threading.Event()
+
+            def fork_when_learning() -> None:
+                while not before.changed_bytes(target.pid):
+                    time.sleep(0.001)
+                answers.append(target.ask("fork"))
+                is_over.set()
+
+            asker = threading.Thread(target=fork_when_learning)
             asker.start()
-            session.learn(0.3)
+            session.learn(_TIMEOUT_S, stop=is_over)
             asker.join()
             child = int(answers[0].split()[1])
             learn_and_promote(session)

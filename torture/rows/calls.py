@@ -62,6 +62,7 @@ def churn_config() -> optpoline.Config:
         relink_after_s=0.3,
         reclaim_after_size=4096,
         reclaim_every_s=0.05,
+        reclaim_duty=1.0,
         policy=policy,
     )
 

@@ -8,15 +8,10 @@ second, and after the last detach the server's text is compared with what it was
 
 from __future__ import annotations
 
-import re
 import shutil
-import socket
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 from bench.build import Variant
 from bench.errors import BenchError
@@ -24,7 +19,8 @@ from bench.programs.redis import RedisServer, build_redis
 from optpoline import Config, DetachOutcome, attach
 from optpoline.errors import ArenaError, StopTimeout, UnsupportedTarget
 from tests.live.witness import Witness, arena_mappings
-from torture.errors import MissingTool, TortureError
+from torture.errors import MissingTool
+from torture.loads import Load, Loaded, RedisBenchmark, Wrk, ask_nginx, ask_redis
 from torture.nginx import Nginx, build_nginx
 from torture.row import Figure, Outcome, Scale
 
@@ -37,26 +33,12 @@ _WATCH_S = 0.3
 _MORE_LOAD_S = 3.0
 """The load goes on for so long after the last detach."""
 
-_TIMEOUT_S = 5.0
-_REDIS_TESTS = "get,set,lpush,lpop,zadd,mset"
-_REDIS_REQUESTS = 40_000
-"""Of each test in one run of redis-benchmark, about 2 s."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Loaded:
-    """What the load's own client counted."""
-
-    n_requests: int
-    n_failed: int
-    words: str
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
     """What one server went through."""
 
-    load: _Loaded
+    load: Loaded
     n_cycles: int
     n_clean: int
     n_promoted: int
@@ -68,147 +50,7 @@ class _Seen:
     notes: tuple[str, ...]
 
 
-class _Load(Protocol):
-    """A client that keeps a server busy."""
-
-    def start(self, seconds: float) -> None:
-        """Begin, for about so long."""
-
-    def finish(self) -> _Loaded:
-        """Wait for its end, and read what it says."""
-
-
-class _Wrk:
-    """The load of wrk on nginx."""
-
-    def __init__(self, executable: str, port: int) -> None:
-        """Keep where to go."""
-        self._command = [executable, "-t", "1", "-c", "8", "--timeout", "2s"]
-        self._url = f"http://127.0.0.1:{port}/again/page"
-        self._process: subprocess.Popen[str] | None = None
-        self._end_s = 0.0
-
-    def start(self, seconds: float) -> None:
-        """Begin."""
-        command = [*self._command, "-d", f"{int(seconds)}s", self._url]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self._end_s = seconds + 30
-
-    def finish(self) -> _Loaded:
-        """Read what wrk counted."""
-        assert self._process is not None
-        said, _ = self._process.communicate(timeout=self._end_s)
-        if self._process.returncode:
-            raise TortureError(f"wrk ended with status {self._process.returncode}: {said[-300:]}")
-        return read_wrk(said)
-
-
-def read_wrk(said: str) -> _Loaded:
-    """Read the words of wrk: all requests, and those that failed.
-
-    Raises:
-        TortureError: if they are not what wrk says.
-    """
-    requests = re.search(r"(\d+) requests in", said)
-    if not requests:
-        raise TortureError(f"wrk said {said[-300:]!r}")
-    n_failed = sum(int(n) for n in re.findall(r"Non-2xx or 3xx responses: (\d+)", said))
-    errors = re.search(r"Socket errors: (.*)", said)
-    if errors:
-        n_failed += sum(int(n) for n in re.findall(r"\d+", errors[1]))
-    return _Loaded(
-        n_requests=int(requests[1]), n_failed=n_failed, words=errors[0] if errors else ""
-    )
-
-
-class _RedisBenchmark:
-    """The load of redis-benchmark, one run after the other."""
-
-    def __init__(self, executable: Path, path: Path) -> None:
-        """Keep where to go."""
-        shell = (
-            "end=$(($(date +%s) + $0)); "
-            'while [ $(date +%s) -lt $end ]; do "$@" || { echo "Error: status $?"; sleep 0.2; }; '
-            "done"
-        )
-        options = ["-c", "20", "-P", "4", "-r", "10000", "-e", "--csv", "-t", _REDIS_TESTS]
-        client = [str(executable), "-s", str(path), "-n", str(_REDIS_REQUESTS), *options]
-        self._shell, self._client = shell, client
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self, seconds: float) -> None:
-        """Begin."""
-        command = ["sh", "-c", self._shell, str(int(seconds)), *self._client]
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    def finish(self) -> _Loaded:
-        """Read what it printed."""
-        assert self._process is not None
-        said, _ = self._process.communicate(timeout=120)
-        return read_redis_benchmark(said)
-
-
-def read_redis_benchmark(said: str) -> _Loaded:
-    """Read the words of many runs: one line a test that got through, else its errors."""
-    n_done, errors = 0, []
-    for line in said.splitlines():
-        if re.match(r'"[^"]*","\d', line):
-            n_done += _REDIS_REQUESTS
-        elif "rror" in line:
-            errors.append(line)
-    return _Loaded(n_requests=n_done, n_failed=len(errors), words="; ".join(errors[:3]))
-
-
-def _ask_nginx(server: Nginx) -> bool:
-    """Ask for the page; tell whether it came as it should."""
-    try:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=_TIMEOUT_S) as client:
-            client.sendall(b"GET /page HTTP/1.0\r\n\r\n")
-            answer = _read_all(client)
-    except OSError:
-        return False
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return head.startswith(b"HTTP/1.1 200 ") and body == server.page
-
-
-def _ask_redis(path: Path) -> bool:
-    """Store a value and a list and ask for them; tell whether they came as they should."""
-    script = b'return redis.call("lrange", KEYS[1], 0, -1)'
-    steps: list[tuple[tuple[bytes, ...], bytes]] = [
-        ((b"SET", b"torture", b"value"), b"+OK\r\n"),
-        ((b"APPEND", b"torture", b"s"), b":6\r\n"),
-        ((b"GET", b"torture"), b"$6\r\nvalues\r\n"),
-        ((b"DEL", b"torture:list"), b":"),
-        ((b"RPUSH", b"torture:list", b"a", b"b"), b":2\r\n"),
-        ((b"EVAL", script, b"1", b"torture:list"), b"*2\r\n$1\r\na\r\n$1\r\nb\r\n"),
-    ]
-    try:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(_TIMEOUT_S)
-            client.connect(str(path))
-            return all(_ask(client, words).startswith(answer) for words, answer in steps)
-    except OSError:
-        return False
-
-
-def _ask(client: socket.socket, words: Sequence[bytes]) -> bytes:
-    """Send one command of Redis; return its short answer."""
-    parts = [b"$%d\r\n%s\r\n" % (len(word), word) for word in words]
-    client.sendall(b"*%d\r\n%s" % (len(words), b"".join(parts)))
-    return client.recv(4096)
-
-
-def _read_all(client: socket.socket) -> bytes:
-    """Read until the other end closes."""
-    pieces = []
-    while piece := client.recv(65536):
-        pieces.append(piece)
-    return b"".join(pieces)
-
-
-def _torment(pid: int, n_cycles: int, load: _Load, ask: Callable[[], bool]) -> _Seen:
+def _torment(pid: int, n_cycles: int, load: Load, ask: Callable[[], bool]) -> _Seen:
     """Attach to a server under load every second."""
     witness = Witness.of(pid)
     n_clean = n_promoted = n_wrong = n_asked = 0
@@ -256,9 +98,9 @@ def _torment_redis(n_cycles: int) -> _Seen:
     """Run Redis under redis-benchmark."""
     executable = build_redis(Variant.RETPOLINE)
     with RedisServer("redis", executable, "get") as server:
-        path = server.socket
-        load = _RedisBenchmark(executable.with_name("redis-benchmark"), path)
-        return _torment(server.pid, n_cycles, load, lambda: _ask_redis(path))
+        path = server.socket_path
+        load = RedisBenchmark(executable.with_name("redis-benchmark"), path)
+        return _torment(server.pid, n_cycles, load, lambda: ask_redis(path))
 
 
 def _torment_nginx(n_cycles: int) -> _Seen:
@@ -267,8 +109,8 @@ def _torment_nginx(n_cycles: int) -> _Seen:
     if wrk is None:
         raise MissingTool("wrk", "wrk")
     with Nginx(build_nginx()) as server:
-        load = _Wrk(wrk, server.port)
-        return _torment(server.pid, n_cycles, load, lambda: _ask_nginx(server))
+        load = Wrk(wrk, server.port)
+        return _torment(server.pid, n_cycles, load, lambda: ask_nginx(server.port, server.page))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

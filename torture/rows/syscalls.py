@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from optpoline import Config, DetachOutcome, attach
 from optpoline.controller.target import Target
 from optpoline.errors import ArenaError, StopTimeout, UnsupportedTarget
+from optpoline.process.stop import Wake
 from optpoline.x86.syscalls import SYS_GETPID
 from torture.build import build_target
 from torture.errors import TortureError
@@ -113,7 +114,7 @@ def _torment(program: Program, n_stops: int, rng: random.Random) -> _Tally:
 
 
 def _stop_for_a_turn(pid: int, tally: _Tally, rng: random.Random) -> None:
-    """Stop a program again and again: nobody woken, one woken, all woken if they may be."""
+    """Stop a program again and again, in all ways that sessions do."""
     target = Target(pid, stop_timeout_s=_STOP_TIMEOUT_S)
     try:
         end_s = time.monotonic() + _TURN_S
@@ -123,9 +124,12 @@ def _stop_for_a_turn(pid: int, tally: _Tally, rng: random.Random) -> None:
             time.sleep(rng.uniform(*_PAUSE_S))
             _stop_and_inject(target, tally)
             time.sleep(rng.uniform(*_PAUSE_S))
-            # As the linker does for sites that are written only while everyone stands.
+            with target.stop(Wake.UNNOTICED):
+                pass
+            time.sleep(rng.uniform(*_PAUSE_S))
+            # As for sites that are written only while everyone stands.
             if rng.random() < _WAKE_ALL_SHARE and target.may_wake_all():
-                with target.stop(wake_all=True):
+                with target.stop(Wake.ALL):
                     tally.n_woken_all += 1
                 time.sleep(rng.uniform(*_PAUSE_S))
         tally.n_stops += target.stops.n_stops
@@ -137,7 +141,7 @@ def _stop_for_a_turn(pid: int, tally: _Tally, rng: random.Random) -> None:
 def _stop_and_inject(target: Target, tally: _Tally) -> None:
     """Run a harmless system call in a program."""
     try:
-        with target.stop(wake_one=True) as stop:
+        with target.stop(Wake.ONE_FOR_INJECTION) as stop:
             n_running = len(stop.stopped)
             if (result := stop.inject(SYS_GETPID)) != target.pid:
                 raise TortureError(f"an injected getpid answered {result}, not {target.pid}")

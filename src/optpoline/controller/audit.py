@@ -4,8 +4,10 @@
 The process, and a controller that works on it, go on meanwhile: a block may be freed
 and its memory used again between two reads. The rule that tells a fault from a race:
 
-1. A look reads the block table, then code, literals and text, then the table again;
-   what it says of a block whose entry changed in between is dropped.
+1. A block is read between two reads of its entry in the block table, one right after
+   the other; what was read of a block whose entry changed in between is dropped. Where
+   a site or a head leads to no block, the table is read again, then the site or head:
+   it counts only if that is as before and the block was in no reading.
 2. After a look that found something, the process is looked at again ``LOOK_EVERY_S``
    later. A finding is real if two looks one after the other saw it, about the same
    entry with the same bytes; one that only one look saw was a race.
@@ -144,7 +146,10 @@ def _look(memory: RemoteMemory) -> _Look:
             look.findings.append(_unreadable(contents.arena, fault))
     modules = [m for m in list_modules(pid, memory=memory) if not _is_arena(m)]
     files = _read_files(memory, modules, look)
-    look.sites = judge_sites(memory, look.contents, judge, code_map, files)
+    try:
+        look.sites = judge_sites(memory, look.contents, judge, code_map, files)
+    except TargetFault as fault:  # an arena that was let go meanwhile
+        look.findings.append(_unreadable(look.arenas[0], fault))
     look.findings += look.sites.findings
     # Read again: sites may have been linked since.
     entries = [entry for arena in find_arenas(memory, read_maps(pid)) for entry in arena.entries]

@@ -14,7 +14,14 @@ from itertools import pairwise
 import numpy as np
 
 from optpoline.controller.audit_report import Fault, FaultKind
-from optpoline.controller.audit_scene import ArenaContents, BlockSlot, CodeMap, Finding
+from optpoline.controller.audit_scene import (
+    ArenaContents,
+    BlockSlot,
+    CodeMap,
+    Finding,
+    read_block,
+    read_table,
+)
 from optpoline.controller.left_arenas import LeftArena, is_controller_alive
 from optpoline.errors import TargetFault
 from optpoline.model import Addr
@@ -30,6 +37,8 @@ __all__ = ["ArenaJudge", "judge_rights", "was_killed"]
 _THUNK_SIZE = 96
 """Bytes of a thunk read to know it by its body."""
 _CELL_SIZE = 8
+_HEAD_TRIES = 5
+"""Times that a head is read while it keeps changing."""
 
 
 def was_killed(header: ArenaHeader) -> bool:
@@ -79,13 +88,23 @@ class ArenaJudge:
         self._blocks: dict[Addr, list[BlockEntry]] = defaultdict(list)
         self._literals: dict[int, int] = {}
         self._operands: dict[Addr, str | None] = {}
+        self.remarks: list[str] = []
         for contents in arenas:
             for entry in contents.arena.history:
                 disp = int.from_bytes(entry.disp, "little", signed=True)
                 self._thunks[entry.addr].add(Addr(entry.end + disp))
-            for block in contents.blocks():
-                self._blocks[block.addr].append(block)
-        self.remarks: list[str] = []
+            self._add_blocks(contents.blocks())
+
+    def _add_blocks(self, blocks: Iterable[BlockEntry]) -> None:
+        """Note blocks that there were at some time during this look."""
+        for block in blocks:
+            self._blocks[block.addr].append(block)
+
+    def read_tables_again(self) -> None:
+        """Note the blocks that were made since: something leads where none was known."""
+        for contents in self._arenas:
+            slots = read_table(self._memory, contents.arena, contents.header)
+            self._add_blocks(slot.entry for slot in slots if slot.entry is not None)
 
     def is_block_of(self, addr: int, site_addr: Addr, *, or_retired: bool = False) -> bool:
         """Tell whether a live block of a site begins at an address."""
@@ -101,7 +120,7 @@ class ArenaJudge:
     def judge(self, contents: ArenaContents) -> Iterator[Finding]:
         """Find what is wrong in one arena."""
         yield from judge_rights(contents.arena, contents.header)
-        for slot in contents.steady:
+        for slot in contents.after:
             if slot.is_damaged:
                 yield _finding(
                     FaultKind.TABLE,
@@ -128,7 +147,9 @@ class ArenaJudge:
             why = "lies outside the code" if thunks else "is of a site that no journal tells of"
             yield _finding(FaultKind.TABLE, block.addr, f"{name} {why}", slot.raw)
             return
-        now = contents.code[off : off + max(block.size, HEAD_SIZE)]
+        now = read_block(self._memory, slot, max(block.size, HEAD_SIZE))
+        if now is None:
+            return  # freed, or used again: another entry is there by now
         if _is_being_freed(contents, block, now):
             self.remarks.append(f"{name} was being freed when its controller died")
             return
@@ -142,18 +163,35 @@ class ArenaJudge:
             kind = FaultKind.LITERAL if is_literal else FaultKind.BLOCK
             sentence = f"{name}: {'; '.join((*words, *_words(verdict)))}"
             yield _finding(kind, block.addr, sentence, slot.raw)
-        head = now[:HEAD_SIZE]
-        if head != block.head and not self._is_redirected(block, head, thunks):
-            sentence = f"{name}: its head is {head.hex(' ')}, no redirection to where it may lead"
-            yield _finding(FaultKind.HEAD, block.addr, sentence, slot.raw)
+        yield from self._judge_head(block, now[:HEAD_SIZE], name, slot.raw)
 
-    def _is_redirected(self, block: BlockEntry, head: bytes, thunks: set[Addr]) -> bool:
+    def _judge_head(
+        self, block: BlockEntry, head: bytes, name: str, evidence: bytes
+    ) -> Iterator[Finding]:
+        """Judge a head, which may lead to a block that was made since the table was read."""
+        for _ in range(_HEAD_TRIES):
+            if head == block.head or self._is_redirected(block, head):
+                return
+            self.read_tables_again()
+            if self._is_redirected(block, head):
+                return
+            again = self._memory.read(block.addr, HEAD_SIZE)
+            if again == head:
+                shown = head.hex(" ")
+                sentence = f"{name}: its head is {shown}, no redirection to where it may lead"
+                yield _finding(FaultKind.HEAD, block.addr, sentence, evidence)
+                return
+            head = again
+
+    def _is_redirected(self, block: BlockEntry, head: bytes) -> bool:
         """Tell whether a head leads to the site's thunk or to another block of the site."""
         dst = decode_redirect(head, block.head, block.addr)
         if dst is None:
             return False
         is_retired = block.state is BlockState.RETIRED
-        return dst in thunks or self.is_block_of(dst, block.site_addr, or_retired=is_retired)
+        return dst in self._thunks[block.site_addr] or self.is_block_of(
+            dst, block.site_addr, or_retired=is_retired
+        )
 
     def _judge_code(
         self, contents: ArenaContents, block: BlockEntry, code: bytes, thunks: set[Addr]
@@ -198,7 +236,7 @@ class ArenaJudge:
 
     def _judge_overlaps(self, contents: ArenaContents) -> Iterator[Finding]:
         """Find blocks that lie over each other."""
-        blocks = [(slot.entry, slot.raw) for slot in contents.steady if slot.entry is not None]
+        blocks = [(slot.entry, slot.raw) for slot in contents.after if slot.entry is not None]
         blocks.sort(key=lambda pair: pair[0].addr)
         for (one, raw), (other, other_raw) in pairwise(blocks):
             if other.addr < one.end:

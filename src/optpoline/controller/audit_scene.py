@@ -24,9 +24,18 @@ from optpoline.patch.layout import (
     BlockState,
 )
 from optpoline.process.leader import find_live_tid
-from optpoline.process.memory import RemoteMemory
+from optpoline.process.memory import Memory, RemoteMemory
 
-__all__ = ["ArenaContents", "BlockSlot", "CodeMap", "Evidence", "Finding", "read_contents"]
+__all__ = [
+    "ArenaContents",
+    "BlockSlot",
+    "CodeMap",
+    "Evidence",
+    "Finding",
+    "read_block",
+    "read_contents",
+    "read_table",
+]
 
 Evidence = bytes
 """The entry that a finding is about: it counts only while that stays the same."""
@@ -73,7 +82,7 @@ class ArenaContents:
         arena: Where it is, and its journal.
         header: What its header said.
         before: The block table, read before the code.
-        code: The code part, as far as it was ever written.
+        code: The code part, as far as it was ever written; for what is free in it.
         after: The block table, read after the code.
     """
 
@@ -87,13 +96,6 @@ class ArenaContents:
     def code_start(self) -> Addr:
         """First address of the code part."""
         return Addr(self.arena.start + self.header.code_off)
-
-    @property
-    def steady(self) -> tuple[BlockSlot, ...]:
-        """Entries that were the same before and after."""
-        return tuple(
-            old for old, new in zip(self.before, self.after, strict=False) if old.raw == new.raw
-        )
 
     def blocks(self) -> list[BlockEntry]:
         """Return the blocks there were before or after, live or retired."""
@@ -129,7 +131,7 @@ def read_contents(memory: RemoteMemory, arena: LeftArena, header: ArenaHeader) -
     Raises:
         TargetFault: if it was unmapped meanwhile.
     """
-    before = _read_table(memory, arena, header)
+    before = read_table(memory, arena, header)
     code = _read_written(memory.pid, arena, header)
     if code is None:
         ends = [slot.entry.end for slot in before if slot.entry is not None]
@@ -143,14 +145,30 @@ def read_contents(memory: RemoteMemory, arena: LeftArena, header: ArenaHeader) -
         header=header,
         before=before,
         code=code,
-        after=_read_table(memory, arena, header),
+        after=read_table(memory, arena, header),
     )
 
 
-def _read_table(
-    memory: RemoteMemory, arena: LeftArena, header: ArenaHeader
-) -> tuple[BlockSlot, ...]:
-    """Read the block table, with entries added since the header was read."""
+def read_block(memory: Memory, slot: BlockSlot, size: int) -> bytes | None:
+    """Return a block's bytes, or None if its entry is not, or no longer, that of ``slot``.
+
+    Entry, block and entry again, one right after the other.
+
+    Raises:
+        TargetFault: if the arena was unmapped meanwhile.
+    """
+    if memory.read(slot.addr, BLOCK_ENTRY_SIZE) != slot.raw or slot.entry is None:
+        return None
+    code = memory.read(slot.entry.addr, size)
+    return code if memory.read(slot.addr, BLOCK_ENTRY_SIZE) == slot.raw else None
+
+
+def read_table(memory: Memory, arena: LeftArena, header: ArenaHeader) -> tuple[BlockSlot, ...]:
+    """Read the block table, with entries added since the header was read.
+
+    Raises:
+        TargetFault: if the arena was unmapped meanwhile.
+    """
     now = ArenaHeader.unpack(memory.read(arena.start, ArenaHeader.N_BLOCKS_OFF + 8))
     n_blocks = header.n_blocks if now is None else now.n_blocks
     start = arena.start + header.block_off

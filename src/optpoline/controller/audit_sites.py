@@ -65,6 +65,7 @@ def judge_sites(
         for entry in contents.arena.entries:
             by_addr.setdefault(entry.addr, []).append(entry)
     tally = SiteTally()
+    odd: list[tuple[JournalEntry, bytes]] = []
     found = read_entries(memory, [entries[-1] for entries in by_addr.values()])
     for addr, entries in by_addr.items():
         code = found[addr]
@@ -78,7 +79,8 @@ def judge_sites(
         elif not code or not code_map.is_code(addr) or _is_of_file(addr, code, files):
             tally.gone += 1
         else:
-            tally.findings += _judge_odd(own or entries[-1], code, judge, code_map, files)
+            odd.append((own or entries[-1], code))
+    tally.findings += _judge_odd_sites(memory, odd, judge, code_map, files)
     return tally
 
 
@@ -99,6 +101,26 @@ def _judge_thunk(entry: JournalEntry, judge: ArenaJudge) -> Iterator[Finding]:
 def _is_of_file(addr: int, code: bytes, files: Sequence[ModuleFile]) -> bool:
     """Tell whether bytes are those that the file mapped there has."""
     return any(file.read(addr, len(code)) == code for file in files)
+
+
+def _judge_odd_sites(
+    memory: RemoteMemory,
+    odd: Sequence[tuple[JournalEntry, bytes]],
+    judge: ArenaJudge,
+    code_map: CodeMap,
+    files: Sequence[ModuleFile],
+) -> Iterator[Finding]:
+    """Judge the sites that were found odd, but for those that were being linked."""
+    if not odd:
+        return
+    judge.read_tables_again()
+    again = read_entries(memory, [entry for entry, _ in odd])
+    for entry, code in odd:
+        is_linked = is_same_but_disp(entry, code) and judge.is_block_of(
+            _destination(entry, code), entry.addr
+        )
+        if not is_linked and again[entry.addr] == code:
+            yield from _judge_odd(entry, code, judge, code_map, files)
 
 
 def _judge_odd(

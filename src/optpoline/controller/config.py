@@ -33,6 +33,7 @@ class Config:
         reclaim_after_size: Bytes of blocks that nothing leads to from which on they are
             retired, to be reused after a grace period.
         reclaim_every_s: Interval of looking for such blocks, seconds.
+        reclaim_duty: Share of one core that looking at threads for that may take.
         follow_fork: Restore the target's forked children at the end as well.
         policy: Turns counts into decisions.
     """
@@ -50,5 +51,6 @@ class Config:
     max_stop_s: float = 0.005
     reclaim_after_size: int = 64 << 10
     reclaim_every_s: float = 1.0
+    reclaim_duty: float = 0.01
     follow_fork: bool = False
     policy: Policy = field(default_factory=CostPolicy)

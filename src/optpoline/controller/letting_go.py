@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from optpoline.controller.arenas import unmap_range
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.observer import ThreadObserver, target_space
+from optpoline.controller.poking import MAX_TRIES, TRY_EVERY_S
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome, DetachResult, SiteState
 from optpoline.controller.target import Target
@@ -21,20 +22,15 @@ from optpoline.model import Addr, Refusal
 from optpoline.patch.blocks import point_back
 from optpoline.patch.grace import GracePeriods, RetiredCode
 from optpoline.patch.text import is_same_but_disp, leads_into, read_entries
+from optpoline.process.stop import Wake
 
 __all__ = ["let_go", "unmap_when_quiescent"]
-
-MAX_TRIES = 50
-"""Times that sites are tried which cross a cache line, while a thread sleeps in a call
-that must not be interrupted."""
-
-TRY_EVERY_S = 0.01
 
 GRACE_PERIOD_S = 0.5
 """A thread inside a block leaves it within nanoseconds of running, so who is still there
 after that sits in a blocked handler."""
 
-MAX_GRACE_PERIODS = 5
+MAX_GRACE_PERIODS = 20
 """Searches of all memory for saved PCs; a preempted coroutine may soon run on."""
 
 
@@ -150,16 +146,22 @@ def unmap_when_quiescent(
     try:
         for _ in range(MAX_GRACE_PERIODS):
             if not grace.synchronize(GRACE_PERIOD_S):
-                tids = ", ".join(str(tid) for _, tid in grace.holders)
-                return (f"{name}: threads {tids} may return into it, or hold an address in it",)
+                return (f"{name}: {_name_threads(grace)} may return into it",)
             if grace.is_idle:
                 break
             time.sleep(TRY_EVERY_S)
         else:
+            if grace.holders:
+                return (f"{name}: {_name_threads(grace)} may return into it",)
             return (f"{name}: memory of the program holds an address in it, perhaps a saved PC",)
-        with target.stop(wake_one=True) as stop:
+        with target.stop(Wake.ONE_FOR_INJECTION) as stop:
             for first, last in ranges:
                 unmap_range(stop, first, last)
     except (StopTimeout, ArenaError, UnsupportedTarget) as error:
         return (f"{name}: {error}",)
     return ()
+
+
+def _name_threads(grace: GracePeriods) -> str:
+    """Name the threads that hold up a grace period."""
+    return f"threads {', '.join(str(tid) for _, tid in grace.holders)}"

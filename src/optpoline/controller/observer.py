@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from optpoline.controller.target import Target
 from optpoline.errors import AttachError, ProcessGone
@@ -20,11 +20,12 @@ from optpoline.patch.grace import Look, ThreadKey
 from optpoline.patch.quiescence import (
     MAX_STACK_SCAN_SIZE,
     ThreadPosition,
+    find_held,
     find_words,
-    is_thread_quiescent,
 )
 from optpoline.patch.ranges import AddressRanges
 from optpoline.process.memory import RemoteMemory
+from optpoline.process.pagemap import resident_ranges
 from optpoline.process.procfs import (
     ThreadWhere,
     list_tids,
@@ -63,7 +64,7 @@ class AddressSpace:
     pid: int
     memory: RemoteMemory
     read_maps: Callable[[], Sequence[Mapping]]
-    stop: Callable[[], AbstractContextManager[Stop]] | None
+    stop: Callable[[Wake], AbstractContextManager[Stop]] | None
     maps: Sequence[Mapping] = ()
     stacks: set[tuple[int, int]] = field(default_factory=set)
     is_target: bool = False
@@ -89,8 +90,8 @@ def child_space(pid: int, *, may_stop: bool, timeout_ns: int) -> AddressSpace:
     memory = RemoteMemory(pid)
 
     @contextmanager
-    def stop() -> Iterator[Stop]:
-        with stop_threads(pid, memory=memory, wake=Wake.NONE, timeout_ns=timeout_ns) as stopped:
+    def stop(wake: Wake) -> Iterator[Stop]:
+        with stop_threads(pid, memory=memory, wake=wake, timeout_ns=timeout_ns) as stopped:
             yield stopped
 
     return AddressSpace(
@@ -99,6 +100,40 @@ def child_space(pid: int, *, may_stop: bool, timeout_ns: int) -> AddressSpace:
         read_maps=lambda: read_maps(pid),
         stop=stop if may_stop else None,
     )
+
+
+class _Found:
+    """What a look has found so far."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._quiescent: set[ThreadKey] = set()
+        self._holding: dict[ThreadKey, frozenset[int]] = {}
+
+    def add(self, key: ThreadKey, held: frozenset[int] | None) -> None:
+        """Note where a thread is, None if it could not be told."""
+        if held is None:
+            return
+        if held:
+            self._holding[key] = held
+        else:
+            self._quiescent.add(key)
+
+    @property
+    def looked_at(self) -> frozenset[ThreadKey]:
+        """Threads that were looked at."""
+        return frozenset(self._quiescent | self._holding.keys())
+
+    def as_look(
+        self, threads: frozenset[ThreadKey], pointed_to: frozenset[int] | None = None
+    ) -> Look:
+        """Return all of it."""
+        return Look(
+            quiescent=frozenset(self._quiescent),
+            threads=threads,
+            holding=self._holding,
+            pointed_to=pointed_to,
+        )
 
 
 class ThreadObserver:
@@ -123,45 +158,73 @@ class ThreadObserver:
 
     def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
         """Look at threads that sleep."""
-        quiescent: set[ThreadKey] = set()
+        found = _Found()
         for space in self._spaces():
             if not known:
                 space.stacks.clear()
             for key in _list_threads(space):
-                if key not in known and self._is_quiescent_asleep(space, key, ranges):
-                    quiescent.add(key)
+                if key not in known:
+                    found.add(key, self._find_held_asleep(space, key, ranges))
         # Listed behind the looks: a child forked by a thread before that was looked at is here.
-        return Look(quiescent=frozenset(quiescent), threads=self._list_all())
+        return found.as_look(self._list_all())
 
     def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
         """Stop the threads that run, and look at all."""
-        quiescent: set[ThreadKey] = set()
+        found = _Found()
         pointed_to: set[int] | None = set()
         for space in self._spaces():
             if space.stop is None:
-                keys = [key for key in _list_threads(space) if key not in known]
-                quiescent |= {key for key in keys if self._is_quiescent_asleep(space, key, ranges)}
+                for key in _list_threads(space):
+                    if key not in known:
+                        found.add(key, self._find_held_asleep(space, key, ranges))
                 continue
-            with space.stop() as stop:
-                quiescent |= self._look_at_stopped(space, stop, ranges, known)
-                if self._is_switching:
-                    asleep = frozenset(stop.sleepers)
-                    before = {key: _read_switches(key) for key in asleep}
-                    quiescent |= {
-                        key for key in asleep if self._is_quiescent_asleep(space, key, ranges)
-                    }
-                    found = self._search(space, ranges, MAX_STOPPED_SEARCH_SIZE)
-                    if found is None or pointed_to is None:
-                        pointed_to = None
-                    else:
-                        pointed_to |= found
-                    # Who woke meanwhile may have resumed a context that was not found.
-                    quiescent -= {key for key in asleep if _read_switches(key) != before[key]}
-        return Look(
-            quiescent=frozenset(quiescent),
-            threads=self._list_all(),
-            pointed_to=None if pointed_to is None else frozenset(pointed_to),
+            # A thread that naps too briefly for a look holds everything up, unless it stands.
+            with space.stop(Wake.UNNOTICED) as stop:
+                self._look_at_stopped(space, stop, ranges, known, found)
+                if not self._is_switching:
+                    self._look_at_nappers(space, stop, ranges, known, found)
+                else:
+                    more = self._look_at_all_memory(space, stop, ranges, found)
+                    pointed_to = None if pointed_to is None or more is None else pointed_to | more
+        return found.as_look(
+            self._list_all(), None if pointed_to is None else frozenset(pointed_to)
         )
+
+    def _look_at_nappers(
+        self,
+        space: AddressSpace,
+        stop: Stop,
+        ranges: AddressRanges,
+        known: Collection[ThreadKey],
+        found: _Found,
+    ) -> None:
+        """Look at threads that sleep too briefly for a look: one that wakes is stopped."""
+        end_s = time.monotonic() + self._budget_s
+        left = {key for key in stop.sleepers if key not in known}
+        while left and time.monotonic() < end_s:
+            for key in tuple(left):
+                held = self._find_held_asleep(space, key, ranges)
+                found.add(key, held)
+                if held is not None:
+                    left.discard(key)
+            if left:
+                stop.sweep()
+                self._look_at_stopped(space, stop, ranges, {*known, *found.looked_at}, found)
+                left &= set(stop.sleepers)
+
+    def _look_at_all_memory(
+        self, space: AddressSpace, stop: Stop, ranges: AddressRanges, found: _Found
+    ) -> frozenset[int] | None:
+        """Look at the sleepers and at memory, and see that nobody woke meanwhile."""
+        asleep = stop.sleepers
+        before = {key: _read_switches(key) for key in asleep}
+        held = {key: self._find_held_asleep(space, key, ranges) for key in asleep}
+        pointed_to = self._search(space, ranges, MAX_STOPPED_SEARCH_SIZE)
+        for key in asleep:
+            # Who woke meanwhile may have resumed a context that was not found.
+            if _read_switches(key) == before[key]:
+                found.add(key, held[key])
+        return pointed_to
 
     def search(self, ranges: AddressRanges) -> frozenset[int] | None:
         """Return addresses in ``ranges`` found in writable memory; None: too much memory."""
@@ -183,46 +246,44 @@ class ThreadObserver:
         stop: Stop,
         ranges: AddressRanges,
         known: Collection[ThreadKey],
-    ) -> set[ThreadKey]:
+        found: _Found,
+    ) -> None:
         """Look at the threads that stand, as many as there is time for."""
         end_s = time.monotonic() + self._budget_s
-        quiescent: set[ThreadKey] = set()
         for thread in stop.stopped:
             key = (thread.pid, thread.tid)
             if key in known:
                 continue
-            if quiescent and not self._is_switching and time.monotonic() > end_s:
+            if found.looked_at and not self._is_switching and time.monotonic() > end_s:
                 break
             position = ThreadPosition(tid=thread.tid, pc=thread.pc, sp=thread.sp)
-            if self._is_quiescent(space, position, ranges):
-                quiescent.add(key)
-        return quiescent
+            found.add(key, self._find_held(space, position, ranges))
 
-    def _is_quiescent(
+    def _find_held(
         self, space: AddressSpace, position: ThreadPosition, ranges: AddressRanges
-    ) -> bool:
-        """Judge one thread, and note what kind of stack it is on."""
+    ) -> frozenset[int] | None:
+        """Look at one thread, and note what kind of stack it is on."""
         stack = _find_stack(space.maps, position.sp)
         if stack is not None and stack.is_own:
             space.stacks.add((stack.start, stack.end))
         elif stack is not None:
             self._is_switching = True
-        return is_thread_quiescent(position, read=space.memory.read, maps=space.maps, ranges=ranges)
+        return find_held(position, read=space.memory.read, maps=space.maps, ranges=ranges)
 
-    def _is_quiescent_asleep(
+    def _find_held_asleep(
         self, space: AddressSpace, key: ThreadKey, ranges: AddressRanges
-    ) -> bool:
-        """Tell whether a thread sleeps and is quiescent, without stopping it."""
+    ) -> frozenset[int] | None:
+        """Look at a thread without stopping it; None if it does not sleep all the while."""
         try:
             before = read_thread_state(*key)
             if before.where is ThreadWhere.RUNNING:
-                return False
+                return None
             position = ThreadPosition(tid=before.tid, pc=before.pc, sp=before.sp)
-            if not self._is_quiescent(space, position, ranges):
-                return False
-            return _read_switches(key) == (before.n_voluntary, before.n_nonvoluntary)
+            held = self._find_held(space, position, ranges)
         except AttachError:
-            return False
+            return None
+        is_same = _read_switches(key) == (before.n_voluntary, before.n_nonvoluntary)
+        return held if is_same else None
 
     def _search(
         self, space: AddressSpace, ranges: AddressRanges, max_size: int
@@ -230,14 +291,28 @@ class ThreadObserver:
         """Search one address space, threads' own stacks left out: those were looked at."""
         found = find_words(
             read=space.memory.read,
-            maps=space.maps,
-            skip=tuple(space.stacks),
+            maps=_existing(space),
+            skip=(),
             ranges=ranges,
             max_size=max_size,
         )
         if found:
             self._is_switching = True
         return found
+
+
+def _existing(space: AddressSpace) -> tuple[Mapping, ...]:
+    """Return the writable memory that exists and was not looked at as a thread's stack."""
+    parts: list[Mapping] = []
+    for mapping in space.maps:
+        if not mapping.is_writable or (mapping.start, mapping.end) in space.stacks:
+            continue
+        if mapping.perms.endswith("s"):
+            parts.append(mapping)
+            continue
+        ranges = resident_ranges(space.pid, mapping.start, mapping.end)
+        parts += [replace(mapping, start=Addr(first), end=Addr(last)) for first, last in ranges]
+    return tuple(parts)
 
 
 def _list_threads(space: AddressSpace) -> tuple[ThreadKey, ...]:

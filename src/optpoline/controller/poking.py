@@ -8,13 +8,21 @@ that must not be interrupted; else they are left for another time.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optpoline.controller.target import Target
 from optpoline.patch.text import Poke, PokeResult, crosses_line, poke_batch
+from optpoline.process.stop import Wake
 
-__all__ = ["Poked", "poke_in_stops"]
+__all__ = ["MAX_TRIES", "TRY_EVERY_S", "Poked", "poke_in_stops", "poke_patiently"]
+
+MAX_TRIES = 50
+"""Times that sites are tried which cross a cache line, while a thread sleeps in a call
+that must not be interrupted: it may soon return."""
+
+TRY_EVERY_S = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +66,8 @@ def poke_in_stops(target: Target, pokes: Sequence[Poke], *, may_delay: bool = Fa
         target.pace.note(len(batch), stop.duration_ns)
     left: tuple[Poke, ...] = ()
     if crossing:
-        with target.stop(wake_all=target.may_wake_all(may_delay=may_delay)) as stop:
+        wake = Wake.ALL if target.may_wake_all(may_delay=may_delay) else Wake.NONE
+        with target.stop(wake) as stop:
             if stop.asleep:
                 left = tuple(crossing)
             else:
@@ -69,3 +78,27 @@ def poke_in_stops(target: Target, pokes: Sequence[Poke], *, may_delay: bool = Fa
         reloaded=tuple(poke for result in results for poke in result.reloaded),
         left=left,
     )
+
+
+def poke_patiently(target: Target, pokes: Sequence[Poke]) -> Poked:
+    """Do all pokes, trying again for a while what had to be left.
+
+    At last rather a timeout of a wait ends late than a site stays as it is.
+
+    Raises:
+        SiteChanged, StopTimeout, ProcessGone: as ``poke_in_stops``.
+    """
+    poked = poke_in_stops(target, pokes)
+    for tries_left in reversed(range(MAX_TRIES)):
+        if not poked.left:
+            break
+        time.sleep(TRY_EVERY_S)
+        more = poke_in_stops(target, poked.left, may_delay=not tries_left)
+        poked = replace(
+            poked,
+            done=poked.done + more.done,
+            foreign=poked.foreign + more.foreign,
+            reloaded=poked.reloaded + more.reloaded,
+            left=more.left,
+        )
+    return poked

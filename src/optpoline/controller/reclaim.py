@@ -28,9 +28,6 @@ from optpoline.patch.layout import BlockState
 
 __all__ = ["Reclaimer"]
 
-_MAX_DUTY = 0.01
-"""Share of the controller's core that looking for reclaimable memory may take."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Retired:
@@ -86,7 +83,7 @@ class Reclaimer:
             self._free()
             self._handle = self._grace.start_poll()
         took_s = time.monotonic() - begin_s
-        self._not_before_s = now_s + took_s / _MAX_DUTY if took_s > 0.001 else 0.0
+        self._not_before_s = now_s + took_s / self._config.reclaim_duty
 
     def summary(self) -> ReclaimSummary:
         """Say what was reclaimed so far, and what holds the rest up."""

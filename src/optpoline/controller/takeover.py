@@ -21,6 +21,7 @@ from optpoline.controller.left_arenas import (
 )
 from optpoline.controller.letting_go import unmap_when_quiescent
 from optpoline.controller.lock import ControllerLock
+from optpoline.controller.poking import poke_patiently
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.controller.target import Target
 from optpoline.errors import ControllerActive, PermissionDenied
@@ -28,15 +29,14 @@ from optpoline.model import Addr
 from optpoline.patch.layout import JournalEntry
 from optpoline.patch.text import (
     Poke,
-    crosses_line,
     is_same_but_disp,
     leads_into,
-    poke_batch,
     read_entries,
 )
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.permissions import check_attachable, explain_denied
 from optpoline.process.procfs import read_maps
+from optpoline.process.stop import Wake
 from optpoline.x86.syscalls import SYS_CLOSE
 
 __all__ = ["read_status", "restore", "restore_left"]
@@ -46,7 +46,7 @@ def _close_files(target: Target) -> None:
     """Close descriptors that a controller left in the target."""
     if not find_arena_files(target.pid):
         return
-    with target.stop(wake_one=True) as stop:
+    with target.stop(Wake.ONE_FOR_INJECTION) as stop:
         for number in find_arena_files(target.pid):
             stop.inject(SYS_CLOSE, number)
 
@@ -198,10 +198,7 @@ def _restore(target: Target, arenas: Sequence[LeftArena]) -> DetachResult:
                 hidden.append(int(entry.addr))
     restored = 0
     if pokes:
-        crossing = [poke for poke in pokes if crosses_line(poke.entry)]
-        with target.stop(wake_all=bool(crossing) and target.may_wake_all()) as stop:
-            batch = pokes if not stop.asleep else [p for p in pokes if p not in crossing]
-            result = poke_batch(target.memory, batch)
+        result = poke_patiently(target, pokes)
         restored = len(result.done)
         if restored < len(pokes):
             foreign = tuple(int(p.entry.addr) for p in result.foreign)

@@ -303,7 +303,7 @@ class Target:
             raise ArenaError(
                 f"no room for an arena of {geometry.size >> 10} KiB within reach of {module.path}"
             )
-        with self.stop(wake_one=True) as stop:
+        with self.stop(Wake.ONE_FOR_INJECTION) as stop:
             arena = map_arena(self.pid, stop, addr, geometry)
         self.arenas.append(arena)
         self.read_maps()
@@ -320,10 +320,9 @@ class Target:
         return min(m.start for m in (module, *near)), max(m.end for m in (module, *near))
 
     @contextmanager
-    def stop(self, *, wake_one: bool = False, wake_all: bool = False) -> Iterator[Stop]:
+    def stop(self, wake: Wake = Wake.NONE) -> Iterator[Stop]:
         """Stop the target's threads for the length of the block, and note for how long."""
-        wake = Wake.ALL if wake_all else Wake.ONE_FOR_INJECTION if wake_one else Wake.NONE
-        if wake is not Wake.NONE and self._injection_code is None:
+        if wake in (Wake.ALL, Wake.ONE_FOR_INJECTION) and self._injection_code is None:
             self._injection_code = find_injection_code(self.pid, self.memory)
         with stop_threads(
             self.pid,

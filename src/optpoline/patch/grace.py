@@ -19,7 +19,8 @@ It stays so: nothing leads there. A grace period is over when
 
 1. every thread of every process that maps the arena was seen quiescent, and a listing
    made *after* the last look shows no thread that was not; a thread born later comes
-   from a quiescent one; and then
+   from a quiescent one. A thread that stays in some of the code (a handler that blocks,
+   a stale word on its stack) keeps back what every look found it in, no more; and then
 2. no word in the rest of the writable memory points into the code: a context that a
    program keeps there (swapcontext, coroutines) could be resumed by any thread. What
    is pointed to is kept back, by block; the rest is free. A program seen to switch its
@@ -32,8 +33,9 @@ need every thread's ``rseq_cs`` to have been seen elsewhere as well.
 
 from __future__ import annotations
 
+import bisect
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -72,12 +74,15 @@ class Look:
     Attributes:
         quiescent: Threads seen to be quiescent.
         threads: All threads, listed after that.
+        holding: Threads that were looked at and are at addresses inside the code, or may
+            return there, each with these addresses.
         pointed_to: Addresses inside the code found in memory by a search in the same
             stop, or None if none was made (or there was too much memory).
     """
 
     quiescent: frozenset[ThreadKey]
     threads: frozenset[ThreadKey]
+    holding: Mapping[ThreadKey, frozenset[int]] = field(default_factory=dict)
     pointed_to: frozenset[int] | None = None
 
 
@@ -115,7 +120,14 @@ class _Period:
     code: tuple[RetiredCode, ...]
     ranges: AddressRanges
     quiescent: set[ThreadKey] = field(default_factory=set)
+    holding: dict[ThreadKey, frozenset[RetiredCode]] = field(default_factory=dict)
+    """Threads that were looked at, with the code that every look found them in."""
     n_looks: int = 0
+
+    def code_at(self, addrs: Iterable[int]) -> frozenset[RetiredCode]:
+        """Return the pieces of code that addresses are in."""
+        starts = [one.start for one in self.code]
+        return frozenset(self.code[bisect.bisect_right(starts, addr) - 1] for addr in addrs)
 
 
 class GracePeriods:
@@ -200,7 +212,7 @@ class GracePeriods:
 
     def _begin(self) -> None:
         """Begin a grace period for what waits."""
-        code, self._waiting = tuple(self._waiting), []
+        code, self._waiting = tuple(sorted(self._waiting, key=lambda one: one.start)), []
         ranges = AddressRanges((one.start, one.end) for one in code)
         self._period = _Period(code=code, ranges=ranges)
         self._n_begun += 1
@@ -213,15 +225,20 @@ class GracePeriods:
         holders = self._note(period, look)
         is_due = hurry or period.n_looks > PATIENCE
         # Contexts of a program that switches stacks move: only a stop shows all at once.
-        if is_due and (holders or observer.is_switching()):
-            known = () if observer.is_switching() else period.quiescent
+        was_switching = observer.is_switching()
+        if is_due and (holders or was_switching):
+            known = () if was_switching else period.quiescent
             look = observer.look_stopped(period.ranges, known)
             self.statistics.n_stops += 1
             if observer.is_switching():
                 period.quiescent.clear()
+                period.holding.clear()
             holders = self._note(period, look)
         self.holders = tuple(sorted(holders))
-        if holders:
+        if is_due and observer.is_switching() and not was_switching:
+            return  # found out half way through that stop: look at all and all memory in one
+        is_unseen = any(key not in period.holding for key in holders)
+        if is_unseen or (holders and period.n_looks <= PATIENCE):
             return
         if observer.is_switching():
             if not is_due:
@@ -242,19 +259,29 @@ class GracePeriods:
     def _note(self, period: _Period, look: Look) -> frozenset[ThreadKey]:
         """Note who is quiescent; return who is not."""
         period.quiescent |= look.quiescent
+        # The ids of one that is gone may be another's by the next look.
+        period.quiescent &= look.threads
+        for key, addrs in look.holding.items():
+            # Left for good is what one look did not find it in; elsewhere it may still be.
+            code = period.code_at(addrs) & period.holding.get(key, frozenset(period.code))
+            period.holding[key] = code
+            if not code:
+                period.quiescent.add(key)
+        # The search comes after this listing and finds what one that is gone has parked. A
+        # search in a stop came before it: what was held then counts, whoever is gone since.
+        is_over = not self._observer.is_switching()
+        for key in list(period.holding):
+            if key in period.quiescent or (is_over and key not in look.threads):
+                del period.holding[key]
         return look.threads - period.quiescent
 
     def _end(self, period: _Period, pointed_to: Iterable[int] | None) -> None:
         """End a grace period; keep back what memory points to."""
         self.is_search_refused = pointed_to is None
-        kept: list[RetiredCode] = []
-        if pointed_to is None:
-            kept += period.code
-        else:
-            addrs = sorted(pointed_to)
-            for one in period.code:
-                is_held = any(one.start <= addr < one.end for addr in addrs)
-                (kept if is_held else self._expired).append(one)
+        held = frozenset(period.code) if pointed_to is None else period.code_at(pointed_to)
+        held = held.union(*period.holding.values())
+        kept = [one for one in period.code if one in held]
+        self._expired += [one for one in period.code if one not in held]
         self.statistics.n_expired += len(period.code) - len(kept)
         self.statistics.n_kept_back += len(kept)
         self.statistics.n_periods += 1

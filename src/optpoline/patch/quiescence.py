@@ -33,7 +33,13 @@ from optpoline.x86.signal_frame import (
     RED_ZONE_SIZE,
 )
 
-__all__ = ["MAX_STACK_SCAN_SIZE", "ThreadPosition", "find_words", "is_thread_quiescent"]
+__all__ = [
+    "MAX_STACK_SCAN_SIZE",
+    "ThreadPosition",
+    "find_held",
+    "find_words",
+    "is_thread_quiescent",
+]
 
 ReadMemory = Callable[[int, int], bytes]
 
@@ -76,11 +82,33 @@ def is_thread_quiescent(
         maps: All mappings.
         ranges: Retired code.
     """
-    if position.pc in ranges:
-        return False
+    return find_held(position, read=read, maps=maps, ranges=ranges) == frozenset()
+
+
+def find_held(
+    position: ThreadPosition,
+    *,
+    read: ReadMemory,
+    maps: Sequence[Mapping],
+    ranges: AddressRanges,
+) -> frozenset[int] | None:
+    """Return the addresses in ``ranges`` that a thread is at, or may return to.
+
+    Target state: the thread is stopped, or asleep in the kernel.
+
+    Args:
+        position: Where it is.
+        read: Reads the target's memory.
+        maps: All mappings.
+        ranges: Retired code.
+
+    Returns:
+        The addresses, or None if it cannot be told: then it may be at any.
+    """
+    held: set[int] = {position.pc} if position.pc in ranges else set()
     stacks = _writable_ranges(maps)
     if not any(first <= position.sp < last for first, last in stacks):
-        return False  # a stack that we know nothing of
+        return None  # a stack that we know nothing of
     todo = [int(position.sp)]
     seen: set[int] = set()
     while todo:
@@ -92,15 +120,14 @@ def is_thread_quiescent(
         stack_start, stack_end = stack
         first = max(stack_start, sp - RED_ZONE_SIZE) & ~7
         if stack_end - first > MAX_STACK_SCAN_SIZE:
-            return False
+            return None
         try:
             words = np.frombuffer(read(first, stack_end - first), dtype="<u8")
         except TargetFault:
-            return False
-        if ranges.pointing_into(words).size:
-            return False
+            return None
+        held.update(ranges.pointing_into(words).tolist())
         todo.extend(_interrupted_stacks(words))
-    return True
+    return frozenset(held)
 
 
 def _writable_ranges(maps: Sequence[Mapping]) -> list[tuple[int, int]]:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tell runnable threads that run their own code from those in a system call.
+"""Tell runnable threads that may be interrupted from those in the middle of a transfer.
 
-A runnable thread is not always a running one. Woken in the middle of a transfer
-it waits for a CPU, runs for microseconds inside the kernel, and sleeps again:
-to interrupt it cuts the transfer short as if it were asleep. Its kernel stack
-tells, which root may read while the thread is off its CPU. One that is on a CPU
-is looked at again: in a blocking transfer it is soon seen asleep.
+A runnable thread is not always a running one. Woken in the middle of a write to
+a pipe it waits for a CPU, runs for microseconds inside the kernel, and sleeps
+again: to interrupt it cuts the transfer short as if it were asleep. Its kernel
+stack tells, which root may read while the thread is off its CPU. One that is on
+a CPU is looked at again: in a blocking transfer it is soon seen asleep.
 
 Limit: a thread that is inside a transfer and on a CPU at every look, or that
 begins one between the last look and its interruption (microseconds), is cut
@@ -15,12 +15,13 @@ more threads are runnable than can be looked at.
 
 from __future__ import annotations
 
+import re
 import time
 
 from optpoline.errors import ProcessGone
-from optpoline.process.procfs import ThreadWhere, read_preempted_where, read_state_char
+from optpoline.process.procfs import read_kernel_stack, read_state_char
 
-__all__ = ["MAX_LOOKED_AT", "find_busy", "is_in_call"]
+__all__ = ["MAX_LOOKED_AT", "find_busy", "is_asleep_or_transferring", "is_transferring"]
 
 _N_LOOKS = 4
 _LOOK_EVERY_S = 100e-6
@@ -28,13 +29,20 @@ _LOOK_EVERY_S = 100e-6
 
 MAX_LOOKED_AT = 128
 """With more runnable threads than that all are busy: a look takes 15 us for each, and those
-left in calls would come out of them while the others wait for a CPU to stop on."""
+left alone would go on while the others wait for a CPU to stop on."""
+
+# Calls that answer with part of what was asked for when they are interrupted. As the kernel
+# names them: __x64_sys_recvfrom, ksys_write, do_writev, ...
+_TRANSFER = re.compile(
+    r"(?:sys|do)_(?:p?writev?|pwrite64|pwritev2|send(?:to|msg|mmsg|file|file64)"
+    r"|recv(?:from|msg|mmsg)|splice|vmsplice|tee|copy_file_range)\+"
+)
+_SYSTEM_CALL = "entry_SYSCALL_64"
+"""arch/x86/entry/entry_64.S: the one way into every 64-bit system call."""
 
 
 def find_busy(runnable: dict[int, int]) -> set[int]:
-    """Return which threads are to be stopped because they run their own code.
-
-    The others have fallen asleep meanwhile or wait for a CPU in a system call.
+    """Return which threads are to be stopped; the others sleep by now, or transfer data.
 
     Args:
         runnable: Threads that were runnable when listed: tid to pid.
@@ -51,22 +59,33 @@ def find_busy(runnable: dict[int, int]) -> set[int]:
         for tid, pid in tuple(undecided.items()):
             try:
                 is_runnable = read_state_char(pid, tid) == "R"
-                where = read_preempted_where(pid, tid)
+                stack = read_kernel_stack(pid, tid)
             except ProcessGone:
-                is_runnable, where = False, ThreadWhere.BLOCKED
-            if not is_runnable or where is not ThreadWhere.RUNNING:
-                del undecided[tid]
-            if is_runnable and where is ThreadWhere.BLOCKED:
+                is_runnable, stack = False, ""
+            if is_runnable and not stack:
+                continue  # on a CPU
+            del undecided[tid]
+            if is_runnable and not _TRANSFER.search(stack):
                 busy.add(tid)
     return busy | undecided.keys()
 
 
-def is_in_call(pid: int, tid: int) -> bool:
-    """Tell whether a thread that was busy is seen asleep or off its CPU in a call now."""
+def is_transferring(pid: int, tid: int) -> bool:
+    """Tell whether a thread is off its CPU in a transfer, asleep or not."""
     try:
-        where = read_preempted_where(pid, tid)
-        if where is ThreadWhere.RUNNING:
-            return read_state_char(pid, tid) == "S"
+        return bool(_TRANSFER.search(read_kernel_stack(pid, tid)))
     except ProcessGone:
         return False
-    return where is ThreadWhere.IN_SYSCALL
+
+
+def is_asleep_or_transferring(pid: int, tid: int) -> bool:
+    """Tell whether a thread that was found busy must be left alone after all."""
+    try:
+        stack = read_kernel_stack(pid, tid)
+        if _TRANSFER.search(stack):
+            return True
+        # One that is off its CPU in its own code, the common case, takes one reading.
+        may_sleep = not stack or _SYSTEM_CALL in stack
+        return may_sleep and read_state_char(pid, tid) == "S"
+    except ProcessGone:
+        return False

@@ -21,8 +21,8 @@ __all__ = [
     "ThreadWhere",
     "list_tids",
     "read_exe_path",
+    "read_kernel_stack",
     "read_maps",
-    "read_preempted_where",
     "read_start_time",
     "read_state_char",
     "read_status",
@@ -74,7 +74,7 @@ class ThreadWhere(Enum):
     RUNNING = "running"
     IN_SYSCALL = "in_syscall"
     BLOCKED = "blocked"
-    """Not running, and not in a system call: a page fault, stopped or preempted in user code."""
+    """Asleep, but not in a system call: a page fault, or stopped in user code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,25 +239,21 @@ def read_thread_state(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadS
     )
 
 
-def read_preempted_where(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadWhere:
-    """Return where a thread is off its CPU; RUNNING if it is on one, or we may not look.
+def read_kernel_stack(pid: int, tid: int, *, proc_root: Path = _PROC) -> str:
+    """Return the functions of the kernel that a thread is in, off its CPU, innermost first.
 
-    Other than ``read_thread_state`` this tells a thread that only waits for a CPU, too.
+    Empty while it is on a CPU, and where we may not look: it takes CAP_SYS_ADMIN, and a
+    kernel with stack traces.
 
     Raises:
         ProcessGone: if the thread does not exist.
     """
     try:
-        stack = _read_text(f"{proc_root}/{pid}/task/{tid}/stack", tid)
+        return _read_text(f"{proc_root}/{pid}/task/{tid}/stack", tid)
     except ProcessGone:
         raise
     except OptpolineError:
-        return ThreadWhere.RUNNING  # without CAP_SYS_ADMIN, or a kernel without stack traces
-    if not stack:
-        return ThreadWhere.RUNNING
-    # arch/x86/entry/entry_64.S: the one way into every 64-bit system call.
-    is_call = "entry_SYSCALL_64" in stack
-    return ThreadWhere.IN_SYSCALL if is_call else ThreadWhere.BLOCKED
+        return ""
 
 
 def read_exe_path(pid: int, *, proc_root: Path = _PROC) -> str:

@@ -48,6 +48,8 @@ class Wake(Enum):
     """None; ``inject`` works only if a running thread was stopped."""
     ONE_FOR_INJECTION = "one_for_injection"
     """One, and only when ``inject`` is called and no running thread was stopped."""
+    UNNOTICED = "unnoticed"
+    """All in calls that the kernel goes on with, timeouts included."""
     ALL = "all"
     """All but those in uninterruptible sleep."""
 
@@ -186,7 +188,7 @@ def stop_threads(
         PermissionDenied: if a thread cannot be traced.
         UnsupportedTarget: if injection is allowed for and cannot work.
     """
-    if code is None and wake is not Wake.NONE:
+    if code is None and wake in (Wake.ONE_FOR_INJECTION, Wake.ALL):
         code = find_injection_code(pid, memory)
     with _undisturbed():
         thread = TracerThread()
@@ -199,6 +201,7 @@ def stop_threads(
                         memory=memory,
                         tracer=tracer,
                         wakes_all=wake is Wake.ALL,
+                        wakes_unnoticed=wake is Wake.UNNOTICED,
                         timeout_ns=timeout_ns,
                     ),
                     code,

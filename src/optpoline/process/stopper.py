@@ -24,19 +24,24 @@ from optpoline.errors import (
     TargetFault,
     UnsupportedTarget,
 )
-from optpoline.process.busy import MAX_LOOKED_AT, find_busy, is_in_call
+from optpoline.process.busy import (
+    MAX_LOOKED_AT,
+    find_busy,
+    is_asleep_or_transferring,
+    is_transferring,
+)
 from optpoline.process.inject import (
     InjectionCode,
     InjectionThread,
     is_usable_for_injection,
     wait_for_stop,
 )
+from optpoline.process.leader import is_exiting
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.procfs import (
     ThreadState,
     ThreadWhere,
     list_tids,
-    read_preempted_where,
     read_state_char,
     read_thread_state,
 )
@@ -55,11 +60,16 @@ from optpoline.x86.syscalls import (
 __all__ = ["Stopper", "Tracee"]
 
 _EINTR = 4
+_UNNOTICED = (Disturbance.NONE, Disturbance.RESTART_BLOCK)
+"""The kernel goes on with the call, its timeout included, as if nothing had been."""
 _DEAD_STATES = "ZXx"
 _FIRST_POLL_S = 10e-6
 _MAX_POLL_S = 200e-6
 _CHECK_STATE_NS = 1_000_000
 _MAX_RUNNING_POLLED = 8
+_MAX_PATIENT_LISTINGS = 8
+"""After so many listings with threads that run, all are stopped that do."""
+
 _LIST_AGAIN_NS = 10_000_000
 """When to look for threads that have begun to run; then after twice that, and so on."""
 
@@ -94,6 +104,7 @@ class Stopper:
         memory: Its memory.
         tracer: Requests of the tracer thread.
         wakes_all: Whether sleeping threads are interrupted too.
+        wakes_unnoticed: Whether those of them are that do not notice.
         deadline_ns: time.monotonic_ns() by which all must stand; set at the first interrupt.
         timeout_ns: The same as a duration.
         tracees: Threads that have stopped.
@@ -106,10 +117,12 @@ class Stopper:
     tracer: Tracer
     wakes_all: bool
     timeout_ns: int
+    wakes_unnoticed: bool = False
     deadline_ns: int = 0
     tracees: dict[int, Tracee] = field(default_factory=dict)
     asleep: dict[int, int] = field(default_factory=dict)
     begin_ns: int = 0
+    _n_listings: int = 0
     _pids: list[int] = field(default_factory=list)
     _pending: dict[int, int] = field(default_factory=dict)
     _left_seized: set[int] = field(default_factory=set)
@@ -224,7 +237,7 @@ class Stopper:
                     continue
                 try:
                     state = read_state_char(pid, tid)
-                    may_wake = self.wakes_all and state == "S" and _may_wake(pid, tid)
+                    may_wake = state == "S" and self._may_wake(pid, tid)
                 except ProcessGone:
                     continue
                 if state == "R":
@@ -236,7 +249,10 @@ class Stopper:
                     self.asleep[tid] = pid
                     if state == "D":
                         uninterruptible.setdefault(pid, []).append(tid)
-        busy = find_busy(runnable)
+        # Those left alone may go on and make others run without end.
+        is_patient = self._n_listings < _MAX_PATIENT_LISTINGS
+        self._n_listings += 1
+        busy = find_busy(runnable) if is_patient else set(runnable)
         for tid, pid in runnable.items():
             if tid not in busy:
                 self.asleep[tid] = pid
@@ -278,14 +294,25 @@ class Stopper:
         if asked and not self.begin_ns:
             self.begin_ns = time.monotonic_ns()
             self.deadline_ns = self.begin_ns + self.timeout_ns
-        # One may have begun a system call since it was found busy.
-        may_leave = not self.wakes_all and len(asked) <= MAX_LOOKED_AT
+        # One may have begun a transfer, or fallen asleep, since it was found busy.
+        is_patient = self._n_listings <= _MAX_PATIENT_LISTINGS
+        may_leave = is_patient and len(asked) <= MAX_LOOKED_AT
+        wakes_some = self.wakes_all or self.wakes_unnoticed
+        must_leave = is_transferring if wakes_some else is_asleep_or_transferring
         for tid in asked:
-            if may_leave and is_in_call(self._pending[tid], tid):
+            if may_leave and must_leave(self._pending[tid], tid):
                 self._left_seized.add(tid)
                 self.asleep[tid] = self._pending.pop(tid)
             else:
                 self._interrupt(tid)
+
+    def _may_wake(self, pid: int, tid: int) -> bool:
+        """Tell whether a sleeping thread is to be woken in this stop."""
+        if not self.wakes_all and not self.wakes_unnoticed:
+            return False
+        # It may have begun another call since the stop was decided on.
+        rank = _rank_waking(pid, read_thread_state(pid, tid))
+        return rank < Disturbance.HARMFUL if self.wakes_all else rank in _UNNOTICED
 
     def _interrupt(self, tid: int) -> None:
         """Ask a seized thread to stop."""
@@ -401,6 +428,8 @@ class Stopper:
             # One may come out of its call, or into one that it may be woken from.
             time.sleep(_MAX_POLL_S)
             self.sweep()
+        if is_exiting(self.pid):
+            raise ProcessGone(self.pid)
         raise UnsupportedTarget(
             f"no thread of process {self.pid} can run a system call for us now",
             hint="its threads sleep in calls that must not be disturbed (try again later), or "
@@ -476,17 +505,11 @@ def _rank_waking(pid: int, state: ThreadState) -> Disturbance:
         is_masked = state.where is ThreadWhere.IN_SYSCALL and has_temporary_mask(state.syscall_nr)
         return Disturbance.HARMFUL if is_masked else Disturbance.NONE
     if state.where is ThreadWhere.RUNNING:
-        # It has just woken by itself, or waits for a CPU; maybe half-way through a transfer.
-        is_calling = read_preempted_where(pid, state.tid) is ThreadWhere.IN_SYSCALL
-        return Disturbance.HARMFUL if is_calling else Disturbance.RESTART_BLOCK
+        # It has just woken by itself, or waits for a CPU.
+        return Disturbance.HARMFUL if is_transferring(pid, state.tid) else Disturbance.NONE
     if state.state != "S" or state.where is not ThreadWhere.IN_SYSCALL:
         return Disturbance.HARMFUL
     return rank_disturbance(state.syscall_nr, state.syscall_args)
-
-
-def _may_wake(pid: int, tid: int) -> bool:
-    """Tell whether a sleeping thread may be woken; it may have begun another call just now."""
-    return _rank_waking(pid, read_thread_state(pid, tid)) < Disturbance.HARMFUL
 
 
 def _is_socket(pid: int, fd: int) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judge the bytes of a block: can they do anything but go where they should?
+"""Judge the bytes of a block: whether they can do anything but go where they should.
 
 Nothing is taken from the encoder but its shape of a head. The bytes are decoded and
 followed, branch by branch, with what each way proves about the operand::

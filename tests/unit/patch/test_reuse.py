@@ -125,7 +125,7 @@ def test_full_block_table_is_an_error_that_leaks_nothing(arena_fd: int) -> None:
     # A table of one page less than what is needed for a code part full of the smallest blocks.
     geometry = replace(GEOMETRY, block_off=GEOMETRY.code_off - 4096)
     n_entries = 4096 // BLOCK_ENTRY_SIZE
-    arena = Arena(ARENA_ADDR, arena_fd, geometry, replace(make_header(), **_offsets(geometry)))
+    arena = Arena(ARENA_ADDR, arena_fd, geometry, replace(make_header(), block_off=geometry.block_off))
     blocks = [put_code(arena, b"\x90" * 16) for _ in range(n_entries)]
     before = arena.free_code_size, arena.n_put, arena.used_code_end, arena.blocks
     counters = arena.add_counters(2)
@@ -139,11 +139,6 @@ def test_full_block_table_is_an_error_that_leaks_nothing(arena_fd: int) -> None:
     free(arena, blocks[7])
     assert put_code(arena, b"\x91" * 16) == blocks[7]
     arena.close()
-
-
-def _offsets(geometry: object) -> dict[str, int]:
-    """Return the offset that a header shares with a geometry made for one test."""
-    return {"block_off": int(getattr(geometry, "block_off"))}  # noqa: B009
 
 
 # --- freeing

@@ -102,6 +102,34 @@ def test_loaded_twice() -> None:
     assert [m.load_bias for m in find_modules(maps, memory)] == [0x70000, 0x90000]
 
 
+def _copy(start: int, size: int, perms: str = "r-xp", inode: int = 0, path: str = "") -> Mapping:
+    return replace(_map(start, size, perms, 0, path), inode=inode)
+
+
+@pytest.mark.parametrize(
+    ("inode", "path"), [(0, ""), (0, "[anon:text]"), (9, "/anon_hugepage (deleted)")]
+)
+@pytest.mark.parametrize("n_replaced", [1, 2])
+def test_text_copied_to_anonymous_memory(inode: int, path: str, n_replaced: int) -> None:
+    head, text, data = _image(0x70000)
+    copy = _copy(text.start, n_replaced * 0x1000, inode=inode, path=path)
+    rest = (replace(text, start=copy.end, offset=0x2000),) if copy.end < text.end else ()
+    maps = (head, copy, *rest, data)
+    (module,) = find_modules(maps, FakeMemory(x70000=_elf()), table_addr=0x70040)
+    assert module.mappings == maps
+    assert (module.load_bias, module.is_main) == (0x70000, True)
+
+
+def test_anonymous_code_elsewhere_is_not_the_modules() -> None:
+    """In the gap between text and data, where the file has no code; or not executable."""
+    head, text, data = _image(0x70000)
+    gap = _copy(text.end, 0x1000)
+    (module,) = find_modules((head, text, gap, data), FakeMemory(x70000=_elf()))
+    assert module.mappings == (head, text, data)
+    hole = _copy(text.start, text.size, "rw-p")
+    assert find_modules((head, hole, data), FakeMemory(x70000=_elf())) == ()
+
+
 @pytest.mark.parametrize("head", [_elf(machine=183), bytes(4096), b"\x7fELF\x01\x01" + bytes(4090)])
 def test_not_a_module(head: bytes) -> None:
     assert find_modules(_image(0x70000), FakeMemory(x70000=head)) == ()

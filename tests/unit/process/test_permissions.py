@@ -40,6 +40,8 @@ class FakeProc:
     root: Path
     ours: dict[str, str] = field(default_factory=dict)
     theirs: dict[str, str] = field(default_factory=dict)
+    threads: dict[int, dict[str, str]] = field(default_factory=dict)
+    """What is different in the status of threads, by id; none: one thread that is not listed."""
     header: bytes = field(default_factory=elf_header)
     limits: str = "Max address space         unlimited            unlimited            bytes\n"
 
@@ -75,6 +77,12 @@ class FakeProc:
         }
         self.write_status("self", ours | self.ours)
         self.write_status(str(PID), {k: v for k, v in (theirs | self.theirs).items() if v})
+        for tid, fields in self.threads.items():
+            status = theirs | {"Pid": str(tid)} | fields
+            name = f"{PID}/task/{tid}"
+            self.write_status(name, {k: v for k, v in status.items() if v})
+            state = status["State"][:1]
+            (self.root / name / "stat").write_text(f"{tid} (lua) {state} 1" + " 0" * 40 + "\n")
         (self.root / str(PID) / "exe").write_bytes(self.header)
         (self.root / str(PID) / "limits").write_text("Limit  Soft  Hard  Units\n" + self.limits)
 
@@ -287,10 +295,76 @@ def test_seccomp_strict_needs_an_unfiltered_admin(proc: FakeProc) -> None:
     assert proc.failure() is None
 
 
-def test_seccomp_filter_is_a_warning(proc: FakeProc) -> None:
+def test_seccomp_filter_needs_one_too(proc: FakeProc) -> None:
     proc.theirs = {"Seccomp": "2"}
-    assert proc.check("seccomp").status is CheckStatus.WARN
+    error = proc.failure()
+    assert isinstance(error, UnsupportedTarget)
+    assert "is under seccomp (a filter is set)" in error.message
+    proc.ours = {"CapEff": f"{CAP_SYS_ADMIN:x}", "Seccomp": "0"}
     assert proc.failure() is None
+    assert proc.check("seccomp").status is CheckStatus.WARN
+
+
+def test_a_thread_without_seccomp_is_enough(proc: FakeProc) -> None:
+    proc.theirs = {"Seccomp": "2"}
+    proc.threads = {PID: {"Seccomp": "2"}, PID + 1: {"Seccomp": "0"}}
+    assert proc.failure() is None
+    check = proc.check("seccomp")
+    assert check.status is CheckStatus.WARN
+    assert check.sentence.startswith("1 of its 2 threads")
+
+
+def test_shadow_stacks(proc: FakeProc) -> None:
+    proc.theirs = {"x86_Thread_features": "shstk wrss"}
+    error = proc.failure()
+    assert isinstance(error, UnsupportedTarget)
+    assert "hardware shadow stacks" in error.message
+    proc.threads = {PID: proc.theirs, PID + 1: {"x86_Thread_features": ""}}
+    assert proc.failure() is None
+    assert proc.check("shadow stack").status is CheckStatus.WARN
+
+
+def test_tracer_of_one_thread_is_named(proc: FakeProc) -> None:
+    proc.threads = {PID: {"TracerPid": "0"}, PID + 1: {"TracerPid": str(TRACER)}}
+    error = proc.failure()
+    assert isinstance(error, PermissionDenied)
+    assert f"already traced by process {TRACER}" in error.message
+
+
+def test_first_thread_has_exited(proc: FakeProc) -> None:
+    """The process is what its other threads are; /proc/PID tells no more."""
+    live = PID + 1
+    proc.theirs = {"State": "Z (zombie)", "VmSize": ""}
+    proc.threads = {PID: proc.theirs, live: {}}
+    proc.write()
+    # Of the thread that lives there is a directory, though none is listed.
+    (proc.root / str(live)).symlink_to(proc.root / str(PID) / "task" / str(live))
+    (proc.root / str(PID) / "exe").rename(proc.root / str(live) / "exe")
+    (proc.root / str(PID) / "limits").rename(proc.root / str(live) / "limits")
+    diagnosis = diagnose(PID, proc.root, proc.sys_root)
+    assert diagnosis.error() is None
+    assert diagnosis.checks[0].sentence.startswith(f"process {PID} ")
+
+
+def test_exiting_is_gone_and_no_kernel_thread(proc: FakeProc) -> None:
+    proc.theirs = {"Kthread": "0", "VmSize": ""}
+    error = proc.failure()
+    assert isinstance(error, ProcessGone)
+    assert "is exiting" in error.message
+
+
+def test_frozen(proc: FakeProc) -> None:
+    proc.write()
+    group = proc.root / "groups" / "a"
+    group.mkdir(parents=True)
+    (group / "cgroup.events").write_text("populated 1\nfrozen 1\n")
+    (proc.root / str(PID) / "cgroup").write_text("0::/a\n")
+    mount = f"30 25 0:26 / {proc.root / 'groups'} rw - cgroup2 cgroup2 rw\n"
+    (proc.root / "self" / "mountinfo").write_text(mount)
+    error = diagnose(PID, proc.root, proc.sys_root).error()
+    assert isinstance(error, UnsupportedTarget)
+    assert "frozen by its control group /a" in error.message
+    assert error.hint == "thaw it first"
 
 
 def test_limited_address_space_is_a_warning(proc: FakeProc) -> None:

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an audit says of an arena that no live test can break: rights, and what a kill leaves."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from optpoline.controller.audit_arenas import ArenaJudge, judge_rights, was_killed
+from optpoline.controller.audit_report import Fault, FaultKind
+from optpoline.controller.audit_scene import ArenaContents, BlockSlot, CodeMap, Finding
+from optpoline.controller.left_arenas import LeftArena
+from optpoline.errors import TargetFault
+from optpoline.model import Addr, BlockPlan, Mapping, Miss
+from optpoline.patch.layout import (
+    ARENA_PATH,
+    ArenaHeader,
+    BlockEntry,
+    BlockKind,
+    BlockState,
+    JournalEntry,
+)
+from optpoline.process.procfs import read_start_time
+from optpoline.x86.blocks import HEAD_SIZE, POISON, encode_block
+from tests.emulate.block_kinds import LiteralTable
+
+START = 0x2000_0000
+NOBODY = 1 << 22
+"""No process has this id."""
+HEADER = ArenaHeader(
+    size=0x6000,
+    block_off=0x2000,
+    code_off=0x3000,
+    literal_off=0x4000,
+    counter_off=0x5000,
+    controller_pid=NOBODY,
+    controller_start=7,
+    target_pid=1,
+    n_entries=1,
+    n_blocks=1,
+)
+THUNK = Addr(0x41_0000)
+SITE = JournalEntry(
+    addr=Addr(0x40_0000), code=b"\xe8" + (THUNK - 0x40_0005).to_bytes(4, "little"), disp_off=1
+)
+
+
+def mapping(first: int, last: int, perms: str, path: str = ARENA_PATH) -> Mapping:
+    """Return a mapping of a part of the arena."""
+    return Mapping(
+        start=Addr(START + first), end=Addr(START + last), perms=perms, offset=first,
+        device="00:01", inode=5, path=path,
+    )  # fmt: skip
+
+
+PARTS = (
+    mapping(0, 0x3000, "r--s"),
+    mapping(0x3000, 0x5000, "r-xs"),
+    mapping(0x5000, 0x6000, "rw-s"),
+)
+
+
+def arena_of(*parts: Mapping) -> LeftArena:
+    """Return an arena with these mappings."""
+    return LeftArena(parts=parts, header=HEADER, history=(SITE,))
+
+
+def kinds_of(findings: Sequence[Finding]) -> list[FaultKind]:
+    """Return the kinds of the faults found."""
+    return [one.what.kind for one in findings if isinstance(one.what, Fault)]
+
+
+@pytest.mark.parametrize(
+    ("number", "perms"),
+    [(0, "rw-s"), (0, "r-xs"), (1, "rwxs"), (1, "rw-s"), (1, "r--s"), (2, "rwxs"), (2, "r--s")],
+)
+def test_rights(number: int, perms: str) -> None:
+    assert list(judge_rights(arena_of(*PARTS), HEADER)) == []
+    parts = [*PARTS]
+    parts[number] = replace(parts[number], perms=perms)
+    (finding,) = judge_rights(arena_of(*parts), HEADER)
+    assert kinds_of([finding]) == [FaultKind.RIGHTS]
+    assert perms in str(finding.what)
+
+
+def test_parts_may_be_split_but_not_missing_or_joined() -> None:
+    split = (mapping(0, 0x1000, "r--s"), mapping(0x1000, 0x3000, "r--s"), *PARTS[1:])
+    assert list(judge_rights(arena_of(*split), HEADER)) == []
+    assert kinds_of(list(judge_rights(arena_of(*PARTS[:2]), HEADER))) == [FaultKind.ARENA]
+    joined = (mapping(0, 0x5000, "r-xs"), PARTS[2])
+    assert kinds_of(list(judge_rights(arena_of(*joined), HEADER))) == [FaultKind.RIGHTS]
+
+
+def test_who_was_killed() -> None:
+    assert was_killed(HEADER)
+    assert not was_killed(replace(HEADER, controller_start=0))
+    own = replace(HEADER, controller_pid=os.getpid(), controller_start=read_start_time(os.getpid()))
+    assert not was_killed(own)
+    assert was_killed(replace(own, controller_start=1))  # the id is another process's by now
+
+
+# --- what a kill leaves
+
+BLOCK_ADDR = Addr(START + HEADER.code_off)
+PLAN = BlockPlan(
+    operand="rax",
+    tree=Miss(),
+    thunk_addr=THUNK,
+    miss_count_addr=Addr(START + HEADER.counter_off),
+)
+CODE = encode_block(PLAN, BLOCK_ADDR, LiteralTable(Addr(START + HEADER.literal_off)))
+
+
+class FakeMemory:
+    """An arena's memory."""
+
+    def __init__(self, *parts: tuple[int, bytes]) -> None:
+        """Keep (address, bytes)."""
+        self._parts = parts
+
+    def read(self, addr: int, size: int) -> bytes:
+        """Read from the part that holds the whole range."""
+        for start, data in self._parts:
+            if start <= addr and addr + size <= start + len(data):
+                return data[addr - start : addr - start + size]
+        raise TargetFault(addr, size)
+
+
+def judge(
+    code: bytes, state: BlockState = BlockState.LIVE, header: ArenaHeader = HEADER
+) -> tuple[list[FaultKind], list[str]]:
+    """Judge an arena with one block; return the kinds of the faults, and the remarks."""
+    entry = BlockEntry(
+        addr=BLOCK_ADDR,
+        size=len(CODE),
+        crc=zlib.crc32(CODE),
+        site_addr=SITE.addr,
+        head=CODE[:HEAD_SIZE],
+        kind=BlockKind.PROMOTED,
+        state=state,
+    )
+    table = entry.pack()
+    slot = BlockSlot(addr=Addr(START + header.block_off), raw=table, entry=BlockEntry.unpack(table))
+    contents = ArenaContents(
+        arena=arena_of(*PARTS), header=header, before=(slot,), code=code, after=(slot,)
+    )
+    memory = FakeMemory(
+        (START, header.pack()), (START + header.block_off, table), (BLOCK_ADDR, code)
+    )
+    text = replace(mapping(0, 0, "r-xp", "/bin/x"), start=Addr(0x40_0000), end=Addr(0x42_0000))
+    arena_judge = ArenaJudge(memory, CodeMap((text, *PARTS)), (contents,))
+    return kinds_of(list(arena_judge.judge(contents))), arena_judge.remarks
+
+
+LET_GO = replace(HEADER, controller_start=0)
+CLEAN = CODE.ljust(64, bytes((POISON,))) + bytes(64)
+
+
+def test_a_sound_block() -> None:
+    for header in (HEADER, LET_GO):
+        assert judge(CLEAN, header=header) == ([], [])
+        assert judge(CLEAN, BlockState.RETIRED, header) == ([], [])
+    assert judge(CLEAN, BlockState.FREE, LET_GO)[0] == [FaultKind.FREE_MEMORY]
+
+
+def test_killed_while_a_block_was_written() -> None:
+    dirty = CLEAN[:80] + b"\x48\x3d\x01"
+    kinds, remarks = judge(dirty)
+    assert kinds == []
+    assert "while it wrote a block" in remarks[0]
+    assert judge(dirty, header=LET_GO) == ([FaultKind.FREE_MEMORY], [])
+
+
+def test_killed_while_a_block_was_freed() -> None:
+    poisoned = bytes((POISON,)) * len(CLEAN)
+    kinds, remarks = judge(poisoned, BlockState.RETIRED)
+    assert kinds == []
+    assert "being freed" in remarks[0]
+    assert FaultKind.BLOCK in judge(poisoned, BlockState.RETIRED, LET_GO)[0]
+    assert FaultKind.BLOCK in judge(poisoned, BlockState.LIVE)[0]
