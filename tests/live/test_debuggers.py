@@ -430,7 +430,7 @@ def _common(stacks: Counter[tuple[str, ...]]) -> set[tuple[str, ...]]:
     return {
         stack
         for stack, n in stacks.items()
-        if n >= 0.01 * stacks.total() and not stack[0].startswith(("__x86_indirect", "optpoline:"))
+        if n >= 0.02 * stacks.total() and not stack[0].startswith(("__x86_indirect", "optpoline:"))
     }
 
 

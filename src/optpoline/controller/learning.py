@@ -28,7 +28,7 @@ from optpoline.learn.counting import (
 from optpoline.model import Addr, Count, Miss, SiteKind, TreeNode, tree_targets
 from optpoline.patch.blocks import Block, add_block, point_back, redirect
 from optpoline.promote.cost import CostModel
-from optpoline.promote.tree import plan_tree
+from optpoline.promote.tree import balance_tree
 
 __all__ = [
     "MIN_FREE_CODE_SIZE",
@@ -62,7 +62,8 @@ MAX_GROWTHS = 24
 """Bigger counting blocks between two promotions of a site: one with ever new
 targets must not eat up the arena. A site of 128 targets needs five."""
 
-_COUNT_EVERYTHING = CostModel(min_gain_cycles=0.0)
+MAX_COUNTED_TARGETS = CostModel().max_targets
+"""Targets from which on a site's counting block grows no more."""
 
 
 def add_counting_block(record: SiteRecord, tree: TreeNode, n_open: int) -> Block:
@@ -140,7 +141,7 @@ def grow_full(records: Iterable[SiteRecord], may_guard: TargetFilter) -> int:
         known = tuple(c for c in counts.counts if may_guard(record, c.target))
         if len(known) != len(counts.counts) and record.unsafe_targets:
             continue
-        if len(tree_list(record.counting)) >= _COUNT_EVERYTHING.max_targets:
+        if len(tree_list(record.counting)) >= MAX_COUNTED_TARGETS:
             continue
         block = _bigger_block(record, known, n_open)
         if block is None:
@@ -193,8 +194,7 @@ def counts_enough(counts: SiteCounts) -> bool:
 def _bigger_block(record: SiteRecord, known: Sequence[Count], n_open: int) -> Block | None:
     """Write a counting block with guards for ``known``; None if there is no room."""
     try:
-        plan = plan_tree(known, 0, _COUNT_EVERYTHING)
-        return add_counting_block(record, plan.tree, n_open)
+        return add_counting_block(record, balance_tree(known), n_open)
     except (ArenaError, EncodeRangeError):
         return None
 

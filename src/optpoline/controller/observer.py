@@ -17,6 +17,7 @@ from optpoline.controller.target import Target
 from optpoline.errors import AttachError, ProcessGone
 from optpoline.model import Addr, Mapping
 from optpoline.patch.grace import Look, ThreadKey
+from optpoline.patch.layout import ARENA_PATH
 from optpoline.patch.quiescence import (
     MAX_STACK_SCAN_SIZE,
     ThreadPosition,
@@ -305,7 +306,10 @@ def _existing(space: AddressSpace) -> tuple[Mapping, ...]:
     """Return the writable memory that exists and was not looked at as a thread's stack."""
     parts: list[Mapping] = []
     for mapping in space.maps:
-        if not mapping.is_writable or (mapping.start, mapping.end) in space.stacks:
+        # Counters hold targets that were counted; nobody keeps a saved PC there.
+        if not mapping.is_writable or mapping.path == ARENA_PATH:
+            continue
+        if (mapping.start, mapping.end) in space.stacks:
             continue
         if mapping.perms.endswith("s"):
             parts.append(mapping)

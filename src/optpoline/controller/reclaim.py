@@ -79,9 +79,12 @@ class Reclaimer:
         begin_s = time.monotonic()
         if self._grace.is_idle or now_s >= self._next_sweep_s:
             self._sweep(records, spares, now_s)
-        if not self._grace.is_idle and self._grace.poll(self._handle):
+        if not self._grace.is_idle:
+            is_over = self._grace.poll(self._handle)
+            # Each sweep moves the handle on: an earlier grace period may be over all the same.
             self._free()
-            self._handle = self._grace.start_poll()
+            if is_over:
+                self._handle = self._grace.start_poll()
         took_s = time.monotonic() - begin_s
         self._not_before_s = now_s + took_s / self._config.reclaim_duty
 

@@ -362,6 +362,9 @@ class Session:
     def _step(self, now_s: float, stop: threading.Event | None) -> bool:
         """Do what is due; tell whether there is still something to watch."""
         assert self._sampler is not None
+        assert self._reclaimer is not None
+        # First, so that an arena that is used up gets room again whatever fails below.
+        self._reclaimer.step(self.records, self._sampler.spares, now_s)
         due = self._sampler.poll(self.records, now_s)
         if due:
             n_again, n_demoted = self._sampler.sample(due)
@@ -370,8 +373,6 @@ class Session:
             if n_demoted:
                 self._tell(EventKind.DEMOTED, f"{_count(n_demoted, 'site')} back on the thunk")
         self._sampler.relink(self.records, now_s)
-        assert self._reclaimer is not None
-        self._reclaimer.step(self.records, self._sampler.spares, time.monotonic())
         self._rediscover(time.monotonic(), stop)
         if now_s >= self._next_maps_s:
             self._next_maps_s = now_s + self.config.maps_every_s

@@ -67,7 +67,7 @@ _FIRST_POLL_S = 10e-6
 _MAX_POLL_S = 200e-6
 _CHECK_STATE_NS = 1_000_000
 _MAX_RUNNING_POLLED = 8
-_MAX_PATIENT_LISTINGS = 8
+_MAX_PATIENT_LISTINGS = 32
 """After so many listings with threads that run, all are stopped that do."""
 
 _LIST_AGAIN_NS = 10_000_000

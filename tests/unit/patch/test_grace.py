@@ -9,6 +9,8 @@ two things that the observer looks at.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -21,7 +23,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from optpoline.patch.grace import PATIENCE, GracePeriods
+from optpoline.model import Addr
+from optpoline.patch.grace import PATIENCE, GracePeriods, Look, RetiredCode, ThreadKey
+from optpoline.patch.ranges import AddressRanges
 from tests.unit.patch.grace_model import ModelObserver, Program, RegionKind, State
 
 N_BLOCKS = 2
@@ -127,14 +131,341 @@ class MovingMachine(GraceMachine):
     is_tidy = False
 
 
-@pytest.mark.parametrize("machine", [GraceMachine, SwitchingMachine, MovingMachine])
-def test_random_histories(machine: type[GraceMachine]) -> None:
+MACHINES = pytest.mark.parametrize("machine", [GraceMachine, SwitchingMachine, MovingMachine])
+
+
+def run_machine(machine: type[GraceMachine], n_histories: int) -> None:
+    """Try random histories."""
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=150,
-            stateful_step_count=50,
+            max_examples=n_histories,
+            stateful_step_count=40,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         ),
     )
+
+
+@MACHINES
+def test_random_histories(machine: type[GraceMachine]) -> None:
+    run_machine(machine, 50)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+@MACHINES
+def test_many_random_histories(machine: type[GraceMachine]) -> None:
+    run_machine(machine, 3000)
+
+
+# --- the parts of the rule, one by one
+
+ONE, TWO, CHILD = (100, 101), (100, 102), (200, 200)
+FIRST, SECOND = RetiredCode(Addr(0x1000), Addr(0x1040)), RetiredCode(Addr(0x1080), Addr(0x10C0))
+IN_FIRST, IN_SECOND = 0x1008, 0x10BF
+
+
+class ScriptedObserver:
+    """Shows what it is told to, and notes what it was asked.
+
+    Args:
+        looks: What each look without a stop shows; the last one again and again.
+        stopped: The same of looks in a stop.
+        found: What each search of memory finds, likewise.
+    """
+
+    def __init__(
+        self,
+        looks: Sequence[Look],
+        stopped: Sequence[Look] = (),
+        found: Sequence[frozenset[int] | None] = (frozenset(),),
+    ) -> None:
+        """Begin with the first of each."""
+        self.looks, self.stopped, self.found = list(looks), list(stopped), list(found)
+        self.switching = False
+        self.switching_after_stop = False
+        self.asked: list[tuple[str, frozenset[ThreadKey]]] = []
+
+    def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
+        """Show the next look."""
+        self.asked.append(("look", frozenset(known)))
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+    def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
+        """Show the next look in a stop."""
+        self.asked.append(("stop", frozenset(known)))
+        self.switching |= self.switching_after_stop
+        return self.stopped.pop(0) if len(self.stopped) > 1 else self.stopped[0]
+
+    def search(self, ranges: AddressRanges) -> frozenset[int] | None:
+        """Find the next addresses; any is a context, so the program switches stacks."""
+        self.asked.append(("search", frozenset()))
+        found = self.found.pop(0) if len(self.found) > 1 else self.found[0]
+        self.switching |= bool(found)
+        return found
+
+    def is_switching(self) -> bool:
+        """Tell what is known by now."""
+        return self.switching
+
+    @property
+    def verbs(self) -> list[str]:
+        """What was asked, without details."""
+        return [verb for verb, _ in self.asked]
+
+
+def make_look(
+    quiescent: Collection[ThreadKey] = (),
+    others: Collection[ThreadKey] = (),
+    *,
+    holding: Mapping[ThreadKey, int] | None = None,
+    pointed_to: Collection[int] | None = None,
+) -> Look:
+    """Return a look: who is quiescent, who else there is, who is where."""
+    held = {key: frozenset([addr]) for key, addr in (holding or {}).items()}
+    return Look(
+        quiescent=frozenset(quiescent),
+        threads=frozenset([*quiescent, *others, *held]),
+        holding=held,
+        pointed_to=None if pointed_to is None else frozenset(pointed_to),
+    )
+
+
+def retire(observer: ScriptedObserver, *code: RetiredCode, is_last: bool = False) -> GracePeriods:
+    """Return grace periods with code that waits for the first."""
+    grace = GracePeriods(observer, is_last=is_last)
+    for one in code:
+        grace.retire(one)
+    return grace
+
+
+def test_nothing_retired_is_over_at_once() -> None:
+    observer = ScriptedObserver([])
+    grace = GracePeriods(observer)
+    assert grace.is_idle
+    assert grace.poll(grace.start_poll())
+    assert grace.synchronize(0.0)
+    assert observer.asked == []
+
+
+def test_all_asleep_and_outside_takes_one_look_and_no_stop() -> None:
+    observer = ScriptedObserver([make_look([ONE, TWO])])
+    grace = retire(observer, FIRST, SECOND)
+    handle = grace.start_poll()
+    assert not grace.is_idle
+    assert grace.take_expired() == ()
+    assert grace.poll(handle)
+    assert observer.verbs == ["look", "search"]
+    assert grace.take_expired() == (FIRST, SECOND)
+    assert grace.take_expired() == ()
+    assert grace.is_idle
+    statistics = grace.statistics
+    assert (statistics.n_retired, statistics.n_expired, statistics.n_periods) == (2, 2, 1)
+    assert (statistics.n_stops, statistics.n_kept_back) == (0, 0)
+
+
+def test_threads_that_run_are_stopped_when_patience_is_over() -> None:
+    observer = ScriptedObserver([make_look([ONE], [TWO])], [make_look([TWO], [ONE])])
+    grace = retire(observer, FIRST)
+    handle = grace.start_poll()
+    for _ in range(PATIENCE):
+        assert not grace.poll(handle)
+        assert grace.holders == (TWO,)
+    assert observer.verbs == ["look"] * PATIENCE
+    assert grace.poll(handle)
+    assert observer.verbs[PATIENCE:] == ["look", "stop", "search"]
+    assert grace.holders == ()
+    assert grace.statistics.n_stops == 1
+
+
+def test_hurry_stops_them_at_once() -> None:
+    observer = ScriptedObserver([make_look([ONE], [TWO])], [make_look([TWO], [ONE])])
+    grace = retire(observer, FIRST)
+    assert grace.poll(grace.start_poll(), hurry=True)
+    assert observer.verbs == ["look", "stop", "search"]
+
+
+def test_who_was_seen_outside_needs_no_other_look() -> None:
+    observer = ScriptedObserver([make_look([ONE], [TWO]), make_look([TWO], [ONE])])
+    grace = retire(observer, FIRST)
+    handle = grace.start_poll()
+    assert not grace.poll(handle)
+    assert grace.poll(handle)
+    assert observer.asked[:2] == [("look", frozenset()), ("look", frozenset([ONE]))]
+
+
+def test_child_that_was_forked_meanwhile_is_looked_at() -> None:
+    observer = ScriptedObserver([make_look([ONE], [CHILD]), make_look([CHILD], [ONE])])
+    grace = retire(observer, FIRST)
+    handle = grace.start_poll()
+    assert not grace.poll(handle)
+    assert grace.holders == (CHILD,)
+    assert grace.take_expired() == ()
+    assert grace.poll(handle)
+
+
+def test_ids_of_a_thread_that_is_gone_may_be_those_of_another() -> None:
+    # ONE was seen outside and exits; TWO, inside, starts a process that gets ONE's ids.
+    observer = ScriptedObserver(
+        [make_look([ONE], [TWO]), make_look([], [TWO]), make_look([TWO], [ONE])]
+    )
+    grace = retire(observer, FIRST)
+    handle = grace.start_poll()
+    for _ in range(3):
+        assert not grace.poll(handle)
+    assert grace.holders == (ONE,)
+
+
+def test_thread_that_stays_inside_keeps_back_only_where_it_is() -> None:
+    observer = ScriptedObserver(
+        [make_look([ONE], holding={TWO: IN_FIRST})], [make_look([], [ONE], holding={TWO: IN_FIRST})]
+    )
+    grace = retire(observer, FIRST, SECOND)
+    handle = grace.start_poll()
+    for _ in range(PATIENCE):
+        assert not grace.poll(handle)
+        assert grace.holders == (TWO,)
+        assert grace.take_expired() == ()
+    assert grace.poll(handle)
+    assert grace.take_expired() == (SECOND,)
+    assert not grace.is_idle
+    assert grace.start_poll() == handle + 1
+    assert (grace.statistics.n_expired, grace.statistics.n_kept_back) == (1, 1)
+    # It leaves: the next grace period is for what was kept back.
+    observer.looks = [make_look([ONE, TWO])]
+    assert grace.poll(grace.start_poll())
+    assert grace.take_expired() == (FIRST,)
+    assert grace.is_idle
+
+
+def test_thread_that_was_seen_elsewhere_has_left_for_good() -> None:
+    looks = [make_look(holding={ONE: IN_FIRST}), make_look(holding={ONE: IN_SECOND})]
+    observer = ScriptedObserver(looks)
+    grace = retire(observer, FIRST, SECOND)
+    handle = grace.start_poll()
+    assert not grace.poll(handle)
+    assert grace.poll(handle)
+    assert grace.take_expired() == (FIRST, SECOND)
+
+
+def test_what_memory_points_to_is_kept_back() -> None:
+    observer = ScriptedObserver(
+        [make_look([ONE])],
+        [make_look([ONE], pointed_to=[IN_SECOND]), make_look([ONE], pointed_to=[])],
+        [frozenset([IN_SECOND])],
+    )
+    grace = retire(observer, FIRST, SECOND)
+    handle = grace.start_poll()
+    # The first context found is news: from now on it takes a stop.
+    assert not grace.poll(handle)
+    assert grace.take_expired() == ()
+    assert grace.poll(handle, hurry=True)
+    assert observer.verbs == ["look", "search", "look", "stop"]
+    assert grace.take_expired() == (FIRST,)
+    assert grace.poll(grace.start_poll(), hurry=True)
+    assert grace.take_expired() == (SECOND,)
+    assert grace.is_idle
+
+
+def test_program_that_switches_stacks_is_looked_at_whole_in_one_stop() -> None:
+    observer = ScriptedObserver([make_look([ONE, TWO])], [make_look([ONE, TWO], pointed_to=[])])
+    observer.switching = True
+    grace = retire(observer, FIRST)
+    handle = grace.start_poll()
+    for _ in range(PATIENCE):
+        assert not grace.poll(handle)
+    assert grace.poll(handle)
+    assert observer.verbs == [*["look"] * (PATIENCE + 1), "stop"]
+    # What is known of the threads is of no use: a context may have gone to one since.
+    assert observer.asked[-1] == ("stop", frozenset())
+
+
+def test_thread_not_seen_in_that_stop_holds_it_up() -> None:
+    observer = ScriptedObserver([make_look([ONE, TWO])], [make_look([ONE], [TWO], pointed_to=[])])
+    observer.switching = True
+    grace = retire(observer, FIRST)
+    assert not grace.poll(grace.start_poll(), hurry=True)
+    assert grace.holders == (TWO,)
+
+
+def test_what_a_thread_held_in_that_stop_counts_when_it_is_gone_since() -> None:
+    # Memory was searched before it parked its context there and exited.
+    seen = Look(
+        quiescent=frozenset([ONE]),
+        threads=frozenset([ONE]),
+        holding={TWO: frozenset([IN_FIRST])},
+        pointed_to=frozenset(),
+    )
+    observer = ScriptedObserver([make_look([ONE], [TWO])], [seen])
+    observer.switching = True
+    grace = retire(observer, FIRST, SECOND)
+    for _ in range(PATIENCE + 1):
+        grace.poll(grace.start_poll())
+    assert grace.take_expired() == (SECOND,)
+
+
+def test_stop_that_shows_the_first_switch_of_stacks_ends_nothing() -> None:
+    # It was begun as one in which memory need not be searched.
+    observer = ScriptedObserver([make_look([], [ONE])], [make_look([ONE], pointed_to=[])])
+    observer.switching_after_stop = True
+    grace = retire(observer, FIRST)
+    handle = grace.start_poll()
+    assert not grace.poll(handle, hurry=True)
+    assert grace.take_expired() == ()
+    assert grace.poll(handle, hurry=True)
+    assert observer.verbs == ["look", "stop", "look", "stop"]
+
+
+@pytest.mark.parametrize("switching", [False, True])
+def test_too_much_memory_to_search_keeps_all(switching: bool) -> None:
+    observer = ScriptedObserver([make_look([ONE])], [make_look([ONE])], [None, frozenset()])
+    observer.switching = switching
+    grace = retire(observer, FIRST, SECOND)
+    assert grace.poll(grace.start_poll(), hurry=True)
+    assert grace.take_expired() == ()
+    assert grace.is_search_refused
+    assert not grace.is_idle
+    assert grace.statistics.n_kept_back == 2
+    observer.switching = False
+    observer.found = [frozenset()]
+    assert grace.poll(grace.start_poll(), hurry=True)
+    assert grace.take_expired() == (FIRST, SECOND)
+    assert not grace.is_search_refused
+
+
+def test_last_grace_period_searches_twice_where_a_stop_is_too_short() -> None:
+    observer = ScriptedObserver([make_look([ONE])], [make_look([ONE])])
+    observer.switching = True
+    grace = retire(observer, FIRST, is_last=True)
+    assert grace.poll(grace.start_poll(), hurry=True)
+    assert observer.verbs == ["look", "stop", "search", "search"]
+    assert grace.take_expired() == (FIRST,)
+
+
+def test_handle_covers_what_was_retired_before_it() -> None:
+    observer = ScriptedObserver([make_look([], [ONE]), make_look([ONE])])
+    grace = retire(observer, FIRST)
+    first = grace.start_poll()
+    assert not grace.poll(first)
+    # Retired when ONE might have been looked at already: that takes another grace period.
+    grace.retire(SECOND)
+    second = grace.start_poll()
+    assert second == first + 1
+    assert not grace.poll(second)
+    assert grace.take_expired() == (FIRST,)
+    assert grace.poll(first)
+    assert grace.poll(second)
+    assert grace.take_expired() == (SECOND,)
+
+
+def test_synchronize_ends_when_time_is_up() -> None:
+    observer = ScriptedObserver([make_look([], [ONE])], [make_look([], [ONE])])
+    grace = retire(observer, FIRST)
+    assert not grace.synchronize(0.0)
+    assert observer.verbs == ["look", "stop"]
+    assert grace.holders == (ONE,)
+    assert grace.take_expired() == ()
+    observer.looks = [make_look([ONE])]
+    assert grace.synchronize(0.0)
+    assert grace.take_expired() == (FIRST,)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from optpoline.model import Addr, Count, Guard, Miss, Split, TreeNode, tree_targets
 from optpoline.promote import tree as tree_module
 from optpoline.promote.cost import CostModel
-from optpoline.promote.tree import MAX_PREFIX, plan_tree, tree_cost
+from optpoline.promote.tree import MAX_PREFIX, balance_tree, plan_tree, tree_cost
 from tests.emulate.block_model import find_target
 
 Floats = NDArray[np.float64]
@@ -468,3 +469,28 @@ def test_brute_force_sees_every_tree() -> None:
         both = list(all_search_trees(targets, either_way))
         assert len(both) == sum(2 ** len(list(two_way_nodes(tree))) for tree in trees)
         assert set(trees) <= set(both)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 1 << 40), st.integers(0, 10**6)), unique_by=lambda c: c[0])
+)
+def test_balanced_tree_finds_each_target_and_is_not_deep(pairs: list[tuple[int, int]]) -> None:
+    counts = [Count(target=Addr(target), hit_count=n) for target, n in pairs]
+    tree = balance_tree(counts)
+    assert sorted(tree_targets(tree)) == sorted(target for target, _ in pairs)
+    for target, _ in pairs:
+        assert find_target(tree, target) == target
+    weights = {count.target: count.hit_count + 1 for count in counts}
+    total = sum(weights.values())
+    for target, weight in weights.items():
+        # Two levels halve the weight, whatever it is (Mehlhorn 1975).
+        assert depth_of(tree, target) <= 2 * math.log2(total / weight) + 3
+
+
+def depth_of(tree: TreeNode, target: int) -> int:
+    """Return how many guards are passed on the way to a target, its own included."""
+    depth = 1
+    while isinstance(tree, Guard) and tree.target != target:
+        tree = tree.below if tree.below is not None and target < tree.target else tree.otherwise
+        depth += 1
+    return depth

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which blocks are garbage, when they are retired, and that they are freed after that.
+
+The arena is a real one on a memfd; of the target and its children there is only what the
+reclaimer asks them for, and threads are what an observer is told to see.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import pytest
+
+from optpoline.controller import reclaim
+from optpoline.controller.children import Children
+from optpoline.controller.config import Config
+from optpoline.controller.observer import AddressSpace
+from optpoline.controller.reclaim import Reclaimer
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import SiteState
+from optpoline.controller.target import Target
+from optpoline.model import Addr, BlockPlan, Guard, Miss, Site, SiteKind, Thunk, ThunkFlavour
+from optpoline.patch.arena import Arena, ArenaGeometry
+from optpoline.patch.blocks import Block, add_block, redirect
+from optpoline.patch.grace import Look, ThreadKey
+from optpoline.patch.layout import ArenaHeader, BlockState, JournalEntry
+from optpoline.patch.ranges import AddressRanges
+from optpoline.x86.blocks import POISON
+
+ARENA_ADDR = Addr(0x5000_0000)
+THUNK = Thunk(addr=Addr(0x4F00_0000), operand="rax", flavour=ThunkFlavour.GCC, symbol=None)
+SITE = Site(
+    addr=Addr(0x4F00_1000),
+    code=bytes.fromhex("e8 fb ef ff ff"),
+    kind=SiteKind.CALL,
+    disp_addr=Addr(0x4F00_1001),
+    thunk=THUNK,
+    module="/bin/program",
+    function=None,
+    function_addr=None,
+)
+THREAD: ThreadKey = (100, 100)
+CONFIG = Config(reclaim_after_size=1, reclaim_every_s=1.0, reclaim_duty=1e9)
+
+
+@dataclass
+class FakeTarget:
+    """A target with one arena."""
+
+    arenas: list[Arena]
+
+
+@dataclass
+class FakeChildren:
+    """Children whose text leads to some addresses."""
+
+    leads: frozenset[Addr] = frozenset()
+    asked: list[JournalEntry] = field(default_factory=list)
+
+    def find(self) -> tuple[AddressSpace, ...]:
+        """Return none: threads are the observer's."""
+        return ()
+
+    def led_to(self, entries: Iterable[JournalEntry]) -> frozenset[Addr]:
+        """Return where they lead."""
+        self.asked = list(entries)
+        return self.leads
+
+
+class FakeObserver:
+    """Sees one thread, outside of all code unless it is told otherwise."""
+
+    def __init__(self) -> None:
+        """Begin with a thread outside."""
+        self.is_unseen = False
+        self.held: frozenset[int] = frozenset()
+        self.n_looks = 0
+
+    def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
+        """Look at the thread."""
+        self.n_looks += 1
+        held = frozenset(addr for addr in self.held if addr in ranges)
+        is_outside = not self.is_unseen and not held
+        return Look(
+            quiescent=frozenset([THREAD] if is_outside else []),
+            threads=frozenset([THREAD]),
+            holding={THREAD: held} if held and not self.is_unseen else {},
+        )
+
+    def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
+        """Look at it in a stop, which shows no more."""
+        return self.look(ranges, known)
+
+    def search(self, ranges: AddressRanges) -> frozenset[int] | None:
+        """Find nothing."""
+        return frozenset()
+
+    def is_switching(self) -> bool:
+        """Never."""
+        return False
+
+
+@dataclass
+class Session:
+    """What a test has."""
+
+    arena: Arena
+    observer: FakeObserver
+    children: FakeChildren
+    reclaimer: Reclaimer
+    records: list[SiteRecord] = field(default_factory=list)
+    spares: list[Block] = field(default_factory=list)
+    now_s: float = 0.0
+
+    def step(self, seconds: float = 2.0) -> None:
+        """Let time pass and take a step."""
+        self.now_s += seconds
+        self.reclaimer.step(self.records, self.spares, self.now_s)
+
+    def write(self) -> Block:
+        """Write a block."""
+        plan = BlockPlan(
+            operand="rax",
+            tree=Guard(Addr(0x4F00_2000), None, Miss()),
+            thunk_addr=THUNK.addr,
+        )
+        return add_block(self.arena, plan, site_addr=SITE.addr)
+
+    def add_record(self) -> SiteRecord:
+        """Return the record of a site on its baseline."""
+        entry = JournalEntry(addr=SITE.addr, code=SITE.code, disp_off=1)
+        record = SiteRecord(
+            site=SITE,
+            arena=self.arena,
+            state=SiteState.BASELINE,
+            entry=entry,
+            inode=0,
+            disp=SITE.disp,
+        )
+        self.records.append(record)
+        return record
+
+    @property
+    def live(self) -> set[Addr]:
+        """Addresses of live blocks."""
+        return {b.addr for b in self.arena.blocks if b.state is BlockState.LIVE}
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    """Return an arena with no program on the other side."""
+    geometry = ArenaGeometry.for_sites(1)
+    fd = os.memfd_create("optpoline", os.MFD_CLOEXEC)
+    os.ftruncate(fd, geometry.size)
+    header = ArenaHeader(
+        size=geometry.size,
+        block_off=geometry.block_off,
+        code_off=geometry.code_off,
+        literal_off=geometry.literal_off,
+        counter_off=geometry.counter_off,
+        controller_pid=1,
+        controller_start=2,
+        target_pid=3,
+        n_entries=0,
+    )
+    made = Arena(ARENA_ADDR, fd, geometry, header)
+    os.close(fd)
+    yield made
+    made.close()
+
+
+def start(arena: Arena, monkeypatch: pytest.MonkeyPatch, config: Config = CONFIG) -> Session:
+    """Return a session with that arena."""
+    observer, children = FakeObserver(), FakeChildren()
+    monkeypatch.setattr(reclaim, "target_space", lambda _target: None)
+    monkeypatch.setattr(reclaim, "ThreadObserver", lambda *_args, **_named: observer)
+    target = FakeTarget([arena])
+    reclaimer = Reclaimer(config, cast(Target, target), cast(Children, children))
+    return Session(arena, observer, children, reclaimer)
+
+
+@pytest.fixture
+def session(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """Return a session that reclaims whatever it can."""
+    return start(arena, monkeypatch)
+
+
+# --- what is garbage
+
+
+def test_block_that_nothing_leads_to_is_freed(session: Session) -> None:
+    block = session.write()
+    session.step()
+    assert session.live == set()
+    assert session.arena.read(block.addr, block.size) == bytes((POISON,)) * block.size
+    summary = session.reclaimer.summary()
+    assert (summary.blocks_retired, summary.blocks_reclaimed) == (1, 1)
+    assert (summary.grace_periods, summary.holders) == (1, ())
+    assert summary.bytes_poisoned >= block.size
+    assert summary.blocks_reused == 0
+    session.write()
+    assert session.reclaimer.summary().blocks_reused == 1
+
+
+@pytest.mark.parametrize("role", ["home", "active", "counting", "learner"])
+def test_block_of_a_record_is_kept_until_it_is_let_go(session: Session, role: str) -> None:
+    record = session.add_record()
+    block = session.write()
+    setattr(record, role, block)
+    session.step()
+    assert session.live == {block.addr}
+    setattr(record, role, None)
+    session.step()
+    assert session.live == set()
+
+
+def test_spare_block_is_kept(session: Session) -> None:
+    session.spares = [session.write()]
+    garbage = session.write()
+    session.step()
+    assert session.live == {session.spares[0].addr}
+    assert session.arena.read(garbage.addr, 1) == bytes((POISON,))
+
+
+def test_block_that_only_the_text_leads_to_is_kept(session: Session) -> None:
+    # The record knows of none: a change of the text failed half way.
+    record = session.add_record()
+    block = session.write()
+    record.disp = (block.addr - record.entry.end).to_bytes(4, "little", signed=True)
+    session.step()
+    assert session.live == {block.addr}
+    record.disp = SITE.disp
+    session.step()
+    assert session.live == set()
+
+
+def test_redirected_head_keeps_its_destination(session: Session) -> None:
+    record = session.add_record()
+    home, middle, last, other = (session.write() for _ in range(4))
+    record.home = home
+    redirect(home, middle.addr)
+    redirect(middle, last.addr)
+    session.step()
+    assert session.live == {home.addr, middle.addr, last.addr}
+    assert session.arena.read(other.addr, 1) == bytes((POISON,))
+
+
+def test_heads_that_lead_round_in_a_circle(session: Session) -> None:
+    record = session.add_record()
+    one, other = session.write(), session.write()
+    record.home = one
+    redirect(one, other.addr)
+    redirect(other, one.addr)
+    session.step()
+    assert session.live == {one.addr, other.addr}
+
+
+def test_circle_that_nothing_leads_to_is_garbage(session: Session) -> None:
+    one, other = session.write(), session.write()
+    redirect(one, other.addr)
+    redirect(other, one.addr)
+    session.step()
+    assert session.live == set()
+
+
+def test_text_of_a_child_keeps_what_it_leads_to(session: Session) -> None:
+    block, ahead = session.write(), session.write()
+    redirect(block, ahead.addr)
+    entry = session.arena.journal(SITE)
+    session.children.leads = frozenset([block.addr, THUNK.addr])
+    session.step()
+    assert session.live == {block.addr, ahead.addr}
+    assert session.children.asked == [entry]
+    session.children.leads = frozenset()
+    session.step()
+    session.step()
+    assert session.live == set()
+
+
+# --- when
+
+
+def test_little_garbage_is_not_worth_a_grace_period(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = start(arena, monkeypatch)
+    one = session.write()
+    session = start(arena, monkeypatch, replace(CONFIG, reclaim_after_size=one.size + 1))
+    session.step()
+    assert session.live == {one.addr}
+    assert session.observer.n_looks == 0
+    session.write()
+    # What there was before still counts.
+    session.step()
+    assert session.live == set()
+
+
+def test_nothing_is_swept_before_its_time(session: Session) -> None:
+    session.write()
+    session.step()
+    block = session.write()
+    session.step(0.5)
+    assert session.live == {block.addr}
+    session.step(0.5)
+    assert session.live == set()
+
+
+def test_nothing_is_swept_while_nothing_was_written(session: Session) -> None:
+    record = session.add_record()
+    record.home = session.write()
+    session.step()
+    session.children.asked = [JournalEntry(addr=SITE.addr, code=SITE.code, disp_off=1)]
+    before = list(session.children.asked)
+    session.step()
+    assert session.children.asked == before
+
+
+def test_looks_take_no_more_than_their_share_of_time(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = start(arena, monkeypatch, replace(CONFIG, reclaim_duty=0.01))
+    times = iter([10.0, 10.5])  # a step of half a second
+    monkeypatch.setattr(reclaim.time, "monotonic", lambda: next(times))
+    session.observer.is_unseen = True
+    session.write()
+    session.step()
+    assert session.observer.n_looks == 1
+    for _ in range(24):
+        session.step()
+    assert session.observer.n_looks == 1
+    times = iter([100.0, 100.0])
+    session.step()
+    assert session.observer.n_looks == 2
+
+
+# --- grace periods
+
+
+def test_retired_block_is_not_freed_while_a_thread_is_unseen(session: Session) -> None:
+    session.observer.is_unseen = True
+    block = session.write()
+    code = session.arena.read(block.addr, block.size)
+    for _ in range(3):
+        session.step()
+    assert [b.state for b in session.arena.blocks] == [BlockState.RETIRED]
+    assert session.arena.read(block.addr, block.size) == code
+    assert session.reclaimer.summary().holders == (THREAD[1],)
+    session.observer.is_unseen = False
+    session.step()
+    assert session.arena.blocks == ()
+
+
+def test_thread_keeps_back_the_block_that_it_is_in(session: Session) -> None:
+    held, free = session.write(), session.write()
+    session.observer.held = frozenset([int(held.addr) + 3])
+    for _ in range(20):
+        session.step()
+    assert [b.addr for b in session.arena.blocks] == [held.addr]
+    assert session.arena.read(free.addr, 1) == bytes((POISON,))
+    session.observer.held = frozenset()
+    session.step()
+    assert session.arena.blocks == ()
+
+
+def test_grace_period_that_outlasts_a_sweep_frees_all_the_same(session: Session) -> None:
+    """Garbage at each sweep must not put off for good what was retired before."""
+    n_freed: list[int] = []
+    for i in range(40):
+        session.write()
+        # No thread is ever seen at the first look after a sweep.
+        session.observer.is_unseen = i % 2 == 0
+        session.step(1.0)
+        n_freed.append(session.reclaimer.summary().blocks_reclaimed)
+    assert n_freed[-1] >= 30
+    assert len(session.arena.blocks) <= 4
