@@ -172,24 +172,52 @@ class ThreadObserver:
     def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
         """Stop the threads that run, and look at all."""
         found = _Found()
+        untold: set[ThreadKey] = set()
         pointed_to: set[int] | None = set()
         for space in self._spaces():
             if space.stop is None:
                 for key in _list_threads(space):
                     if key not in known:
                         found.add(key, self._find_held_asleep(space, key, ranges))
+                if self._is_switching:
+                    pointed_to = None  # a search of memory that changes meanwhile proves nothing
                 continue
-            # A thread that naps too briefly for a look holds everything up, unless it stands.
-            with space.stop(Wake.UNNOTICED) as stop:
-                self._look_at_stopped(space, stop, ranges, known, found)
-                if not self._is_switching:
-                    self._look_at_nappers(space, stop, ranges, known, found)
-                else:
-                    more = self._look_at_all_memory(space, stop, ranges, found)
-                    pointed_to = None if pointed_to is None or more is None else pointed_to | more
+            try:
+                more = self._look_in_stop(space, space.stop, ranges, known, found, untold)
+            except ProcessGone:
+                if space.is_target:
+                    raise
+                continue  # a child that has exited
+            pointed_to = None if pointed_to is None or more is None else pointed_to | more
+        # Who could not be told may have parked a context behind the search, and be gone by now.
         return found.as_look(
-            self._list_all(), None if pointed_to is None else frozenset(pointed_to)
+            self._list_all() | untold, None if pointed_to is None else frozenset(pointed_to)
         )
+
+    def _look_in_stop(
+        self,
+        space: AddressSpace,
+        stop_space: Callable[[Wake], AbstractContextManager[Stop]],
+        ranges: AddressRanges,
+        known: Collection[ThreadKey],
+        found: _Found,
+        untold: set[ThreadKey],
+    ) -> frozenset[int] | None:
+        """Look at one address space; return what a search of its memory found, if one was due."""
+        # A thread that naps too briefly for a look holds everything up, unless it stands.
+        with stop_space(Wake.UNNOTICED) as stop:
+            if self._is_switching:
+                # What was mapped, or parked on a stack, since the last look counts as well.
+                space.maps = space.read_maps()
+                space.stacks.clear()
+            self._look_at_stopped(space, stop, ranges, known, found)
+            if not self._is_switching:
+                self._look_at_nappers(space, stop, ranges, known, found)
+                return frozenset()
+            pointed_to = self._look_at_all_memory(space, stop, ranges, found)
+            there = {*stop.sleepers, *((thread.pid, thread.tid) for thread in stop.stopped)}
+            untold |= there - found.looked_at
+            return pointed_to
 
     def _look_at_nappers(
         self,
@@ -230,11 +258,20 @@ class ThreadObserver:
     def search(self, ranges: AddressRanges) -> frozenset[int] | None:
         """Return addresses in ``ranges`` found in writable memory; None: too much memory."""
         found: set[int] = set()
-        for space in self._spaces():
-            more = self._search(space, ranges, MAX_SEARCH_SIZE)
-            if more is None:
-                return None
-            found |= more
+        searched: set[int] = set()
+        # A child forked meanwhile has a copy of contexts that may be gone from what is searched.
+        while new := [space for space in self._spaces() if space.pid not in searched]:
+            for space in new:
+                searched.add(space.pid)
+                try:
+                    more = self._search(space, ranges, MAX_SEARCH_SIZE)
+                except ProcessGone:
+                    if space.is_target:
+                        raise
+                    continue
+                if more is None:
+                    return None
+                found |= more
         return frozenset(found)
 
     def _list_all(self) -> frozenset[ThreadKey]:

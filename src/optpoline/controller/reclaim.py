@@ -119,6 +119,9 @@ class Reclaimer:
             self._n_put_seen = 0  # what is there now still counts next time
             return
         for arena, block in garbage:
+            # Who is still at its first byte must not go on to another block, which may be
+            # freed before this one is: it does its own work again.
+            arena.store_u64(block.addr, int.from_bytes(block.head, "little"))
             arena.retire_block(block.addr)
             self._retired[block.addr] = _Retired(arena, block.addr)
             self._grace.retire(RetiredCode(block.addr, block.end))

@@ -222,8 +222,7 @@ class Arena:
         slot = self._free_slots.pop() if self._free_slots else self._new_slot()
         self._code.take(room)
         poison = bytes((POISON,))
-        self._memory[room.start : room.at] = poison * (room.at - room.start)
-        self._memory[room.at : room.end] = code.ljust(room.end - room.at, poison)
+        padded = code.ljust(room.end - room.at, poison)
         # Below the highest end so far all that is free was freed.
         self.n_reused += room.at < self._used_code_end
         self.n_put += 1
@@ -236,12 +235,15 @@ class Arena:
             size=len(code),
             crc=zlib.crc32(code),
             site_addr=site_addr,
-            head=self.head_of(addr),
+            head=padded[:HEAD_SIZE],
             kind=kind,
             state=BlockState.FREE,
         )
         off = self.geometry.block_off + slot * BLOCK_ENTRY_SIZE
+        # The entry first: should we die here, no bytes are left that none explains.
         self._memory[off : off + BLOCK_ENTRY_SIZE] = entry.pack()
+        self._memory[room.start : room.at] = poison * (room.at - room.start)
+        self._memory[room.at : room.end] = padded
         self._set_state(entry, BlockState.LIVE)
         return addr
 

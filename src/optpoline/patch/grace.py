@@ -27,6 +27,12 @@ It stays so: nothing leads there. A grace period is over when
    stacks is searched in the same stop in which its threads are looked at, so that no
    context can move from memory to a thread and back between the two.
 
+Until a program was seen to switch its stacks, memory is searched while it runs. What that
+could miss is a saved PC that is moved, or cleared, before the search comes by: the first
+ever that is there in a look or a search. A signal frame is neither: its words stay where
+they are for as long as the code that they point to can be resumed, and until other code
+has run on that stack.
+
 rseq descriptors are not for this module: the kernel reads ``rseq_cs`` lazily, so they
 need every thread's ``rseq_cs`` to have been seen elsewhere as well.
 """
@@ -73,7 +79,9 @@ class Look:
 
     Attributes:
         quiescent: Threads seen to be quiescent.
-        threads: All threads, listed after that.
+        threads: All threads, listed after that. After a stop for all memory also those that
+            were there and could not be told, or woke meanwhile, even if they are gone: what
+            they had on their stacks may be where the search had been.
         holding: Threads that were looked at and are at addresses inside the code, or may
             return there, each with these addresses.
         pointed_to: Addresses inside the code found in memory by a search in the same
@@ -93,10 +101,17 @@ class Observer(Protocol):
         """Look at threads that sleep, without stopping any; ``known`` need no look."""
 
     def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
-        """Stop the threads that run for a look at all that are not in ``known``."""
+        """Stop the threads that run for a look at all that are not in ``known``.
+
+        All memory is searched in the same stop if the program switches its stacks.
+        """
 
     def search(self, ranges: AddressRanges) -> frozenset[int] | None:
-        """Return addresses in ``ranges`` found in writable memory; None: too much memory."""
+        """Return addresses in ``ranges`` found in writable memory; None: too much memory.
+
+        That of processes forked meanwhile is searched, too. A stack may be left out if the
+        last look at its thread was at that stack, or found nothing on it.
+        """
 
     def is_switching(self) -> bool:
         """Tell whether the program was ever seen to run on stacks of its own making."""
@@ -163,7 +178,10 @@ class GracePeriods:
         return self._period is None and not self._waiting
 
     def retire(self, code: RetiredCode) -> None:
-        """Note code that nothing leads to from now on, in any process that maps it."""
+        """Note code that nothing leads to from now on, in any process that maps it.
+
+        It must not overlap other code that waits.
+        """
         self._waiting.append(code)
         self.statistics.n_retired += 1
 
@@ -196,7 +214,10 @@ class GracePeriods:
         return self._n_over >= handle
 
     def synchronize(self, timeout_s: float) -> bool:
-        """Wait until all that is retired by now may be used again, or time is up."""
+        """Wait for the grace period of all that is retired by now, or until time is up.
+
+        What a thread stays in, or memory points to, is kept back for the next one.
+        """
         handle = self.start_poll()
         end_s = time.monotonic() + timeout_s
         while not self.poll(handle, hurry=True):

@@ -5,23 +5,33 @@ A runnable thread is not always a running one. Woken in the middle of a write to
 a pipe it waits for a CPU, runs for microseconds inside the kernel, and sleeps
 again: to interrupt it cuts the transfer short as if it were asleep. Its kernel
 stack tells, which root may read while the thread is off its CPU. One that is on
-a CPU is looked at again: in a blocking transfer it is soon seen asleep.
+a CPU is pushed off it: at real-time priority we take the CPU that we move to.
+Else it is looked at again: in a blocking transfer it is soon seen asleep.
 
-Limit: a thread that is inside a transfer and on a CPU at every look, or that
-begins one between the last look and its interruption (microseconds), is cut
-short. So is, without root, one that waits for a CPU all the while, and any where
-more threads are runnable than can be looked at.
+Limit: a thread that begins a transfer between the last look and its interruption
+(microseconds) is cut short. So is, without root or real-time priority, one that
+transfers at every look, and any where more threads are runnable than can be
+looked at.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from optpoline.errors import ProcessGone
-from optpoline.process.procfs import read_kernel_stack, read_state_char
+from optpoline.process.procfs import read_kernel_stack, read_processor, read_state_char
 
-__all__ = ["MAX_LOOKED_AT", "find_busy", "is_asleep_or_transferring", "is_transferring"]
+__all__ = [
+    "MAX_LOOKED_AT",
+    "find_busy",
+    "is_asleep_or_transferring",
+    "is_transferring",
+    "moving_between_cpus",
+]
 
 _N_LOOKS = 4
 _LOOK_EVERY_S = 100e-6
@@ -59,21 +69,42 @@ def find_busy(runnable: dict[int, int]) -> set[int]:
         for tid, pid in tuple(undecided.items()):
             try:
                 is_runnable = read_state_char(pid, tid) == "R"
-                stack = read_kernel_stack(pid, tid)
+                stack = _read_stack(pid, tid) if is_runnable else ""
             except ProcessGone:
                 is_runnable, stack = False, ""
             if is_runnable and not stack:
-                continue  # on a CPU
+                continue  # on a CPU again
             del undecided[tid]
             if is_runnable and not _TRANSFER.search(stack):
                 busy.add(tid)
     return busy | undecided.keys()
 
 
+@contextmanager
+def moving_between_cpus() -> Iterator[None]:
+    """Let the functions of this module move the calling thread; at the end it is as before."""
+    before = os.sched_getaffinity(0)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # its CPUs were taken away meanwhile
+            os.sched_setaffinity(0, before)
+
+
+def _read_stack(pid: int, tid: int) -> str:
+    """Return a thread's kernel stack, having pushed it off its CPU if it is on one."""
+    stack = read_kernel_stack(pid, tid)
+    if not stack:
+        with suppress(OSError):  # not one of ours
+            os.sched_setaffinity(0, {read_processor(pid, tid)})
+        stack = read_kernel_stack(pid, tid)
+    return stack
+
+
 def is_transferring(pid: int, tid: int) -> bool:
     """Tell whether a thread is off its CPU in a transfer, asleep or not."""
     try:
-        return bool(_TRANSFER.search(read_kernel_stack(pid, tid)))
+        return bool(_TRANSFER.search(_read_stack(pid, tid)))
     except ProcessGone:
         return False
 
@@ -81,7 +112,7 @@ def is_transferring(pid: int, tid: int) -> bool:
 def is_asleep_or_transferring(pid: int, tid: int) -> bool:
     """Tell whether a thread that was found busy must be left alone after all."""
     try:
-        stack = read_kernel_stack(pid, tid)
+        stack = _read_stack(pid, tid)
         if _TRANSFER.search(stack):
             return True
         # One that is off its CPU in its own code, the common case, takes one reading.

@@ -23,6 +23,7 @@ __all__ = [
     "read_exe_path",
     "read_kernel_stack",
     "read_maps",
+    "read_processor",
     "read_start_time",
     "read_state_char",
     "read_status",
@@ -178,6 +179,15 @@ def read_state_char(pid: int, tid: int, *, proc_root: Path = _PROC) -> str:
         ProcessGone: if the thread does not exist.
     """
     return _read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[0]
+
+
+def read_processor(pid: int, tid: int, *, proc_root: Path = _PROC) -> int:
+    """Return the CPU that a thread is on, or was on last.
+
+    Raises:
+        ProcessGone: if the thread does not exist.
+    """
+    return int(_read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[36])
 
 
 def read_status(pid: int, *, tid: int | None = None, proc_root: Path = _PROC) -> ProcessStatus:

@@ -29,6 +29,7 @@ from optpoline.process.busy import (
     find_busy,
     is_asleep_or_transferring,
     is_transferring,
+    moving_between_cpus,
 )
 from optpoline.process.inject import (
     InjectionCode,
@@ -288,6 +289,11 @@ class Stopper:
 
         All are seized before, and waited for after, so that they stop at once.
         """
+        with moving_between_cpus():
+            self._ask_running()
+
+    def _ask_running(self) -> None:
+        """Ask them, on the CPUs that they run on."""
         before = set(self._pending)
         self._find_running()
         asked = [tid for tid in self._pending if tid not in before]
@@ -483,7 +489,8 @@ class Stopper:
             if pid != self.pid:
                 continue
             try:
-                rank = _rank_waking(pid, read_thread_state(pid, tid))
+                with moving_between_cpus():
+                    rank = _rank_waking(pid, read_thread_state(pid, tid))
             except ProcessGone:
                 continue
             if rank < Disturbance.HARMFUL:

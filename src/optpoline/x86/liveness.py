@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Follow one general register along straight-line code: is its value needed?
+"""Follow one general register along straight-line code until its value is dead or read.
 
 ``run_register`` answers for one run of instructions up to the next branch, as
 ``flags.run_flags`` does for the flags; the caller follows the branches. In doubt

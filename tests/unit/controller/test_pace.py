@@ -28,9 +28,7 @@ def test_batch_fills_its_share_of_the_greatest_length() -> None:
     assert pace.batch_size() == STOP_SHARE * MAX_NS / 2_500
 
 
-@pytest.mark.parametrize(
-    ("duration_ns", "size"), [(1, MAX_BATCH_SIZE), (10**12, MIN_BATCH_SIZE)]
-)
+@pytest.mark.parametrize(("duration_ns", "size"), [(1, MAX_BATCH_SIZE), (10**12, MIN_BATCH_SIZE)])
 def test_batch_is_neither_tiny_nor_huge(duration_ns: int, size: int) -> None:
     pace = Pace(max_ns=MAX_NS)
     pace.note(FIRST_BATCH_SIZE, duration_ns)

@@ -8,6 +8,7 @@ reclaimer asks them for, and threads are what an observer is told to see.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -323,7 +324,7 @@ def test_looks_take_no_more_than_their_share_of_time(
 ) -> None:
     session = start(arena, monkeypatch, replace(CONFIG, reclaim_duty=0.01))
     times = iter([10.0, 10.5])  # a step of half a second
-    monkeypatch.setattr(reclaim.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
     session.observer.is_unseen = True
     session.write()
     session.step()

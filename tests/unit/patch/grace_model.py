@@ -461,9 +461,7 @@ class ModelObserver:
         """Return the PCs in a region."""
         return {self._program.addr_of(code) for r, code in process.words if r is region}
 
-    def _find_held(
-        self, process: Process, thread: Thread, ranges: AddressRanges
-    ) -> frozenset[int]:
+    def _find_held(self, process: Process, thread: Thread, ranges: AddressRanges) -> frozenset[int]:
         """Look at one thread that does not move; return where it is inside, or may return."""
         one = thread.continuation
         addrs = {self._program.addr_of(code) for code in one.codes}

@@ -11,7 +11,7 @@ from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, add_block, point_back, redirect
 from optpoline.x86.blocks import LINE_SIZE, POISON, encode_block
 from tests.emulate.disassemble import disassemble
-from tests.unit.patch.conftest import CODE_SIZE, SITE_ADDR, read_block_table
+from tests.unit.patch.conftest import CODE_SIZE, SITE_ADDR
 
 PLAN = BlockPlan(
     operand="rax",

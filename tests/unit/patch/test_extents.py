@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -76,7 +78,7 @@ class ExtentMachine(RuleBasedStateMachine):
     def none_overlap(self) -> None:
         """No byte was handed out twice."""
         ends = sorted((extent.start, extent.end) for extent in self.taken)
-        assert all(one[1] <= other[0] for one, other in zip(ends, ends[1:], strict=False))
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(ends))
 
     def teardown(self) -> None:
         """All joins again once all is given back."""

@@ -38,9 +38,7 @@ def test_agrees_with_a_plain_comparison(ranges: list[tuple[int, int]], words: li
     words=st.lists(anywhere, max_size=20),
 )
 def test_agrees_anywhere(starts: list[int], sizes: list[int], words: list[int]) -> None:
-    ranges = [
-        (start, min(TOP, start + size)) for start, size in zip(starts, sizes, strict=False)
-    ]
+    ranges = [(start, min(TOP, start + size)) for start, size in zip(starts, sizes, strict=False)]
     words += [word for start, end in ranges for word in (start, max(0, end - 1), end)]
     found = AddressRanges(ranges).pointing_into(np.array(words, dtype=np.uint64))
     assert found.tolist() == find_plainly(ranges, words)

@@ -40,9 +40,7 @@ from tests.unit.patch.conftest import (
 
 def states_in(fd: int) -> list[BlockState]:
     """Return the states in the block table as another process reads it."""
-    return [
-        BlockState.FREE if entry is None else entry.state for entry in read_block_table(fd)
-    ]
+    return [BlockState.FREE if entry is None else entry.state for entry in read_block_table(fd)]
 
 
 # --- the block table
@@ -88,7 +86,7 @@ def test_another_process_sees_each_step_of_a_block(arena: Arena, arena_fd: int) 
     assert arena.blocks == (entry,)
     assert arena.free_block(addr) == 32
     assert states_in(arena_fd) == [BlockState.FREE]
-    assert arena.blocks == ()
+    assert not arena.blocks
 
 
 def test_entry_is_complete_before_its_block_is_live(
@@ -125,7 +123,9 @@ def test_full_block_table_is_an_error_that_leaks_nothing(arena_fd: int) -> None:
     # A table of one page less than what is needed for a code part full of the smallest blocks.
     geometry = replace(GEOMETRY, block_off=GEOMETRY.code_off - 4096)
     n_entries = 4096 // BLOCK_ENTRY_SIZE
-    arena = Arena(ARENA_ADDR, arena_fd, geometry, replace(make_header(), block_off=geometry.block_off))
+    arena = Arena(
+        ARENA_ADDR, arena_fd, geometry, replace(make_header(), block_off=geometry.block_off)
+    )
     blocks = [put_code(arena, b"\x90" * 16) for _ in range(n_entries)]
     before = arena.free_code_size, arena.n_put, arena.used_code_end, arena.blocks
     counters = arena.add_counters(2)
@@ -253,7 +253,8 @@ def test_random_lives(data: st.DataObject) -> None:
     ever = bytearray(CODE_SIZE)
     n_reused = 0
     for i in range(data.draw(st.integers(1, 40))):
-        if model and data.draw(st.booleans()):
+        is_freeing: bool = data.draw(st.booleans())
+        if model and is_freeing:
             addr = data.draw(st.sampled_from(sorted(model)))
             del model[addr]
             free(arena, addr)

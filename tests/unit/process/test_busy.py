@@ -50,7 +50,7 @@ def show(monkeypatch: pytest.MonkeyPatch) -> Callable[[Looks], None]:
         return looks.pop(0)[1] if len(looks) > 1 else looks[0][1]
 
     monkeypatch.setattr(busy, "read_state_char", state)
-    monkeypatch.setattr(busy, "read_kernel_stack", stack)
+    monkeypatch.setattr(busy, "_read_stack", stack)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     return looks.extend
 

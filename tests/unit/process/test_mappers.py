@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from optpoline.process import mappers
+from optpoline.process import mappers, procfs
 from optpoline.process.mappers import MapperFinder
 
 NAME = "optpoline-test"
@@ -155,7 +155,7 @@ def test_innocent_process_is_looked_at_once(file: int, monkeypatch: pytest.Monke
     numbers = iter(range(100))
     monkeypatch.setattr(mappers, "_count_forks", lambda: next(numbers))
     seen: list[int] = []
-    original = mappers.read_maps
+    original = procfs.read_maps
 
     def spy(pid: int) -> object:
         seen.append(pid)
