@@ -120,16 +120,3 @@ def test_followed_children_are_restored(start_target: StartTarget) -> None:
     assert target.ask("join").startswith("status 0 wrong 0 rounds")
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")
-
-
-def test_stops_keep_to_their_length(start_target: StartTarget) -> None:
-    target = start_target("many", flags=RETPOLINE)
-    config = optpoline.Config(max_stop_s=0.001)
-    with optpoline.attach(target.pid, config=config) as session:
-        session.learn(0.2)
-        n_stops = session.summary().stops
-        # More sites than fit one stop take several, each as short as it can be.
-        assert n_stops > 2
-        session.promote()
-        assert session.detach().outcome is DetachOutcome.CLEAN
-    target.finish()

@@ -28,6 +28,7 @@ from optpoline.controller.learning import (
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.lock import ControllerLock
+from optpoline.controller.perf_map import PerfMap
 from optpoline.controller.promotion import promote_first
 from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
@@ -49,6 +50,7 @@ from optpoline.errors import (
     ArenaError,
     NoSites,
     OptpolineError,
+    PermissionDenied,
     ProcessGone,
     StopTimeout,
     TargetFault,
@@ -116,6 +118,7 @@ class Session:
         self._rediscovery: Rediscovery | None = None
         self._children: Children | None = None
         self._reclaimer: Reclaimer | None = None
+        self._perf_map: PerfMap | None = None
         self._pidfd = -1
         self._last_summary: Summary | None = None
         self._next_maps_s = 0.0
@@ -147,6 +150,7 @@ class Session:
         self._rediscovery = Rediscovery(self.pid, time.monotonic())
         self._children = Children(target, follow=self.config.follow_fork)
         self._reclaimer = Reclaimer(self.config, target, self._children)
+        self._perf_map = PerfMap(self.pid, target.symbol_at)
         self._add_modules()
         if not self.sites:
             raise NoSites(self._describe_no_sites())
@@ -263,6 +267,7 @@ class Session:
                     break
                 self._sleep(min(left_s, self.config.wave_s))
                 grow_full(linked, self.target.may_guard)
+                self._name_blocks()
         finally:
             end_s = time.monotonic()
             for record in linked:
@@ -297,12 +302,21 @@ class Session:
             if record.state is SiteState.LEARNING:
                 record.state = SiteState.BASELINE
         self._sampler.schedule(self.records, time.monotonic())
+        self._name_blocks(at_once=True)
         self.state = SessionState.PROMOTED
         self._tell(
             EventKind.PROMOTED,
             f"{n_promoted} of {_count(len(learned), 'site')} in {time.monotonic() - begin_s:.3f} s",
         )
         return n_promoted
+
+    def _name_blocks(self, *, at_once: bool = False) -> None:
+        """Let profilers know the blocks by name."""
+        assert self._perf_map is not None
+        blocks = [block for arena in self.target.arenas for block in arena.blocks]
+        note = self._perf_map.update(blocks, time.monotonic(), at_once=at_once)
+        if note is not None:
+            self._note(note)
 
     # --- keeping up
 
@@ -340,7 +354,13 @@ class Session:
                 self._tell(EventKind.EXECED, f"process {self.pid} replaced its program")
             elif end is SessionState.EXITED:
                 self._tell(EventKind.EXITED, f"process {self.pid} exited")
-        except (ArenaError, StopTimeout, TargetFault, UnsupportedTarget) as error:
+        except (
+            ArenaError,
+            PermissionDenied,
+            StopTimeout,
+            TargetFault,
+            UnsupportedTarget,
+        ) as error:
             # For the moment it cannot be done; every site leads somewhere right meanwhile.
             if str(error) not in self.notes:
                 self._note(str(error))
@@ -374,6 +394,7 @@ class Session:
                 self._tell(EventKind.DEMOTED, f"{_count(n_demoted, 'site')} back on the thunk")
         self._sampler.relink(self.records, now_s)
         self._rediscover(time.monotonic(), stop)
+        self._name_blocks()
         if now_s >= self._next_maps_s:
             self._next_maps_s = now_s + self.config.maps_every_s
             self._note_used_up()
@@ -459,6 +480,9 @@ class Session:
                 self.close()
                 raise
         self.notes += result.notes
+        gone = (DetachOutcome.CLEAN, DetachOutcome.GONE)
+        if self._perf_map is not None and result.outcome in gone:
+            self._perf_map.remove()
         if self._children is not None and not leave and result.outcome is not DetachOutcome.GONE:
             self.notes += self._children.restore()
         self._last_summary = self.summary()
@@ -479,6 +503,8 @@ class Session:
         """Release what this process holds; the target is not touched."""
         if self._children is not None:
             self._children.close()
+        if self._perf_map is not None:
+            self._perf_map.close()
         if self._target is not None:
             self._target.close()
             self._target = None

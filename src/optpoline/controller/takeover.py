@@ -21,6 +21,7 @@ from optpoline.controller.left_arenas import (
 )
 from optpoline.controller.letting_go import unmap_when_quiescent
 from optpoline.controller.lock import ControllerLock
+from optpoline.controller.perf_map import remove_perf_map
 from optpoline.controller.poking import poke_patiently
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.controller.target import Target
@@ -171,11 +172,14 @@ def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
         arenas = find_arenas(target.memory, target.maps)
         _check_nobody_works(pid, arenas)
         _close_files(target)
-        if not arenas:
-            return DetachResult(
-                outcome=DetachOutcome.CLEAN, restored=0, foreign=(), notes=("nothing was left",)
-            )
-        return _restore(target, arenas)
+        result = DetachResult(
+            outcome=DetachOutcome.CLEAN, restored=0, foreign=(), notes=("nothing was left",)
+        )
+        if arenas:
+            result = _restore(target, arenas)
+        if result.outcome is DetachOutcome.CLEAN:
+            remove_perf_map(pid)
+        return result
     finally:
         target.close()
 
