@@ -12,8 +12,9 @@ Names are imported when first used (PEP 562): ``optpoline --help`` needs none.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+# Not typing's, whose import takes longer than all that the command does before it is ready
+# for Ctrl-C; type checkers know the name.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from optpoline.controller.audit import audit
@@ -95,6 +96,8 @@ def __getattr__(name: str) -> object:
     """Import a public name on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     module = import_module(f"{__name__}.{_MODULES.get(name, 'controller.summary')}")
     value: object = getattr(module, name)
     globals()[name] = value

@@ -65,8 +65,8 @@ class SyscallsRow:
 
     name: str = "syscalls"
     about: str = "a thread in each blocking call, stopped; seconds without stops in between"
-    quick_s: float = 16.0
-    full_s: float = 200.0
+    quick_s: float = 18.0
+    full_s: float = 160.0
 
     def run(self, scale: Scale) -> Outcome:
         """Stop two programs by turns, each for half of the stops."""
@@ -199,25 +199,29 @@ def _later_us(lateness: dict[str, int], call: str) -> int:
 
 
 def _lateness_figures(lateness: dict[str, dict[str, int]]) -> list[Figure]:
-    """Return the lateness of all timeouts, and of those of the latest call, by program."""
+    """Return the lateness of all timeouts, and of those of the latest call, by program.
+
+    The latest of a dozen calls is told, not judged: it is the call that the rest of the
+    machine happened to delay most, unless it is the same in every run.
+    """
     figures = []
     for kind, late in lateness.items():
-        figures.append(_lateness_figure(f"{kind}: all calls", late, "all"))
+        figures.append(_lateness_figure(f"{kind}: all calls", late, "all", is_judged=True))
         worst = max(_calls(late), key=lambda call: _later_us(late, call))
-        figures.append(_lateness_figure(f"{kind}: {worst}, the latest", late, worst))
+        figures.append(_lateness_figure(f"{kind}: {worst}", late, worst, is_judged=False))
     return figures
 
 
-def _lateness_figure(name: str, late: dict[str, int], call: str) -> Figure:
+def _lateness_figure(name: str, late: dict[str, int], call: str, *, is_judged: bool) -> Figure:
     """Return one 99.9th percentile above its control."""
     us = _later_us(late, call)
     n = min(late[f"{call}.stops.n"], late[f"{call}.control.n"])
-    is_told = n >= _MIN_WAITS
+    is_judged = is_judged and n >= _MIN_WAITS
     return Figure(
         name=f"{name}: 99.9 % of lateness above control",
         value=f"{us / 1000:.2f} ms",
-        bar="≤ 5 ms" if is_told else "",
-        is_met=us <= _LATER_BAR_US if is_told else None,
+        bar="≤ 5 ms" if is_judged else "",
+        is_met=us <= _LATER_BAR_US if is_judged else None,
     )
 
 

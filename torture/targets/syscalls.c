@@ -83,7 +83,7 @@ struct stream {
 
 static struct shared {
 	struct stream streams[N_STREAMS];
-	atomic_int is_paused, is_asleep;
+	atomic_int is_paused, is_asleep, is_over;
 	int semaphore;
 } *shared;
 
@@ -118,7 +118,7 @@ static void handle(int number, siginfo_t *info, void *context)
 static void send_signals(pid_t pid)
 {
 	unsigned random = seed;
-	while (getppid() == pid) {
+	while (getppid() == pid && !atomic_load(&shared->is_over)) {
 		int is_paused = atomic_load(&shared->is_paused);
 		for (int i = 0; i < N_STREAMS && !is_paused; i++) {
 			struct stream *stream = &shared->streams[i];
@@ -713,7 +713,10 @@ int main(int argc, char **argv)
 	printf("ready\n");
 	fflush(stdout);
 	answer_lines();
-	// The sender ends, and removes the semaphore, when we are gone.
 	atomic_store(&stopping, 1);
-	return 0;
+	// It removes the semaphore, and does so too when we are killed.
+	atomic_store(&shared->is_over, 1);
+	while (waitpid(sender_pid, NULL, 0) < 0 && errno == EINTR)
+		;
+	_exit(0);
 }

@@ -57,7 +57,7 @@ def attach_command(
         session = invocation.api.attach(pid, settings=settings, on_event=describe_event(console))
         end = drive_session(session, plan, relay.stop, console)
         received = relay.received
-    console.say_all(format_summary(end.summary, console.style))
+    console.say_all(format_summary(end.summary, console.style, verbose=console.verbose))
     invocation.sink.write(session_document(end.summary, end.detach, command="attach"))
     if end.detach.outcome in NOT_UNDONE:
         invocation.exit_code = EXIT_NOT_UNDONE

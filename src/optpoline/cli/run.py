@@ -71,7 +71,7 @@ def run_command(
         status = child.wait_status()
     summary = promotion.summary()
     if promotion.end is not None:
-        console.say_all(format_summary(summary, console.style))
+        console.say_all(format_summary(summary, console.style, verbose=console.verbose))
     detach = None if promotion.end is None else promotion.end.detach
     invocation.sink.write(session_document(summary, detach, command="run", exit_status=status))
     invocation.exit_code = status

@@ -143,9 +143,12 @@ def _module_summaries(
             n_plain=count_plain_indirect(one.image)
             if count_plain and (one.module.is_main or len(loaded) == 1)
             else None,
+            n_inline=one.scan.n_inline,
         )
         for one in loaded
-        if one.scan.sites or one.scan.thunks or (count_plain and one.module.is_main)
+        if one.scan.sites
+        or one.scan.thunks
+        or (count_plain and (one.module.is_main or one.scan.n_inline))
     )
 
 

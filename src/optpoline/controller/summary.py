@@ -110,6 +110,7 @@ class ModuleSummary:
         n_refused: Those of them that are never promoted.
         n_thunks: Thunks.
         n_plain: Plain indirect branches (reported, never touched), or None if not counted.
+        n_inline: Retpolines written out in place, which cannot be promoted.
     """
 
     path: str
@@ -117,6 +118,7 @@ class ModuleSummary:
     n_refused: int
     n_thunks: int
     n_plain: int | None
+    n_inline: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

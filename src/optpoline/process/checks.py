@@ -6,7 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from optpoline.errors import AttachError, PermissionDenied, ProcessGone, UnsupportedTarget
+from optpoline.errors import (
+    ControllerActive,
+    OptpolineError,
+    PermissionDenied,
+    ProcessGone,
+    UnsupportedTarget,
+)
 
 __all__ = ["Check", "CheckStatus", "Diagnosis", "Failure", "failed", "passed", "warned"]
 
@@ -25,6 +31,7 @@ class Failure(Enum):
     GONE = "gone"
     UNSUPPORTED = "unsupported"
     PERMISSION = "permission"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +75,7 @@ class Diagnosis:
         """The checks that stand in the way of an attach."""
         return tuple(check for check in self.checks if check.status is CheckStatus.FAIL)
 
-    def error(self) -> AttachError | None:
+    def error(self) -> OptpolineError | None:
         """Return the error an attach would raise, or None where it would work."""
         failed = self.failed
         if not failed:
@@ -83,6 +90,8 @@ class Diagnosis:
                 return ProcessGone(self.pid, first.sentence)
             case Failure.UNSUPPORTED:
                 return UnsupportedTarget(first.sentence, hint=hint)
+            case Failure.REFUSED:
+                return ControllerActive(first.sentence, hint=hint)
             case _:
                 return PermissionDenied(first.sentence, hint=hint)
 

@@ -19,6 +19,7 @@ from optpoline.controller.summary import (
     DetachResult,
     LeftBehind,
     ModuleSummary,
+    ReclaimSummary,
     SiteSummary,
     Summary,
     TargetShare,
@@ -91,6 +92,7 @@ def session_document(
         "stop_ms_total": summary.stop_ms_total,
         "learning_s": summary.learning_s,
         "relearned": summary.relearned,
+        "reclaim": _reclaim_object(summary.reclaim),
         "exit_status": exit_status,
         "detach": None if detach is None else _detach_object(detach),
         "notes": list(summary.notes),
@@ -210,7 +212,21 @@ def _module_object(module: ModuleSummary) -> JsonObject:
         "n_sites": module.n_sites,
         "n_refused": module.n_refused,
         "n_thunks": module.n_thunks,
+        "n_inline": module.n_inline,
         "n_plain": module.n_plain,
+    }
+
+
+def _reclaim_object(reclaim: ReclaimSummary) -> JsonObject:
+    """What became of blocks that were replaced."""
+    return {
+        "blocks_retired": reclaim.blocks_retired,
+        "blocks_reclaimed": reclaim.blocks_reclaimed,
+        "blocks_reused": reclaim.blocks_reused,
+        "grace_periods": reclaim.grace_periods,
+        "bytes_poisoned": reclaim.bytes_poisoned,
+        "holders": list(reclaim.holders),
+        "search_refused": reclaim.is_search_refused,
     }
 
 

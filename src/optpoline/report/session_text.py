@@ -9,6 +9,7 @@ from optpoline.controller.summary import (
     DetachOutcome,
     DetachResult,
     LeftBehind,
+    ReclaimSummary,
     SessionState,
     SiteState,
     SiteSummary,
@@ -32,6 +33,9 @@ MAX_SITES_SHOWN = 10
 
 MAX_TARGETS_SHOWN = 3
 """Targets named per site in that table."""
+
+MAX_HOLDERS_SHOWN = 4
+"""Threads named that keep memory from being reused."""
 
 _STATE_WORDS = {
     SessionState.ATTACHED: "attached",
@@ -77,7 +81,7 @@ def format_progress(summary: Summary, elapsed_s: float) -> str:
     return " · ".join(parts)
 
 
-def format_summary(summary: Summary, style: Style) -> list[str]:
+def format_summary(summary: Summary, style: Style, *, verbose: bool = False) -> list[str]:
     """Return the lines that end a session: how it went, the hottest sites, the notes."""
     lines = [style.paint(_STATE_WORDS[summary.state], Colour.BOLD)]
     lines.append(
@@ -89,6 +93,7 @@ def format_summary(summary: Summary, style: Style) -> list[str]:
         f"  stopped {count_of(summary.stops, 'time')}, longest {summary.stop_ms_max:.2f} ms,"
         f" {summary.stop_ms_total:.2f} ms in all"
     )
+    lines += _format_reclaim(summary.reclaim, verbose=verbose)
     lines += _format_refusals(summary.sites)
     lines += _format_hottest(summary.sites, style)
     lines += [f"note: {printable(note)}" for note in summary.notes]
@@ -127,6 +132,37 @@ def format_left_behind(left: LeftBehind, *, with_addresses: bool) -> list[str]:
     if with_addresses:
         lines += [f"  {address:#x} {state}" for address, state in left.site_addresses]
     return lines
+
+
+def _format_reclaim(reclaim: ReclaimSummary, *, verbose: bool) -> list[str]:
+    """Return what became of replaced blocks: if verbose, and what keeps them from reuse."""
+    lines: list[str] = []
+    if verbose and reclaim.blocks_retired:
+        periods = count_of(reclaim.grace_periods, "grace period")
+        lines.append(
+            f"  {count_of(reclaim.blocks_retired, 'block')} replaced, {reclaim.blocks_reclaimed}"
+            f" reclaimed in {periods}, {reclaim.blocks_reused} written in their place"
+        )
+    n_kept = reclaim.blocks_retired - reclaim.blocks_reclaimed
+    kept = f"  {count_of(n_kept, 'replaced block')} kept"
+    if n_kept and reclaim.is_search_refused:
+        lines.append(f"{kept}: the program's memory cannot be searched for contexts in them")
+    elif n_kept and reclaim.holders:
+        lines.append(f"{kept}: {_name_threads(reclaim.holders)} may be inside")
+    return lines
+
+
+def _name_threads(tids: Sequence[int]) -> str:
+    """Name threads, the first of many.
+
+    >>> _name_threads((7,)), _name_threads((7, 8)), _name_threads(range(10, 16))
+    ('thread 7', 'threads 7 and 8', 'threads 10, 11, 12, 13 and 2 more')
+    """
+    names = [str(tid) for tid in tids[:MAX_HOLDERS_SHOWN]]
+    if len(tids) > MAX_HOLDERS_SHOWN:
+        names.append(f"{len(tids) - MAX_HOLDERS_SHOWN} more")
+    *first, last = names
+    return f"threads {', '.join(first)} and {last}" if first else f"thread {last}"
 
 
 def _format_refusals(sites: Sequence[SiteSummary]) -> list[str]:

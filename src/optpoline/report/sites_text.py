@@ -47,8 +47,11 @@ def format_sites(
 def format_no_sites(modules: Sequence[ModuleSummary]) -> str:
     """Return what there is instead of sites, as the rest of a sentence."""
     n_plain = [module.n_plain for module in modules if module.n_plain is not None]
+    n_inline = sum(module.n_inline for module in modules)
     what = f"{count_of(sum(module.n_thunks for module in modules), 'thunk')} in its modules"
-    if n_plain and sum(n_plain):
+    if n_inline:
+        what += f", {count_of(n_inline, 'inline retpoline')} (not promotable)"
+    elif n_plain and sum(n_plain):
         plain = count_of(sum(n_plain), "plain indirect branch", "es")
         what += f", {plain} (not built with retpolines)"
     elif n_plain:
