@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the machine offers to any session, as checks for ``doctor``.
 
-Everything is read or tried on ourselves; no other process is looked at.
+Everything is read or tried on ourselves; no other process is looked at. Where the scripts
+for debuggers and profilers are is said as well: they lie in the package.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from optpoline.process.checks import Check, CheckStatus, Failure
 __all__ = ["check_machine"]
 
 SUPPORTED_MACHINE = "x86_64"
+
+SHARE_DIR = Path(__file__).parents[1] / "share"
 
 MIN_KERNEL = (5, 4)
 """First release with waitid(P_PIDFD); pidfd_open and PTRACE_GET_SYSCALL_INFO are of 5.3."""
@@ -36,6 +39,8 @@ def check_machine(
         _check_spectre_v2(sysfs_root),
         *_check_mem_writes(proc_root),
         _check_perf(sys_root),
+        _check_script("gdb script", "optpoline-gdb.py", "names blocks and unwinds from them"),
+        _check_script("perf script", "optpoline-perf.py", "makes perf name blocks"),
     )
 
 
@@ -134,6 +139,14 @@ def _check_perf(sys_root: Path) -> Check:
             None,
         )
     return _ok("perf events", f"kernel.perf_event_paranoid is {text}; 2 or less is enough")
+
+
+def _check_script(name: str, file_name: str, purpose: str) -> Check:
+    """Say where a script for another tool is."""
+    path = SHARE_DIR / file_name
+    if not path.is_file():
+        return _warn(name, f"{path} is missing", "install optpoline anew")
+    return _ok(name, f"{purpose}: {path}")
 
 
 def _read(path: Path) -> str:

@@ -61,6 +61,11 @@ class Children:
         except AttachError:
             pass  # gone already; one that lives is found again
 
+    @property
+    def unreadable(self) -> tuple[int, ...]:
+        """Children whose memory we may not read, as of the last look for them."""
+        return self._finder.unreadable
+
     def led_to(self, entries: Iterable[JournalEntry]) -> frozenset[Addr]:
         """Return every address that a site leads to in the text of a child."""
         wanted = tuple(entries)

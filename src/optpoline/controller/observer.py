@@ -58,7 +58,8 @@ class AddressSpace:
         read_maps: Reads its memory map anew.
         stop: Stops its threads for the length of a block; None if it must not be stopped.
         maps: Its memory map as of the look under way.
-        stacks: Mappings that are one thread's stack and nothing else.
+        stacks: Mappings that are one thread's stack and nothing else, seen clean.
+        holding: The same of threads that were inside the code at their last look.
         is_target: Whether it is the target itself, whose end is an error.
     """
 
@@ -68,7 +69,13 @@ class AddressSpace:
     stop: Callable[[Wake], AbstractContextManager[Stop]] | None
     maps: Sequence[Mapping] = ()
     stacks: set[tuple[int, int]] = field(default_factory=set)
+    holding: dict[ThreadKey, tuple[int, int]] = field(default_factory=dict)
     is_target: bool = False
+
+    def forget_stacks(self) -> None:
+        """Look at every stack anew."""
+        self.stacks.clear()
+        self.holding.clear()
 
 
 def target_space(target: Target) -> AddressSpace:
@@ -162,7 +169,7 @@ class ThreadObserver:
         found = _Found()
         for space in self._spaces():
             if not known:
-                space.stacks.clear()
+                space.forget_stacks()
             for key in _list_threads(space):
                 if key not in known:
                     found.add(key, self._find_held_asleep(space, key, ranges))
@@ -209,7 +216,7 @@ class ThreadObserver:
             if self._is_switching:
                 # What was mapped, or parked on a stack, since the last look counts as well.
                 space.maps = space.read_maps()
-                space.stacks.clear()
+                space.forget_stacks()
             self._look_at_stopped(space, stop, ranges, known, found)
             if not self._is_switching:
                 self._look_at_nappers(space, stop, ranges, known, found)
@@ -275,8 +282,14 @@ class ThreadObserver:
         return frozenset(found)
 
     def _list_all(self) -> frozenset[ThreadKey]:
-        """Return all threads of all address spaces."""
-        return frozenset(key for space in self._spaces() for key in _list_threads(space))
+        """Return all threads of all address spaces, those that came while others were listed."""
+        keys: set[ThreadKey] = set()
+        listed: set[int] = set()
+        while new := [space for space in self._spaces() if space.pid not in listed]:
+            for space in new:
+                listed.add(space.pid)
+                keys.update(_list_threads(space))
+        return frozenset(keys)
 
     def _look_at_stopped(
         self,
@@ -295,18 +308,29 @@ class ThreadObserver:
             if found.looked_at and not self._is_switching and time.monotonic() > end_s:
                 break
             position = ThreadPosition(tid=thread.tid, pc=thread.pc, sp=thread.sp)
-            found.add(key, self._find_held(space, position, ranges))
+            held = _find_held(space, position, ranges)
+            self._note_stack(space, key, position, held)
+            found.add(key, held)
 
-    def _find_held(
-        self, space: AddressSpace, position: ThreadPosition, ranges: AddressRanges
-    ) -> frozenset[int] | None:
-        """Look at one thread, and note what kind of stack it is on."""
+    def _note_stack(
+        self,
+        space: AddressSpace,
+        key: ThreadKey,
+        position: ThreadPosition,
+        held: frozenset[int] | None,
+    ) -> None:
+        """Note what kind of stack a thread is on, and whether it need not be searched."""
+        # A stack that it has left since with a saved PC on it is memory like any other.
+        space.holding.pop(key, None)
         stack = _find_stack(space.maps, position.sp)
-        if stack is not None and stack.is_own:
-            space.stacks.add((stack.start, stack.end))
-        elif stack is not None:
+        if stack is None or held is None:
+            return
+        if not stack.is_own:
             self._is_switching = True
-        return find_held(position, read=space.memory.read, maps=space.maps, ranges=ranges)
+        elif held:
+            space.holding[key] = (stack.start, stack.end)
+        else:
+            space.stacks.add((stack.start, stack.end))
 
     def _find_held_asleep(
         self, space: AddressSpace, key: ThreadKey, ranges: AddressRanges
@@ -317,11 +341,13 @@ class ThreadObserver:
             if before.where is ThreadWhere.RUNNING:
                 return None
             position = ThreadPosition(tid=before.tid, pc=before.pc, sp=before.sp)
-            held = self._find_held(space, position, ranges)
+            held = _find_held(space, position, ranges)
         except AttachError:
             return None
-        is_same = _read_switches(key) == (before.n_voluntary, before.n_nonvoluntary)
-        return held if is_same else None
+        if _read_switches(key) != (before.n_voluntary, before.n_nonvoluntary):
+            return None
+        self._note_stack(space, key, position, held)
+        return held
 
     def _search(
         self, space: AddressSpace, ranges: AddressRanges, max_size: int
@@ -342,11 +368,13 @@ class ThreadObserver:
 def _existing(space: AddressSpace) -> tuple[Mapping, ...]:
     """Return the writable memory that exists and was not looked at as a thread's stack."""
     parts: list[Mapping] = []
+    living = [stack for key, stack in space.holding.items() if _read_switches(key) is not None]
+    skipped = {*space.stacks, *living}
     for mapping in space.maps:
         # Counters hold targets that were counted; nobody keeps a saved PC there.
         if not mapping.is_writable or mapping.path == ARENA_PATH:
             continue
-        if (mapping.start, mapping.end) in space.stacks:
+        if (mapping.start, mapping.end) in skipped:
             continue
         if mapping.perms.endswith("s"):
             parts.append(mapping)
@@ -390,6 +418,13 @@ def _read_switches(key: ThreadKey) -> tuple[int, int] | None:
     except ProcessGone:
         return None
     return state.n_voluntary, state.n_nonvoluntary
+
+
+def _find_held(
+    space: AddressSpace, position: ThreadPosition, ranges: AddressRanges
+) -> frozenset[int] | None:
+    """Look at one thread."""
+    return find_held(position, read=space.memory.read, maps=space.maps, ranges=ranges)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,11 @@ from optpoline.patch.layout import BlockState
 __all__ = ["Reclaimer"]
 
 
+MAX_INTERVALS = 64
+"""Sweeps come at intervals that double up to so many of the first while no block is
+written: what is garbage by then grows only as text is linked anew."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Retired:
     """A retired block."""
@@ -60,6 +65,8 @@ class Reclaimer:
         self._retired: dict[Addr, _Retired] = {}
         self._handle = 0
         self._n_put_seen = 0
+        self._interval_s = 0.0
+        self._last_sweep_s = 0.0
         self._next_sweep_s = 0.0
         self._not_before_s = 0.0
         self._n_bytes = 0
@@ -104,11 +111,19 @@ class Reclaimer:
     def _sweep(self, records: Sequence[SiteRecord], spares: Iterable[Block], now_s: float) -> None:
         """Retire the live blocks that nothing leads to, once they are worth a grace period."""
         n_put = sum(arena.n_put for arena in self._target.arenas)
-        if n_put == self._n_put_seen or now_s < self._next_sweep_s:
+        every_s = self._config.reclaim_every_s
+        if n_put != self._n_put_seen:
+            self._n_put_seen = n_put
+            self._interval_s = every_s
+            self._next_sweep_s = min(self._next_sweep_s, self._last_sweep_s + every_s)
+        if now_s < self._next_sweep_s:
             return
-        self._next_sweep_s = now_s + self._config.reclaim_every_s
-        self._n_put_seen = n_put
+        self._last_sweep_s = now_s
+        self._next_sweep_s = now_s + self._interval_s
+        self._interval_s = min(MAX_INTERVALS * every_s, 2 * self._interval_s)
         used = self._find_used(records, spares)
+        if self._children.unreadable:
+            return  # what their text leads to cannot be told
         garbage = [
             (arena, block)
             for arena in self._target.arenas
@@ -116,7 +131,6 @@ class Reclaimer:
             if block.state is BlockState.LIVE and block.addr not in used
         ]
         if sum(block.size for _, block in garbage) < self._config.reclaim_after_size:
-            self._n_put_seen = 0  # what is there now still counts next time
             return
         for arena, block in garbage:
             # Who is still at its first byte must not go on to another block, which may be

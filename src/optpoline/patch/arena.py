@@ -281,7 +281,7 @@ class Arena:
         del self._entries[addr]
         self._free_slots.append(self._slots.pop(addr))
         self._code.give(room)
-        self._free_counters(*self._cells.pop(addr))
+        self.free_counters(*self._cells.pop(addr))
         return size
 
     def addr_of(self, value: int) -> Addr:
@@ -313,8 +313,8 @@ class Arena:
         self._counters.take(found)
         return Addr(self.addr + found.at)
 
-    def _free_counters(self, addr: Addr, n_cells: int) -> None:
-        """Take back what ``add_counters`` gave."""
+    def free_counters(self, addr: Addr, n_cells: int) -> None:
+        """Take back what ``add_counters`` gave; nobody may count there any more."""
         if not n_cells:
             return
         off, size = addr - self.addr, n_cells * _CELL_SIZE

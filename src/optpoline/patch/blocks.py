@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optpoline.errors import ArenaError, EncodeRangeError
 from optpoline.model import Addr, BlockPlan
 from optpoline.patch.arena import Arena
 from optpoline.patch.extents import Extent
@@ -43,6 +44,8 @@ class Block:
 def add_block(arena: Arena, plan: BlockPlan, *, site_addr: Addr) -> Block:
     """Encode a plan, write it to the arena, return the block; nothing leads to it yet.
 
+    On error: the plan's counter cells are free again.
+
     Args:
         arena: Where to.
         plan: What it does; its counter cells are the arena's.
@@ -52,6 +55,15 @@ def add_block(arena: Arena, plan: BlockPlan, *, site_addr: Addr) -> Block:
         ArenaError: if the arena is used up.
         EncodeRangeError: if a target or the thunk is out of reach.
     """
+    try:
+        return _add_block(arena, plan, site_addr)
+    except (ArenaError, EncodeRangeError):
+        arena.free_counters(*counter_cells(plan))
+        raise
+
+
+def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr) -> Block:
+    """Encode a plan and write it."""
     # Only displacements out of the block depend on its place, so its size does not; most
     # blocks with slots or counters start a line, so try that first.
     is_counting = bool(plan.open_slots or plan.hit_count_addrs)

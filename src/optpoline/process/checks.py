@@ -6,13 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from optpoline.errors import (
-    ControllerActive,
-    OptpolineError,
-    PermissionDenied,
-    ProcessGone,
-    UnsupportedTarget,
-)
+from optpoline.errors import AttachError, PermissionDenied, ProcessGone, UnsupportedTarget
 
 __all__ = ["Check", "CheckStatus", "Diagnosis", "Failure", "failed", "passed", "warned"]
 
@@ -32,6 +26,7 @@ class Failure(Enum):
     UNSUPPORTED = "unsupported"
     PERMISSION = "permission"
     REFUSED = "refused"
+    """Another controller works on it; no rule of a ``Diagnosis``, which looks at the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +70,7 @@ class Diagnosis:
         """The checks that stand in the way of an attach."""
         return tuple(check for check in self.checks if check.status is CheckStatus.FAIL)
 
-    def error(self) -> OptpolineError | None:
+    def error(self) -> AttachError | None:
         """Return the error an attach would raise, or None where it would work."""
         failed = self.failed
         if not failed:
@@ -90,8 +85,6 @@ class Diagnosis:
                 return ProcessGone(self.pid, first.sentence)
             case Failure.UNSUPPORTED:
                 return UnsupportedTarget(first.sentence, hint=hint)
-            case Failure.REFUSED:
-                return ControllerActive(first.sentence, hint=hint)
             case _:
                 return PermissionDenied(first.sentence, hint=hint)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from optpoline.errors import AttachError, ProcessGone
-from optpoline.process.procfs import read_maps, read_start_time
+from optpoline.process.procfs import read_maps, read_start_time, read_status
 
 __all__ = ["MapperFinder"]
 
@@ -34,7 +34,7 @@ class MapperFinder:
         self._innocent: set[tuple[int, int]] = set()
         self._mappers: tuple[int, ...] = ()
         self.unreadable: tuple[int, ...] = ()
-        """Processes whose memory map we may not read: they may be mappers, or not."""
+        """Descendants whose memory map we may not read: they may be mappers, or not."""
 
     def find(self, inodes: frozenset[int]) -> tuple[int, ...]:
         """Return the other processes that map one of the files.
@@ -72,7 +72,8 @@ class MapperFinder:
                 unreadable.append(pid)
         self._innocent = alive
         self._mappers = tuple(sorted(mappers))
-        self.unreadable = tuple(sorted(unreadable))
+        family = {self._pid, *mappers, *unreadable}
+        self.unreadable = tuple(pid for pid in sorted(unreadable) if _parent_of(pid) in family)
         return self._mappers
 
     def _maps(self, pid: int, inodes: frozenset[int]) -> bool:
@@ -88,6 +89,14 @@ class MapperFinder:
             m.path == self._path and m.inode in inodes and not (m.is_writable and m.offset == 0)
             for m in maps
         )
+
+
+def _parent_of(pid: int) -> int | None:
+    """Return a process's parent, None if it is gone."""
+    try:
+        return read_status(pid).ppid
+    except AttachError:
+        return None
 
 
 def _count_forks() -> int:

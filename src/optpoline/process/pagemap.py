@@ -43,7 +43,9 @@ def resident_ranges(pid: int, start: int, end: int) -> tuple[tuple[int, int], ..
         raise ProcessGone(pid) from error
     except OSError:
         return ((start, end),)  # not allowed, or no such file: all may exist
-    entries = np.frombuffer(data[: len(data) // _ENTRY_SIZE * _ENTRY_SIZE], dtype="<u8")
+    if len(data) != size:
+        return ((start, end),)
+    entries = np.frombuffer(data, dtype="<u8")
     exists = np.concatenate(([False], (entries & _PRESENT_OR_SWAPPED) != 0, [False]))
     edges = np.flatnonzero(exists[1:] != exists[:-1]) * _PAGE_SIZE + start
     return tuple((int(first), int(last)) for first, last in edges.reshape(-1, 2))

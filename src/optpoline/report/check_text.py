@@ -32,6 +32,8 @@ def format_checks(title: str, checks: Sequence[Check], style: Style) -> list[str
             style.width,
             subsequent_indent=indent,
             break_on_hyphens=False,
+            # A path that is too long is better copied whole.
+            break_long_words=False,
         )
         wrapped[0] = wrapped[0].replace(mark, style.paint(mark, _COLOURS[check.status]), 1)
         lines += wrapped

@@ -7,13 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from optpoline.cli.machine import SHARE_DIR, check_machine
 from optpoline.cli.main import main
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind, ModuleSummary
-from optpoline.errors import ControllerActive
+from optpoline.errors import ControllerActive, OptpolineError
+from optpoline.process.checks import CheckStatus, Diagnosis
 from tests.unit.cli.fakes import FakeApi, FakeListing, make_site
 
 VERBS = ("run", "attach", "status", "check", "detach", "sites", "doctor")
@@ -171,12 +174,75 @@ def test_doctor_exits_with_what_an_attach_would(capsys: pytest.CaptureFixture[st
     assert main(["doctor", str(1 << 22)], api=FakeApi()) == 4
     out = capsys.readouterr().out
     assert f"process {1 << 22} cannot be attached to" in out
-    assert max(len(line) for line in out.splitlines()) <= 80
+    # Paths are not cut.
+    assert max(len(line) for line in out.splitlines() if str(SHARE_DIR) not in line) <= 80
     assert main(["doctor", str(os.getpid()), "--json", "-"], api=FakeApi()) == 6
     document = json.loads(capsys.readouterr().out)
     assert document["attachable"] is False
     assert document["exit_code"] == 6
     assert document["target"][0]["status"] == "fail"
+
+
+def test_doctor_says_where_the_scripts_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"], api=FakeApi()) == 0
+    out = capsys.readouterr().out
+    for name in ("optpoline-gdb.py", "optpoline-perf.py"):
+        path = next(line.strip() for line in out.splitlines() if line.endswith(name))
+        assert Path(path).is_file()
+
+
+def test_doctor_misses_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optpoline.cli.machine.SHARE_DIR", tmp_path)
+    checks = {check.name: check for check in check_machine()}
+    assert checks["gdb script"].status is CheckStatus.WARN
+    assert checks["perf script"].status is CheckStatus.WARN
+
+
+@pytest.mark.parametrize(
+    ("left", "controller_pid", "exit_code", "words"),
+    [
+        (None, None, 0, "ok   optpoline  nothing of optpoline is in it"),
+        (LEFT, None, 0, "warn optpoline  an earlier controller left 12 promoted sites, 2 arenas"),
+        (
+            replace(LEFT, controller_alive=True),
+            99,
+            7,
+            "fail optpoline  controller 99 works on it now (12 promoted sites, 2 arenas)",
+        ),
+        (
+            replace(LEFT, controller_alive=True),
+            None,
+            0,
+            "warn optpoline  it has 12 promoted sites, 2 arenas from the process that it was",
+        ),
+    ],
+)
+def test_doctor_says_what_of_optpoline_is_in_a_process(
+    left: LeftBehind | None,
+    controller_pid: int | None,
+    exit_code: int,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("optpoline.cli.doctor.diagnose", lambda pid: Diagnosis(pid=pid, checks=()))
+    monkeypatch.setattr("optpoline.cli.doctor.find_controller", lambda pid: controller_pid)
+    assert main(["doctor", "4711"], api=FakeApi(left=left)) == exit_code
+    out = capsys.readouterr().out
+    assert words in out
+    assert ("cannot be attached to" in out) == (exit_code != 0)
+
+
+def test_doctor_leaves_out_what_it_may_not_see(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Blind(FakeApi):
+        def read_status(self, pid: int) -> LeftBehind | None:
+            raise OptpolineError("not for us")
+
+    monkeypatch.setattr("optpoline.cli.doctor.diagnose", lambda pid: Diagnosis(pid=pid, checks=()))
+    assert main(["doctor", "4711"], api=Blind()) == 0
+    assert "can be attached to" in capsys.readouterr().out
 
 
 def test_colours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +266,56 @@ def test_interrupt_outside_of_a_session() -> None:
             raise KeyboardInterrupt
 
     assert main(["status", "1"], api=Interrupted()) == 130
+
+
+INTERRUPTED_AT_IMPORT = """
+import os, signal, sys
+from optpoline.cli.__main__ import main
+
+class Interrupter:
+    name = sys.argv.pop(1)
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupter())
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("signal", "optpoline.cli.main", "click", "optpoline.report.json_document"),
+        *("optpoline.cli.sites", "optpoline.controller.summaries", "numpy"),
+        *("numpy._core._multiarray_umath", "iced_x86"),
+    ],
+)
+def test_interrupt_while_importing_shows_no_traceback(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AT_IMPORT, module, "sites", sys.executable],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3] / "src")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ignored_interrupts_stay_ignored() -> None:
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + INTERRUPTED_AT_IMPORT
+    done = subprocess.run(
+        [sys.executable, "-c", code, "click", "--version"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3] / "src")},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("optpoline, version ")
 
 
 def test_unforeseen_os_error_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,7 @@ class FakeChildren:
 
     leads: frozenset[Addr] = frozenset()
     asked: list[JournalEntry] = field(default_factory=list)
+    unreadable: tuple[int, ...] = ()
 
     def find(self) -> tuple[AddressSpace, ...]:
         """Return none: threads are the observer's."""
@@ -309,14 +310,21 @@ def test_nothing_is_swept_before_its_time(session: Session) -> None:
     assert session.live == set()
 
 
-def test_nothing_is_swept_while_nothing_was_written(session: Session) -> None:
+def test_sweeps_are_ever_rarer_while_nothing_is_written(session: Session) -> None:
     session.write()
     session.step()
     assert session.live == set()
     unasked = [JournalEntry(addr=SITE.addr, code=SITE.code, disp_off=1)]
+    n_sweeps = 0
+    for _ in range(100):
+        session.children.asked = unasked
+        session.step(1.0)
+        n_sweeps += session.children.asked is not unasked
+    assert 3 <= n_sweeps <= 8
     session.children.asked = unasked
-    session.step()
-    assert session.children.asked is unasked
+    session.write()
+    session.step(1.0)
+    assert session.children.asked is not unasked
 
 
 def test_looks_take_no_more_than_their_share_of_time(
@@ -377,3 +385,13 @@ def test_grace_period_that_outlasts_a_sweep_frees_all_the_same(session: Session)
         n_freed.append(session.reclaimer.summary().blocks_reclaimed)
     assert n_freed[-1] >= 30
     assert len(session.arena.blocks) <= 4
+
+
+def test_nothing_is_retired_while_a_child_cannot_be_read(session: Session) -> None:
+    block = session.write()
+    session.children.unreadable = (4711,)
+    session.step()
+    assert session.live == {block.addr}
+    session.children.unreadable = ()
+    session.step(200.0)
+    assert session.live == set()

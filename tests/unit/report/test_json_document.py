@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
+from optpoline.controller.summary import (
+    DetachOutcome,
+    DetachResult,
+    LeftBehind,
+    ReclaimSummary,
+)
 from optpoline.errors import OptpolineError
 from optpoline.process.checks import Check, CheckStatus
 from optpoline.report.json_document import (
@@ -90,6 +95,28 @@ def test_what_was_promised_is_there() -> None:
     site = sites[0]
     assert isinstance(site, Mapping)
     assert {"module", "address", "function", "kind", "targets"} <= set(site)
+
+
+def test_reclaiming_is_told() -> None:
+    reclaim = ReclaimSummary(
+        blocks_retired=6,
+        blocks_reclaimed=5,
+        blocks_reused=4,
+        grace_periods=3,
+        bytes_poisoned=2,
+        holders=(1, 7),
+        is_search_refused=True,
+    )
+    document = session_document(replace(SUMMARY, reclaim=reclaim), None, command="attach")
+    assert document["reclaim"] == {
+        "blocks_retired": 6,
+        "blocks_reclaimed": 5,
+        "blocks_reused": 4,
+        "grace_periods": 3,
+        "bytes_poisoned": 2,
+        "holders": [1, 7],
+        "search_refused": True,
+    }
 
 
 def test_numbers_json_does_not_have_are_refused() -> None:

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optpoline.controller.summary import DetachOutcome, DetachResult, ModuleSummary, SessionState
+from optpoline.controller.summary import (
+    DetachOutcome,
+    DetachResult,
+    ModuleSummary,
+    ReclaimSummary,
+    SessionState,
+)
 from optpoline.process.checks import Check, CheckStatus, Failure
 from optpoline.report.check_text import format_checks
 from optpoline.report.demangle import readable_name, shorten_middle
@@ -99,6 +105,57 @@ def test_summary_of_a_session_that_sampled_nothing() -> None:
     assert "branches/s" not in text
 
 
+RECLAIM = ReclaimSummary(
+    blocks_retired=12,
+    blocks_reclaimed=10,
+    blocks_reused=4,
+    grace_periods=1,
+    bytes_poisoned=9000,
+)
+
+
+@pytest.mark.parametrize(
+    ("reclaim", "verbose", "expected"),
+    [
+        (ReclaimSummary(), True, []),
+        (ReclaimSummary(holders=(7,), is_search_refused=True), True, []),
+        (RECLAIM, False, []),
+        (
+            RECLAIM,
+            True,
+            ["  12 blocks replaced, 10 reclaimed in 1 grace period, 4 written in their place"],
+        ),
+        (
+            replace(RECLAIM, holders=(7, 8)),
+            False,
+            ["  2 replaced blocks kept: threads 7 and 8 may be inside"],
+        ),
+        (
+            replace(RECLAIM, blocks_reclaimed=11, holders=tuple(range(4_000_000, 4_002_000))),
+            False,
+            [
+                "  1 replaced block kept: threads 4000000, 4000001, 4000002, 4000003 and 1996 more"
+                " may be inside"
+            ],
+        ),
+        (
+            replace(RECLAIM, blocks_reclaimed=0, holders=(7,), is_search_refused=True),
+            False,
+            [
+                "  12 replaced blocks kept: the program's memory cannot be searched for contexts"
+                " in them"
+            ],
+        ),
+    ],
+)
+def test_summary_says_what_became_of_replaced_blocks(
+    reclaim: ReclaimSummary, verbose: bool, expected: list[str]
+) -> None:
+    without = format_summary(make_summary(), PLAIN)
+    lines = format_summary(replace(make_summary(), reclaim=reclaim), PLAIN, verbose=verbose)
+    assert [line for line in lines if line not in without] == expected
+
+
 @pytest.mark.parametrize("state", SessionState)
 def test_every_state_has_words(state: SessionState) -> None:
     assert format_summary(replace(make_summary(), state=state), PLAIN)[0]
@@ -140,6 +197,19 @@ def test_sites_are_grouped_by_module() -> None:
 def test_what_there_is_instead_of_sites(n_plain: int | None, words: str) -> None:
     module = ModuleSummary(path="x", n_sites=0, n_refused=0, n_thunks=3, n_plain=n_plain)
     assert format_no_sites((module,)) == words
+
+
+def test_inline_retpolines_are_not_called_plain() -> None:
+    module = ModuleSummary(path="x", n_sites=0, n_refused=0, n_thunks=0, n_plain=7, n_inline=3)
+    words = "0 thunks in its modules, 3 inline retpolines (not promotable)"
+    assert format_no_sites((module,)) == words
+    assert format_no_sites((replace(module, n_plain=0),)) == words
+
+
+def test_paths_in_checks_are_not_cut() -> None:
+    path = "/" + "x" * 90
+    check = Check(name="gdb script", status=CheckStatus.OK, sentence=f"it is here: {path}")
+    assert any(line.strip() == path for line in format_checks("title", (check,), PLAIN))
 
 
 def test_checks_are_wrapped_and_advice_is_shown() -> None:
