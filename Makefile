@@ -28,7 +28,7 @@ test: setup ## Run the unit tests and the live tests
 demo: setup ## Build Lua twice; show plain, retpoline and promoted live side by side
 	$(BIN)/python -m bench.demo
 
-bench: setup ## Measure every workload into build/bench.json (ONLY=lua,redis ROUNDS=11)
+bench: setup ## Measure every workload into build/bench.json (ONLY=lua,redis ROUNDS=7)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 torture: setup ## Show that a target does not notice (FULL=1 ONLY=calls,kills SEED=7)

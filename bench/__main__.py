@@ -22,7 +22,7 @@ from bench.workload import Measured, Workload, measure_workload
 
 __all__ = ["main"]
 
-_ROUNDS = 11
+_ROUNDS = 7
 _FEWEST_ROUNDS = 5
 _FIGURES = "figures"
 _SITES = (50, 2000)
@@ -47,7 +47,7 @@ _BOTH = (Variant.PLAIN, Variant.RETPOLINE)
 _GROUPS = {
     "lua": Group(
         build=lua.build_lua,
-        variants=(*_BOTH, Variant.PGO),
+        variants=(*_BOTH, Variant.PGO, Variant.NO_TABLES),
         workloads=tuple(lua.lua_workload(script) for script in lua.SCRIPTS),
     ),
     "sqlite": Group(

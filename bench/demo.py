@@ -22,7 +22,7 @@ from bench.workload import measure_workload
 __all__ = ["main"]
 
 _SCRIPTS = ("recursion", "sort", "methods", "mixed")
-_ROUNDS = 7
+_ROUNDS = 3
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
         console.print(
             "Each script runs in three processes, asked in turn: plain, retpoline, and retpoline "
             "with\noptpoline attached while it runs. CPU time per iteration, medians of "
-            f"{_ROUNDS} rounds.\n"
+            f"{_ROUNDS} rounds with fresh processes.\n"
         )
         rows = []
         for script in _SCRIPTS:

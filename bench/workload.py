@@ -51,6 +51,10 @@ _BEFORE = 7
 """Iterations before attaching, whose median is what learning is compared with."""
 
 
+_TURNS = 5
+"""Turns of each process in a round, whose median counts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """Something a program is made to do.
@@ -111,9 +115,40 @@ def measure_workload(
 ) -> Measured:
     """Measure a workload in each build, and in the retpoline build with optpoline attached.
 
+    Every round starts every variant anew: where a process's code and heap happen to lie
+    makes it some percent faster or slower for all of its life, so more samples of one
+    process say nothing about the next.
+
+    Args:
+        workload: What to measure.
+        builds: Executable of each variant.
+        rounds: Fresh processes of each variant.
+        promote: Whether to attach at all.
+
     Raises:
         BenchError: if a driver or optpoline fails, or if two variants disagree on the result.
     """
+    samples: dict[str, list[int]] = {}
+    controller: Controller | None = None
+    slowdowns: list[float] = []
+    for _ in range(rounds):
+        taken, controller, slowdown = _measure_round(workload, builds, promote=promote)
+        for name, value in taken.items():
+            samples.setdefault(name, []).append(value)
+        slowdowns += [] if slowdown is None else [slowdown]
+    return Measured(
+        group=workload.group,
+        name=workload.name,
+        samples={name: tuple(values) for name, values in samples.items()},
+        summary=controller.summary if controller else None,
+        learning_slowdown=statistics.median(slowdowns).value if slowdowns else None,
+    )
+
+
+def _measure_round(
+    workload: Workload, builds: Mapping[Variant, Path], *, promote: bool
+) -> tuple[dict[str, int], Controller | None, float | None]:
+    """Start each variant; return its median, what was attached, the slowdown while learning."""
     with contextlib.ExitStack() as stack:
         drivers = {
             variant.value: stack.enter_context(
@@ -132,17 +167,12 @@ def measure_workload(
             slowdown = learning_slowdown(controller, statistics.median(before).value)
             drivers[PROMOTED] = driver
         work = {name: driver.iterate for name, driver in drivers.items()}
-        samples = take_turns(work, rounds=rounds)
+        samples = take_turns(work, rounds=_TURNS)
         results = {name: driver.result for name, driver in drivers.items()}
     if len(set(results.values())) != 1:
         raise BenchError(f"{workload.name}: the variants disagree: {results}")
-    return Measured(
-        group=workload.group,
-        name=workload.name,
-        samples=samples,
-        summary=controller.summary if controller else None,
-        learning_slowdown=slowdown,
-    )
+    medians = {name: int(statistics.median(values).value) for name, values in samples.items()}
+    return medians, controller, slowdown
 
 
 def learning_slowdown(controller: Controller, before_ns: float) -> float | None:
