@@ -7,6 +7,7 @@ after a grace period (``patch/grace.py``).
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -29,6 +30,9 @@ __all__ = ["let_go", "unmap_when_quiescent"]
 GRACE_PERIOD_S = 0.5
 """A thread inside a block leaves it within nanoseconds of running, so who is still there
 after that sits in a blocked handler."""
+
+MAX_NAMED = 8
+"""Threads named in a note."""
 
 MAX_GRACE_PERIODS = 20
 """Searches of all memory for saved PCs; a preempted coroutine may soon run on."""
@@ -145,10 +149,16 @@ def unmap_when_quiescent(
             grace.retire(RetiredCode(start, end))
     try:
         for _ in range(MAX_GRACE_PERIODS):
-            if not grace.synchronize(GRACE_PERIOD_S):
-                return (f"{name}: {_name_threads(grace)} may return into it",)
+            fewest = sys.maxsize
+            while not grace.synchronize(GRACE_PERIOD_S):
+                # Of thousands of busy threads some are seen in each stop.
+                if len(grace.holders) >= fewest:
+                    return (f"{name}: {_name_threads(grace)} may return into it",)
+                fewest = len(grace.holders)
             if grace.is_idle:
                 break
+            if grace.is_search_refused:
+                return (f"{name}: the program has too much memory to search it for saved PCs",)
             time.sleep(TRY_EVERY_S)
         else:
             if grace.holders:
@@ -164,4 +174,7 @@ def unmap_when_quiescent(
 
 def _name_threads(grace: GracePeriods) -> str:
     """Name the threads that hold up a grace period."""
-    return f"threads {', '.join(str(tid) for _, tid in grace.holders)}"
+    tids = [str(tid) for _, tid in grace.holders]
+    named = ", ".join(tids[:MAX_NAMED])
+    more = len(tids) - MAX_NAMED
+    return f"threads {named} and {more} more" if more > 0 else f"threads {named}"

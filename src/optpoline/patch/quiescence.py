@@ -26,6 +26,7 @@ import numpy as np
 from optpoline.errors import TargetFault
 from optpoline.model import Addr, Mapping
 from optpoline.patch.ranges import AddressRanges, Words
+from optpoline.patch.stacks import MAX_STACK_SCAN_SIZE, StackMap, writable_ranges
 from optpoline.x86.signal_frame import (
     FRAME_SEGMENTS,
     FRAME_SEGMENTS_MASK,
@@ -33,18 +34,9 @@ from optpoline.x86.signal_frame import (
     RED_ZONE_SIZE,
 )
 
-__all__ = [
-    "MAX_STACK_SCAN_SIZE",
-    "ThreadPosition",
-    "find_held",
-    "find_words",
-    "is_thread_quiescent",
-]
+__all__ = ["ThreadPosition", "find_held", "find_words"]
 
 ReadMemory = Callable[[int, int], bytes]
-
-MAX_STACK_SCAN_SIZE = 64 << 20
-"""Bytes of one stack that are scanned; a deeper one is not quiescent by decision."""
 
 _CHUNK_SIZE = 4 << 20
 _PAGE_SIZE = 4096
@@ -65,31 +57,11 @@ class ThreadPosition:
     sp: Addr
 
 
-def is_thread_quiescent(
-    position: ThreadPosition,
-    *,
-    read: ReadMemory,
-    maps: Sequence[Mapping],
-    ranges: AddressRanges,
-) -> bool:
-    """Tell whether a thread cannot come back to any address in ``ranges``.
-
-    Target state: the thread is stopped, or asleep in the kernel.
-
-    Args:
-        position: Where it is.
-        read: Reads the target's memory.
-        maps: All mappings.
-        ranges: Retired code.
-    """
-    return find_held(position, read=read, maps=maps, ranges=ranges) == frozenset()
-
-
 def find_held(
     position: ThreadPosition,
     *,
     read: ReadMemory,
-    maps: Sequence[Mapping],
+    stacks: StackMap,
     ranges: AddressRanges,
 ) -> frozenset[int] | None:
     """Return the addresses in ``ranges`` that a thread is at, or may return to.
@@ -99,21 +71,20 @@ def find_held(
     Args:
         position: Where it is.
         read: Reads the target's memory.
-        maps: All mappings.
+        stacks: Where stacks may be.
         ranges: Retired code.
 
     Returns:
         The addresses, or None if it cannot be told: then it may be at any.
     """
     held: set[int] = {position.pc} if position.pc in ranges else set()
-    stacks = _writable_ranges(maps)
-    if not any(first <= position.sp < last for first, last in stacks):
+    if stacks.range_at(position.sp) is None:
         return None  # a stack that we know nothing of
     todo = [int(position.sp)]
     seen: set[int] = set()
     while todo:
         sp = todo.pop()
-        stack = next((r for r in stacks if r[0] <= sp < r[1]), None)
+        stack = stacks.range_at(sp)
         if stack is None or sp in seen:
             continue
         seen.add(sp)
@@ -128,22 +99,6 @@ def find_held(
         held.update(ranges.pointing_into(words).tolist())
         todo.extend(_interrupted_stacks(words))
     return frozenset(held)
-
-
-def _writable_ranges(maps: Sequence[Mapping]) -> list[tuple[int, int]]:
-    """Return readable and writable memory, neighbours joined.
-
-    One stack can lie in several mappings: mlock or madvise of a part splits it.
-    """
-    ranges: list[tuple[int, int]] = []
-    for mapping in maps:
-        if not mapping.perms.startswith("rw"):
-            continue
-        if ranges and ranges[-1][1] == mapping.start:
-            ranges[-1] = (ranges[-1][0], int(mapping.end))
-        else:
-            ranges.append((int(mapping.start), int(mapping.end)))
-    return ranges
 
 
 def _interrupted_stacks(words: Words) -> list[int]:
@@ -176,7 +131,7 @@ def find_words(
     Returns:
         The addresses found, or None if there is more memory than ``max_size``.
     """
-    memory = _writable_ranges([m for m in maps if not _is_inside((m.start, m.end), skip)])
+    memory = writable_ranges([m for m in maps if not _is_inside((m.start, m.end), skip)])
     if sum(last - first for first, last in memory) > max_size:
         return None
     found: set[int] = set()

@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 from optpoline.errors import TargetFault
 from optpoline.model import Addr, Mapping
 from optpoline.patch import quiescence
-from optpoline.patch.quiescence import (
-    MAX_STACK_SCAN_SIZE,
-    ThreadPosition,
-    find_words,
-    is_thread_quiescent,
-)
+from optpoline.patch.quiescence import ThreadPosition, find_held, find_words
 from optpoline.patch.ranges import AddressRanges
+from optpoline.patch.stacks import MAX_STACK_SCAN_SIZE, StackMap
 
 PAGE = 4096
 START, END = Addr(0x7F00_1000_0000), Addr(0x7F00_1040_0000)
@@ -97,12 +93,13 @@ def memory() -> FakeMemory:
 
 def is_quiescent(memory: FakeMemory, sp: int, pc: int = TEXT_PC) -> bool:
     """Tell whether a thread at ``sp`` and ``pc`` is quiescent."""
-    return is_thread_quiescent(
+    held = find_held(
         ThreadPosition(tid=1, pc=Addr(pc), sp=Addr(sp)),
         read=memory.read,
-        maps=memory.maps,
+        stacks=StackMap(memory.maps),
         ranges=RANGES,
     )
+    return held == frozenset()
 
 
 SP = STACK + 4 * PAGE
@@ -265,7 +262,8 @@ def test_stack_too_deep_to_scan_is_not_quiescent() -> None:
         raise AssertionError("nothing is to be read")
 
     position = ThreadPosition(tid=1, pc=TEXT_PC, sp=Addr(start + 256))
-    assert not is_thread_quiescent(position, read=refuse, maps=[mapping], ranges=RANGES)
+    stacks = StackMap([mapping])
+    assert find_held(position, read=refuse, stacks=stacks, ranges=RANGES) is None
 
 
 @given(
@@ -387,7 +385,8 @@ def test_gap_between_ranges_is_outside(memory: FakeMemory) -> None:
 
     def is_clear() -> bool:
         position = ThreadPosition(tid=1, pc=Addr(START + 32), sp=Addr(SP))
-        return is_thread_quiescent(position, read=memory.read, maps=memory.maps, ranges=ranges)
+        stacks = StackMap(memory.maps)
+        return not find_held(position, read=memory.read, stacks=stacks, ranges=ranges)
 
     assert is_clear()
     memory.put(SP + 128, START + 64)

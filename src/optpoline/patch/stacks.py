@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which memory of a program holds stacks, found fast for thousands of threads."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optpoline.model import Mapping
+
+__all__ = ["MAX_STACK_SCAN_SIZE", "Stack", "StackMap", "writable_ranges"]
+
+MAX_STACK_SCAN_SIZE = 64 << 20
+"""Bytes of one stack that are scanned; a deeper one is not quiescent by decision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The mapping that a stack pointer is in.
+
+    Attributes:
+        start: Its first address.
+        end: Address after it.
+        is_own: Whether it is one thread's stack and nothing else.
+    """
+
+    start: int
+    end: int
+    is_own: bool
+
+
+class StackMap:
+    """The memory in which threads may have their stacks.
+
+    Args:
+        maps: All mappings of the program, in address order.
+    """
+
+    def __init__(self, maps: Sequence[Mapping]) -> None:
+        """Index the mappings."""
+        self._maps = maps
+        self._starts = [int(mapping.start) for mapping in maps]
+        self._ranges = writable_ranges(maps)
+        self._range_starts = [start for start, _ in self._ranges]
+
+    def range_at(self, addr: int) -> tuple[int, int] | None:
+        """Return the range of readable and writable memory around an address, or None."""
+        at = bisect.bisect_right(self._range_starts, addr) - 1
+        return self._ranges[at] if at >= 0 and addr < self._ranges[at][1] else None
+
+    def stack_at(self, sp: int) -> Stack | None:
+        """Return the mapping that a stack is in, and whether it is one thread's and no more.
+
+        Dead frames in a thread's own stack do not count. That is the main stack, or a mapping
+        above a guard page as pthreads have it: any other may hold other stacks below this one.
+        None for memory that was mapped later.
+        """
+        at = bisect.bisect_right(self._starts, sp) - 1
+        if at < 0 or sp >= self._maps[at].end:
+            return None
+        mapping, below = self._maps[at], self._maps[at - 1] if at else None
+        has_guard = (
+            below is not None
+            and below.end == mapping.start
+            and below.perms.startswith("---")
+            and mapping.size <= MAX_STACK_SCAN_SIZE
+        )
+        is_own = mapping.path == "[stack]" or has_guard
+        return Stack(int(mapping.start), int(mapping.end), is_own)
+
+
+def writable_ranges(maps: Sequence[Mapping]) -> list[tuple[int, int]]:
+    """Return readable and writable memory, neighbours joined.
+
+    One stack can lie in several mappings: mlock or madvise of a part splits it.
+    """
+    ranges: list[tuple[int, int]] = []
+    for mapping in maps:
+        if not mapping.perms.startswith("rw"):
+            continue
+        if ranges and ranges[-1][1] == mapping.start:
+            ranges[-1] = (ranges[-1][0], int(mapping.end))
+        else:
+            ranges.append((int(mapping.start), int(mapping.end)))
+    return ranges
