@@ -82,7 +82,7 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
     for record in touched:
         if record.home is None and record.state is not SiteState.REFUSED:
             record.state = SiteState.BASELINE
-    foreign = tuple(int(record.site.addr) for record in touched if not _is_ours(record))
+    foreign = _find_foreign(target, touched)
     if leave:
         return DetachResult(outcome=DetachOutcome.LEFT, restored=0, foreign=foreign, notes=())
     # The bytes themselves have the last word: an arena that text leads to stays.
@@ -115,6 +115,13 @@ def _leading(target: Target, records: Sequence[SiteRecord]) -> list[SiteRecord]:
             if is_same_but_disp(entry, code):
                 record.disp = code[entry.disp_off : entry.disp_off + 4]
     return leading
+
+
+def _find_foreign(target: Target, records: Sequence[SiteRecord]) -> tuple[int, ...]:
+    """Return the sites that were left to another patcher and do not hold their baseline."""
+    left = [record for record in records if not _is_ours(record)]
+    found = read_entries(target.memory, [record.entry for record in left])
+    return tuple(int(r.site.addr) for r in left if found[r.entry.addr] != r.entry.code)
 
 
 def _is_ours(record: SiteRecord) -> bool:
