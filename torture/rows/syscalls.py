@@ -114,7 +114,7 @@ def _torment(program: Program, n_stops: int, rng: random.Random) -> _Tally:
 
 
 def _stop_for_a_turn(pid: int, tally: _Tally, rng: random.Random) -> None:
-    """Stop a program again and again, in all ways that sessions do."""
+    """Stop a program again and again: nobody woken, one woken, all woken if they may be."""
     target = Target(pid, stop_timeout_s=_STOP_TIMEOUT_S)
     try:
         end_s = time.monotonic() + _TURN_S
@@ -123,9 +123,6 @@ def _stop_for_a_turn(pid: int, tally: _Tally, rng: random.Random) -> None:
                 pass
             time.sleep(rng.uniform(*_PAUSE_S))
             _stop_and_inject(target, tally)
-            time.sleep(rng.uniform(*_PAUSE_S))
-            with target.stop(Wake.UNNOTICED):
-                pass
             time.sleep(rng.uniform(*_PAUSE_S))
             # As for sites that are written only while everyone stands.
             if rng.random() < _WAKE_ALL_SHARE and target.may_wake_all():

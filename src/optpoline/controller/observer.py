@@ -171,6 +171,8 @@ class ThreadObserver:
         self._spaces = spaces
         self._budget_s = stop_budget_s
         self._is_switching = False
+        self._has_nappers = False
+        """Whether a stop of this grace period found threads asleep too briefly for a look."""
 
     def is_switching(self) -> bool:
         """Tell whether the program was ever seen to run on stacks of its own making."""
@@ -179,6 +181,7 @@ class ThreadObserver:
     def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
         """Look at threads that sleep."""
         found = _Found()
+        self._has_nappers &= bool(known)
         for space in self._spaces():
             if not known:
                 space.forget_stacks()
@@ -223,8 +226,9 @@ class ThreadObserver:
         untold: set[ThreadKey],
     ) -> frozenset[int] | None:
         """Look at one address space; return what a search of its memory found, if one was due."""
-        # A thread that naps too briefly for a look holds everything up, unless it stands.
-        with stop_space(Wake.UNNOTICED) as stop:
+        # A thread that naps too briefly for a look holds everything up, unless it stands; but
+        # one that wakes to begin a transfer may be interrupted in it: only where it must be.
+        with stop_space(Wake.UNNOTICED if self._has_nappers else Wake.NONE) as stop:
             if self._is_switching:
                 # What was mapped, or parked on a stack, since the last look counts as well.
                 space.refresh()
@@ -236,6 +240,7 @@ class ThreadObserver:
             pointed_to = self._look_at_all_memory(space, stop, ranges, found)
             there = {*stop.sleepers, *((thread.pid, thread.tid) for thread in stop.stopped)}
             untold |= there - found.looked_at
+            self._has_nappers |= bool(untold)
             return pointed_to
 
     def _look_at_nappers(
@@ -259,6 +264,7 @@ class ThreadObserver:
                 stop.sweep()
                 self._look_at_stopped(space, stop, ranges, {*known, *found.looked_at}, found)
                 left &= set(stop.sleepers)
+        self._has_nappers |= bool(left)
 
     def _look_at_all_memory(
         self, space: AddressSpace, stop: Stop, ranges: AddressRanges, found: _Found
