@@ -46,8 +46,8 @@ dead_in_a_loop:
 	mov	%rdi, %rax
 	ret
 
-	.globl	dead_at_another_thunk
-dead_at_another_thunk:
+	.globl	live_call_of_another_thunk
+live_call_of_another_thunk:
 	call	__x86_indirect_thunk_rbx
 	ret
 
@@ -75,6 +75,26 @@ live_jump_to_another_thunk:
 	.globl	live_returned
 live_returned:
 	mov	%rdi, %rcx
+	ret
+
+	.globl	dead_in_what_it_calls
+dead_in_what_it_calls:
+	call	clears_rax
+	ret
+
+clears_rax:
+	xor	%eax, %eax
+	ret
+
+	.globl	live_across_what_it_calls
+live_across_what_it_calls:
+	call	leaves_rax_alone
+	mov	%rax, (%rdi)
+	xor	%eax, %eax
+	ret
+
+leaves_rax_alone:
+	incq	(%rdi)
 	ret
 
 	.section	.note.GNU-stack, "", @progbits

@@ -9,18 +9,34 @@ as the target is; else it keeps what it has (``optpoline detach`` undoes that).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from optpoline.controller.observer import AddressSpace, child_space
 from optpoline.controller.takeover import restore
 from optpoline.controller.target import Target
-from optpoline.errors import AttachError, OptpolineError
+from optpoline.errors import AttachError, OptpolineError, ProcessGone
 from optpoline.model import Addr
 from optpoline.patch.layout import ARENA_PATH, JournalEntry
 from optpoline.patch.text import read_entries
 from optpoline.process.mappers import MapperFinder
+from optpoline.process.memory import RemoteMemory
 
-__all__ = ["Children"]
+__all__ = ["Children", "led_to"]
+
+
+def led_to(memory: RemoteMemory, entries: Sequence[JournalEntry]) -> set[Addr]:
+    """Return every address that a site leads to in a process, whatever its opcode is now.
+
+    Raises:
+        ProcessGone: if the process is.
+    """
+    found = read_entries(memory, entries)
+    leads: set[Addr] = set()
+    for entry in entries:
+        disp = found[entry.addr][entry.disp_off : entry.disp_off + 4]
+        if len(disp) == 4:
+            leads.add(Addr(entry.end + int.from_bytes(disp, "little", signed=True)))
+    return leads
 
 
 class Children:
@@ -37,6 +53,7 @@ class Children:
         self._follow = follow
         self._finder = MapperFinder(target.pid, ARENA_PATH)
         self._spaces: dict[int, AddressSpace] = {}
+        self._refused: set[int] = set()
         self.n_seen = 0
         """Children ever found."""
 
@@ -44,6 +61,7 @@ class Children:
         """Return the address spaces of those that live."""
         inodes = frozenset(arena.inode for arena in self._target.arenas)
         pids = self._finder.find(inodes) if inodes else ()
+        self._refused &= set(pids)
         for pid in set(self._spaces) - set(pids):
             self._spaces.pop(pid).memory.close()
         for pid in pids:
@@ -58,25 +76,25 @@ class Children:
                 pid, may_stop=self._follow, timeout_ns=self._target.stop_timeout_ns
             )
             self.n_seen += 1
+        except ProcessGone:
+            pass
         except AttachError:
-            pass  # gone already; one that lives is found again
+            self._refused.add(pid)
 
     @property
     def unreadable(self) -> tuple[int, ...]:
         """Children whose memory we may not read, as of the last look for them."""
-        return self._finder.unreadable
+        return (*self._finder.unreadable, *sorted(self._refused))
 
     def led_to(self, entries: Iterable[JournalEntry]) -> frozenset[Addr]:
         """Return every address that a site leads to in the text of a child."""
         wanted = tuple(entries)
         leads: set[Addr] = set()
         for space in self.find():
-            found = read_entries(space.memory, wanted)
-            for entry in wanted:
-                code = found[entry.addr]
-                disp = code[entry.disp_off : entry.disp_off + 4]
-                if len(disp) == 4:
-                    leads.add(Addr(entry.end + int.from_bytes(disp, "little", signed=True)))
+            try:
+                leads |= led_to(space.memory, wanted)
+            except ProcessGone:
+                continue
         return frozenset(leads)
 
     def restore(self) -> tuple[str, ...]:

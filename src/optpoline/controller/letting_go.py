@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from optpoline.controller.arenas import unmap_range
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.observer import ThreadObserver, target_space
-from optpoline.controller.poking import MAX_TRIES, TRY_EVERY_S
+from optpoline.controller.poking import MAX_TRIES, TRY_EVERY_S, poke_patiently
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome, DetachResult, SiteState
 from optpoline.controller.target import Target
@@ -22,7 +22,7 @@ from optpoline.errors import ArenaError, ProcessGone, StopTimeout, UnsupportedTa
 from optpoline.model import Addr, Refusal
 from optpoline.patch.blocks import point_back
 from optpoline.patch.grace import GracePeriods, RetiredCode
-from optpoline.patch.text import is_same_but_disp, leads_into, read_entries
+from optpoline.patch.text import Poke, is_same_but_disp, leads_into, read_entries
 from optpoline.process.stop import Wake
 
 __all__ = ["let_go", "unmap_when_quiescent"]
@@ -85,8 +85,18 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
     foreign = _find_foreign(target, touched)
     if leave:
         return DetachResult(outcome=DetachOutcome.LEFT, restored=0, foreign=foreign, notes=())
+    _restore_unrecorded(target)
     # The bytes themselves have the last word: an arena that text leads to stays.
     stuck = _leading(target, mapped)
+    n_unrecorded = len(_find_unrecorded(target))
+    if n_unrecorded and not stuck and not foreign:
+        note = f"{n_unrecorded} sites could not be restored; their arenas stay mapped"
+        return DetachResult(
+            outcome=DetachOutcome.INCOMPLETE,
+            restored=len(touched),
+            foreign=(),
+            notes=(note,),
+        )
     restored = len(touched) - len({*foreign, *(int(record.site.addr) for record in stuck)})
     if stuck or foreign:
         n_left = len(touched) - restored
@@ -115,6 +125,26 @@ def _leading(target: Target, records: Sequence[SiteRecord]) -> list[SiteRecord]:
             if is_same_but_disp(entry, code):
                 record.disp = code[entry.disp_off : entry.disp_off + 4]
     return leading
+
+
+def _find_unrecorded(target: Target) -> list[Poke]:
+    """Return what would restore each journalled site that leads into an arena now."""
+    entries = [entry for arena in target.arenas for entry in arena.journalled]
+    found = read_entries(target.memory, entries)
+    pokes: list[Poke] = []
+    for entry in entries:
+        code = found[entry.addr]
+        if any(leads_into(entry, code, arena.addr, arena.end) for arena in target.arenas):
+            now = code[entry.disp_off : entry.disp_off + 4]
+            pokes.append(Poke(entry=entry, expected=now, new=entry.disp))
+    return pokes
+
+
+def _restore_unrecorded(target: Target) -> None:
+    """Restore sites whose records were dropped, because their module looked gone."""
+    pokes = _find_unrecorded(target)
+    if pokes:
+        poke_patiently(target, pokes)
 
 
 def _find_foreign(target: Target, records: Sequence[SiteRecord]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from optpoline.controller.children import Children
+from optpoline.controller.children import Children, led_to
 from optpoline.controller.config import Config
 from optpoline.controller.observer import ThreadObserver, target_space
 from optpoline.controller.records import SiteRecord
@@ -81,7 +81,7 @@ class Reclaimer:
             ProcessGone: if the target is gone.
             StopTimeout: if threads do not stop.
         """
-        if now_s < self._not_before_s:
+        if now_s < self._not_before_s or self._children.unreadable:
             return
         begin_s = time.monotonic()
         if self._grace.is_idle or now_s >= self._next_sweep_s:
@@ -147,10 +147,10 @@ class Reclaimer:
         for record in records:
             blocks = (record.home, record.active, record.counting, record.learner)
             todo += [block.addr for block in blocks if block is not None]
-            # What the text holds has the last word, should a change of it have failed.
-            disp = int.from_bytes(record.disp, "little", signed=True)
-            todo.append(Addr(record.entry.end + disp))
         entries = [entry for arena in self._target.arenas for entry in arena.journalled]
+        # The text itself has the last word: a change of it may have failed, or a record been
+        # dropped because its module looked gone.
+        todo += led_to(self._target.memory, entries)
         todo += self._children.led_to(entries)
         used: set[Addr] = set()
         arenas = self._target.arenas

@@ -123,7 +123,7 @@ class Sampler:
     def _begin(self, record: SiteRecord) -> None:
         """Redirect one site to its counting block, the one for its present tree."""
         spare = self._spares.get(record.site.addr)
-        if spare is not None and record.plan is not None and spare.plan.tree != record.plan.tree:
+        if spare is not None and not _is_for(spare, record):
             spare = None
         block = begin_sample(record, spare, time.monotonic())
         if block is not None:
@@ -187,3 +187,15 @@ class Sampler:
             and now_s - record.changed_s >= self._config.relink_after_s
         ]
         return self._linker.link(moves) if moves else 0
+
+
+def _is_for(spare: Block, record: SiteRecord) -> bool:
+    """Tell whether a counting block fits a site as it is: its module may have been replaced."""
+    plan = spare.plan
+    return (
+        record.plan is not None
+        and plan.tree == record.plan.tree
+        and plan.operand == record.site.thunk.operand
+        and plan.thunk_addr == record.thunk_addr
+        and spare.arena is record.arena
+    )

@@ -255,7 +255,9 @@ class Target:
         if not is_within_reach(0, far):
             record.far_targets.add(target)
             return False
-        if not self._is_operand_dead(target, record.site.thunk.operand):
+        # Where site and target are unloaded together no verdict on the target outlives it.
+        is_near = self.image_at(target) is self.image_at(record.site.addr)
+        if not is_near or not self._is_operand_dead(target, record.site.thunk.operand):
             record.operand_targets.add(target)
         if record.site.kind is SiteKind.CALL or self._is_flags_dead(target):
             return True

@@ -25,26 +25,25 @@ _MAX_RUN_SIZE = 512
 def operand_dead_at(image: ModuleImage, addr: Addr, register: str) -> bool:
     """Say whether nothing depends on a register's value at an address.
 
-    Branches are followed; at calls the ABI decides, but a thunk that is called reads its
-    register; where a jump to a thunk leads nobody knows, so there every register is live.
+    Branches and calls are followed; at a return, or where a jump to a thunk leads who knows
+    where, every register is live.
 
     Args:
         image: The module that the address is in.
         addr: A target of an indirect branch.
         register: The 64-bit name of the register that held ``addr``.
     """
-    operands = {thunk.addr: thunk.operand for thunk in image.thunks.thunks}
+    thunk_addrs = {thunk.addr for thunk in image.thunks.thunks}
     start = (addr, WHOLE_REGISTER)
     todo, seen = [start], {start}
     while todo:
         run_addr, pending = todo.pop()
         text = image.text_at(run_addr)
-        if text is None or run_addr in operands or len(seen) > _MAX_RUNS:
+        if text is None or run_addr in thunk_addrs or len(seen) > _MAX_RUNS:
             return False
         code = text.code_at(run_addr, _MAX_RUN_SIZE)
         run = run_register(code, run_addr, register, pending)
-        is_passed_on = run.called is not None and operands.get(run.called) == register
-        if run.fate is RegisterFate.LIVE or is_passed_on:
+        if run.fate is RegisterFate.LIVE:
             return False
         ahead = [(successor, run.pending) for successor in run.successors]
         todo += [state for state in ahead if state not in seen]

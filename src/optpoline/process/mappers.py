@@ -85,6 +85,10 @@ class MapperFinder:
             maps = read_maps(pid)
         except ProcessGone:
             return False
+        except AttachError:
+            if pid in self._mappers:
+                return True  # it was one, and cannot be looked at any more
+            raise
         return any(
             m.path == self._path and m.inode in inodes and not (m.is_writable and m.offset == 0)
             for m in maps

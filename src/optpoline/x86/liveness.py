@@ -40,11 +40,6 @@ _HIGH_BYTES = frozenset((Register.AH, Register.BH, Register.CH, Register.DH))
 _PARTS_BY_SIZE = {1: _LOW_BYTE, 2: _LOW_BYTE | _HIGH_BYTE}
 """What a name of so many bytes covers; writing the low half clears the other."""
 
-_SCRATCH = frozenset((Register.RAX, Register.R11))
-"""Neither preserved by calls nor arguments of them (System V ABI, 3.2.1). To functions with
-variable arguments %al is one: the number of vector registers used, which no part of the
-address of a branch target is."""
-
 _REGISTERS = {
     "rax": Register.RAX,
     "rcx": Register.RCX,
@@ -76,13 +71,11 @@ class RegisterRun:
         fate: What became of it.
         pending: Parts not yet written where the run branches.
         successors: Where a BRANCH goes on.
-        called: The address that a call which ended the run names: a thunk reads its register.
     """
 
     fate: RegisterFate
     pending: int = 0
     successors: tuple[Addr, ...] = ()
-    called: Addr | None = None
 
 
 _DEAD = RegisterRun(fate=RegisterFate.DEAD)
@@ -122,7 +115,7 @@ def run_register(
         if not pending:
             return _DEAD
         if insn.flow_control != FlowControl.NEXT:
-            return _end_of_run(insn, wanted, pending)
+            return _end_of_run(insn, pending)
     return _LIVE
 
 
@@ -133,23 +126,20 @@ def _parts_of(used: UsedRegister) -> int:
     return _PARTS_BY_SIZE.get(RegisterExt.size(used.register), WHOLE_REGISTER)
 
 
-def _end_of_run(insn: Instruction, wanted: int, pending: int) -> RegisterRun:
-    """Judge a run by the branch that ends it."""
+def _end_of_run(insn: Instruction, pending: int) -> RegisterRun:
+    """Judge a run by the branch that ends it.
+
+    A call is followed, as a jump is: gcc keeps values in registers that the ABI calls lost
+    across calls of local functions that leave them alone (-fipa-ra), so only what the
+    function itself writes is dead. What returns unwritten is live.
+    """
     match insn.flow_control:
-        # What calls preserve may be needed by what an exception lands in: live.
-        case FlowControl.CALL if insn.mnemonic == Mnemonic.CALL and wanted in _SCRATCH:
-            return RegisterRun(fate=RegisterFate.DEAD, called=Addr(insn.near_branch_target))
-        case FlowControl.INDIRECT_CALL if wanted in _SCRATCH:
-            return _DEAD
+        case FlowControl.CALL if insn.mnemonic == Mnemonic.CALL:
+            return _branch(pending, insn.near_branch_target)
         case FlowControl.UNCONDITIONAL_BRANCH:
             return _branch(pending, insn.near_branch_target)
         case FlowControl.CONDITIONAL_BRANCH:
             return _branch(pending, insn.near_branch_target, insn.next_ip)
-        # jmp [rip+disp32] goes through one fixed slot: a tail call by way of the GOT.
-        case FlowControl.INDIRECT_BRANCH if insn.is_ip_rel_memory_operand:
-            return _DEAD if wanted in _SCRATCH else _LIVE
-        case FlowControl.EXCEPTION if insn.mnemonic in (Mnemonic.UD0, Mnemonic.UD1, Mnemonic.UD2):
-            return _DEAD
         case _:
             return _LIVE
 

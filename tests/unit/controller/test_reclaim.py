@@ -52,6 +52,19 @@ class FakeTarget:
     """A target with one arena."""
 
     arenas: list[Arena]
+    memory: FakeText = field(default_factory=lambda: FakeText())
+
+
+@dataclass
+class FakeText:
+    """The program's text: one site."""
+
+    code: bytes = SITE.code
+
+    def read(self, addr: int, size: int) -> bytes:
+        """Return it."""
+        assert (addr, size) == (SITE.addr, len(SITE.code))
+        return self.code
 
 
 @dataclass
@@ -113,6 +126,7 @@ class Session:
     observer: FakeObserver
     children: FakeChildren
     reclaimer: Reclaimer
+    target: FakeTarget
     records: list[SiteRecord] = field(default_factory=list)
     spares: list[Block] = field(default_factory=list)
     now_s: float = 0.0
@@ -181,7 +195,7 @@ def start(arena: Arena, monkeypatch: pytest.MonkeyPatch, config: Config = CONFIG
     monkeypatch.setattr(reclaim, "ThreadObserver", lambda *_args, **_named: observer)
     target = FakeTarget([arena])
     reclaimer = Reclaimer(config, cast(Target, target), cast(Children, children))
-    return Session(arena, observer, children, reclaimer)
+    return Session(arena, observer, children, reclaimer, target)
 
 
 @pytest.fixture
@@ -230,11 +244,14 @@ def test_spare_block_is_kept(session: Session) -> None:
 def test_block_that_only_the_text_leads_to_is_kept(session: Session) -> None:
     # The record knows of none: a change of the text failed half way.
     record = session.add_record()
+    session.arena.journal(SITE)
     block = session.write()
-    record.disp = (block.addr - record.entry.end).to_bytes(4, "little", signed=True)
+    disp = (block.addr - record.entry.end).to_bytes(4, "little", signed=True)
+    session.target.memory.code = SITE.code[:1] + disp
+    session.records.clear()
     session.step()
     assert session.live == {block.addr}
-    record.disp = SITE.disp
+    session.target.memory.code = SITE.code
     session.step()
     assert session.live == set()
 

@@ -15,10 +15,12 @@ from optpoline.model import Addr
 Build = Callable[..., Path]
 
 NAMES = (
-    "dead_at_another_thunk",
     "dead_at_once",
     "dead_in_a_loop",
+    "dead_in_what_it_calls",
     "dead_on_both_ways",
+    "live_across_what_it_calls",
+    "live_call_of_another_thunk",
     "live_jump_to_another_thunk",
     "live_jump_to_its_thunk",
     "live_on_one_way",
