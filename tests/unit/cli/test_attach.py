@@ -168,11 +168,15 @@ def test_signals_end_it_in_order(number: signal.Signals, exit_code: int) -> None
         assert stop.wait(30)
         return SessionState.WATCHING
 
-    before = signal.getsignal(number)
-    api = FakeApi(session=FakeSession(on_watch=send_and_wait))
-    assert main(["attach", "1", "-q"], api=api) == exit_code
-    assert api.session.calls[-1] == "detach"
-    assert signal.getsignal(number) == before
+    # Under nohup SIGHUP is ignored, and stays so; this is about a signal that is not.
+    inherited = signal.signal(number, signal.default_int_handler)
+    try:
+        api = FakeApi(session=FakeSession(on_watch=send_and_wait))
+        assert main(["attach", "1", "-q"], api=api) == exit_code
+        assert api.session.calls[-1] == "detach"
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_stop_while_learning_promotes_nothing() -> None:
