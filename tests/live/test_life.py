@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -346,4 +347,28 @@ def test_a_module_is_there_at_the_end(start_target: StartTarget, build_target: B
         assert session.detach().outcome is DetachOutcome.CLEAN
     before.check(target.pid)
     target.ask("close")
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_a_module_whose_directory_is_renamed(
+    start_target: StartTarget, build_target: BuildTarget, tmp_path: Path
+) -> None:
+    directory = tmp_path / "before"
+    directory.mkdir()
+    plugin = shutil.copy(build_target("plugin", *PLUGIN), directory / "plugin.so")
+    target = start_target("life", "spin", "1", flags=(*RETPOLINE, "-ldl"))
+    assert target.ask(f"open {plugin}").startswith("opened")
+    before = Witness.of(target.pid)
+    config = optpoline.Config(learn_s=0.1, maps_every_s=0.1)
+    with optpoline.attach(target.pid, config=config) as session:
+        session.learn()
+        session.promote()
+        n_sites, n_promoted = len(session.sites), session.summary().promoted
+        assert n_promoted
+        directory.rename(tmp_path / "after")
+        session.watch(0.5)
+        assert len(session.sites) == len(session.records) == n_sites
+        assert session.summary().promoted == n_promoted
+    (tmp_path / "after").rename(directory)  # the witness knows modules by path
+    before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")

@@ -61,13 +61,15 @@ class LoadedModule:
     scan: SiteScan
 
 
-ModuleKey = tuple[str, int, int]
-"""Path, start and inode: the same path at the same place may be another file by then."""
+ModuleKey = tuple[int, str, int]
+"""Start, device and inode: its path may change under it, and another file may come there."""
 
 
 def _module_key(module: Module) -> ModuleKey:
     """Return what identifies a mapped module."""
-    return module.path, int(module.start), module.mappings[0].inode if module.mappings else 0
+    first = module.mappings[0] if module.mappings else None
+    device, inode = (first.device, first.inode) if first is not None else ("", 0)
+    return int(module.start), device, inode
 
 
 class Target:
