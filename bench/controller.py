@@ -139,6 +139,11 @@ class Controller:
         """When it first wrote a line that begins with a word; None if never."""
         return next((at for at, line in list(self._lines) if line.startswith(word)), None)
 
+    def said_last_ns(self, word: str, before_ns: int) -> int | None:
+        """When it last wrote a line that begins with a word before some time; None if never."""
+        lines = reversed(list(self._lines))
+        return next((at for at, line in lines if at < before_ns and line.startswith(word)), None)
+
     def last_said_ns(self) -> int:
         """When it wrote its last line; 0 if it wrote none."""
         lines = list(self._lines)

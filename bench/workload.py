@@ -187,7 +187,9 @@ def learning_slowdown(controller: Controller, before_ns: float) -> float | None:
     Returns:
         Median time over ``before_ns``, or None where none lay wholly inside.
     """
-    begin, end = controller.said_ns(LEARNING_LINE), controller.said_ns(PROMOTED_LINE)
+    end = controller.said_ns(PROMOTED_LINE)
+    # A window before that may have found nothing worth a promotion.
+    begin = None if end is None else controller.said_last_ns(LEARNING_LINE, end)
     if begin is None or end is None:
         return None
     inside = [took for at, took in controller.work if at - took >= begin and at <= end]

@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from optpoline.controller.session import Session, attach
     from optpoline.controller.summaries import SiteReport, find_sites
     from optpoline.controller.summary import (
+        ChildSummary,
         DetachOutcome,
         DetachResult,
         LeftBehind,
         ModuleSummary,
+        ReclaimSummary,
         SessionState,
         SiteState,
         SiteSummary,
@@ -41,11 +43,26 @@ if TYPE_CHECKING:
         TargetShare,
     )
     from optpoline.controller.takeover import read_status, restore
-    from optpoline.errors import OptpolineError
+    from optpoline.errors import (
+        ArenaError,
+        AttachError,
+        ControllerActive,
+        NoSites,
+        OptpolineError,
+        PermissionDenied,
+        ProcessGone,
+        StopTimeout,
+        UnsupportedTarget,
+        UsageError,
+    )
 
 __all__ = [
+    "ArenaError",
+    "AttachError",
     "AuditReport",
+    "ChildSummary",
     "Config",
+    "ControllerActive",
     "DetachOutcome",
     "DetachResult",
     "Event",
@@ -56,14 +73,21 @@ __all__ = [
     "ForeignKind",
     "LeftBehind",
     "ModuleSummary",
+    "NoSites",
     "OptpolineError",
+    "PermissionDenied",
+    "ProcessGone",
+    "ReclaimSummary",
     "Session",
     "SessionState",
     "SiteReport",
     "SiteState",
     "SiteSummary",
+    "StopTimeout",
     "Summary",
     "TargetShare",
+    "UnsupportedTarget",
+    "UsageError",
     "attach",
     "audit",
     "find_sites",
@@ -72,17 +96,26 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ArenaError": "errors",
+    "AttachError": "errors",
     "AuditReport": "controller.audit_report",
     "Config": "controller.config",
+    "ControllerActive": "errors",
     "Event": "controller.events",
     "EventKind": "controller.events",
     "Fault": "controller.audit_report",
     "FaultKind": "controller.audit_report",
     "ForeignChange": "controller.audit_report",
     "ForeignKind": "controller.audit_report",
+    "NoSites": "errors",
     "OptpolineError": "errors",
+    "PermissionDenied": "errors",
+    "ProcessGone": "errors",
     "Session": "controller.session",
     "SiteReport": "controller.summaries",
+    "StopTimeout": "errors",
+    "UnsupportedTarget": "errors",
+    "UsageError": "errors",
     "attach": "controller.session",
     "audit": "controller.audit",
     "find_sites": "controller.summaries",
@@ -102,3 +135,8 @@ def __getattr__(name: str) -> object:
     value: object = getattr(module, name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """Name what may be imported, whether or not it was: consoles complete it."""
+    return sorted({*globals(), *__all__})

@@ -22,6 +22,7 @@ __all__ = [
     "SiteChanged",
     "StopTimeout",
     "TargetFault",
+    "Unsettled",
     "UnsupportedTarget",
     "UsageError",
 ]
@@ -89,6 +90,16 @@ class UnsupportedTarget(AttachError):
     """The target is of a kind we cannot or will not touch (32-bit, kernel thread, ...)."""
 
     exit_code = 6
+
+
+class Unsettled(UnsupportedTarget):
+    """Processes are started faster than they can be looked at; later it may work."""
+
+    def __init__(self) -> None:
+        """Say so."""
+        super().__init__(
+            "processes are started faster than they can be looked at", hint="try again later"
+        )
 
 
 class ArenaError(OptpolineError):

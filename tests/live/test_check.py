@@ -54,9 +54,9 @@ def check_sound(pid: int, *, patched: bool) -> AuditReport:
     """Audit; nothing may be found, by anybody."""
     report = audit(pid)
     assert report.faults == ()
-    assert report.foreign == ()
+    assert report.foreign_changes == ()
     assert report.modules >= 2
-    assert (report.patched > 0) == patched
+    assert (report.promoted > 0) == patched
     return report
 
 
@@ -75,7 +75,7 @@ def test_sound_in_every_state(start_target: StartTarget, variant: str) -> None:
         learning = check_sound(target.pid, patched=True)
         assert learning.controller_alive
         assert learning.controller_pid == os.getpid()
-        assert learning.blocks >= learning.patched
+        assert learning.blocks >= learning.promoted
         session.promote()
         check_sound(target.pid, patched=True)
         target.ask("2")
@@ -96,7 +96,7 @@ from optpoline.controller.audit import audit
 print("ready", flush=True)
 for _ in range(int(sys.argv[2])):
     report = audit(int(sys.argv[1]))
-    print(report.faults, report.foreign, flush=True)
+    print(report.faults, report.foreign_changes, flush=True)
 """
 
 
@@ -244,7 +244,7 @@ def test_sites_that_lead_elsewhere(start_target: StartTarget) -> None:
             report = text_with(target.pid, entry.disp_addr, encode_disp32(entry.end, dst))
             assert [(f.kind, f.address) for f in report.faults] == [(FaultKind.SITE, entry.addr)]
             assert f"{dst:#x}" in report.faults[0].sentence
-            assert report.foreign == ()
+            assert report.foreign_changes == ()
         for off in range(4):
             now = one.disp[off] ^ 0x10
             report = text_with(target.pid, entry.disp_addr + off, bytes([now]))
@@ -259,12 +259,13 @@ def test_another_patcher_in_a_site(start_target: StartTarget) -> None:
         entry = record.entry
         report = text_with(target.pid, entry.addr, b"\xcc")
         assert report.faults == ()
-        assert [(c.kind, c.address) for c in report.foreign] == [(ForeignKind.SITE, entry.addr)]
+        (change,) = report.foreign_changes
+        assert (change.kind, change.address) == (ForeignKind.SITE, entry.addr)
         # Below it, it would lead into nothing: that is ours.
         wrong = b"\xcc" + encode_disp32(entry.end, record.home.addr + 16)
         report = text_with(target.pid, entry.addr, wrong)
         assert [f.kind for f in report.faults] == [FaultKind.SITE]
-        assert [c.kind for c in report.foreign] == [ForeignKind.SITE]
+        assert [c.kind for c in report.foreign_changes] == [ForeignKind.SITE]
 
 
 def test_text_outside_sites(start_target: StartTarget) -> None:
@@ -275,12 +276,12 @@ def test_text_outside_sites(start_target: StartTarget) -> None:
         entry = record.entry
         end = int(entry.end)
         report = text_with(target.pid, end, b"\xcc")
-        (change,) = report.foreign
+        (change,) = report.foreign_changes
         assert (change.kind, change.address, change.size) == (ForeignKind.INT3, end, 1)
         assert change.module == record.site.module
         with RemoteMemory(target.pid) as memory:
             data = bytes(byte ^ 0xFF for byte in memory.read(end, 6))
-        (change,) = text_with(target.pid, end, data).foreign
+        (change,) = text_with(target.pid, end, data).foreign_changes
         assert (change.kind, change.address, change.size) == (ForeignKind.OTHER, end, 6)
         assert text_with(target.pid, end, data).faults == ()
         # A branch into an arena that no journal tells of.

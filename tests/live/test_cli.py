@@ -214,9 +214,14 @@ def test_reader_that_goes_away(start_target: StartTarget) -> None:
 def test_nothing_hot_is_no_error(start_target: StartTarget) -> None:
     target = start_target("life", "rest", flags=RETPOLINE)
     before = Witness.of(target.pid)
-    document = run_json("attach", *QUICK, "--duration", "1.2", target.pid)
+    done = run_cli("attach", *QUICK, "--duration", "1.2", "--json", "-", target.pid)
+    document = json.loads(done.stdout)
     assert document["promoted"] == 0
     assert document["hit_rate"] is None
+    said = done.stderr.splitlines()
+    # Scripts wait for a line that begins with "promoted ".
+    assert not [line for line in said if line.startswith("promoted ")]
+    assert [line for line in said if line.startswith("nothing to promote yet: no site was reached")]
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")
 
@@ -246,6 +251,8 @@ def test_run_let_go_before_the_end(build_target: BuildTarget) -> None:
         while arena_mappings(child):
             assert time.monotonic() < deadline_s
             time.sleep(0.02)
+        # Told while the program still runs.
+        wait_for_line(run, "restored: ")
         out, err = run.communicate("", timeout=20)
     assert run.returncode == 0, err
     assert "wrong 0 rounds" in out
@@ -258,3 +265,18 @@ def test_run_passes_signals_on(build_target: BuildTarget) -> None:
         run.send_signal(signal.SIGTERM)
         run.communicate(timeout=20)
     assert run.returncode == 128 + signal.SIGTERM
+
+
+def test_run_of_a_launcher_names_it(build_target: BuildTarget) -> None:
+    path = build_target("promote", *RETPOLINE)
+    # The second command keeps the shell from replacing itself by the first.
+    command = ("sh", "-c", f"{path} 1; exit 3")
+    with start_cli("run", "--", *command, stdin=True) as run:
+        assert run.stderr is not None
+        said = [run.stderr.readline(), run.stderr.readline()]
+        out, _ = run.communicate("3\n", timeout=20)
+    assert run.returncode == 3
+    assert "wrong 0 rounds" in out
+    assert said[0].startswith("not promoted: process ")
+    assert " (sh) has no retpoline site in its " in said[0]
+    assert "put `optpoline run --` before that" in said[1]

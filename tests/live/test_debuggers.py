@@ -21,11 +21,18 @@ import pytest
 
 import optpoline
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.summary import DetachOutcome
-from optpoline.errors import PermissionDenied
+from optpoline.controller.summary import DetachOutcome, SessionState
 from optpoline.patch.blocks import Block, point_back, redirect
 from tests.live.conftest import BuildTarget, LiveTarget, StartTarget
-from tests.live.witness import RETPOLINE, Witness, arena_mappings
+from tests.live.witness import (
+    RETPOLINE,
+    Witness,
+    arena_mappings,
+    run_cli,
+    run_json,
+    start_cli,
+    wait_for_line,
+)
 
 pytestmark = pytest.mark.live
 
@@ -364,10 +371,10 @@ def test_a_debugger_comes_during_a_session(target: LiveTarget) -> None:
         session.learn(LEARN_S)
         session.promote()
         session.watch(0.1)
-        with _attached_gdb(target.pid):
+        with _attached_gdb(target.pid) as gdb:
             target.ask("2")  # another workload, to which the sites' text is to be linked
             session.watch(4.0)
-            assert any("gdb" in note or "trace" in note for note in session.notes), session.notes
+            assert any(f"process {gdb.pid} (gdb)" in note for note in session.notes), session.notes
             _check_goes_on(target, "2")
         session.watch(0.5)
         assert session.summary().hit_rate is not None
@@ -383,12 +390,77 @@ def test_a_session_ends_under_a_debugger(target: LiveTarget) -> None:
     session = optpoline.attach(target.pid)
     session.learn(LEARN_S)
     session.promote()
-    with _attached_gdb(target.pid):
-        with pytest.raises(PermissionDenied, match="traced"):
-            session.detach()
+    with _attached_gdb(target.pid) as gdb:
+        result = session.detach()
+        assert result.outcome is DetachOutcome.INCOMPLETE
+        assert result.restored == 0
+        assert session.summary().state is SessionState.PARTLY_RESTORED
+        (note,) = result.notes
+        assert f"process {gdb.pid} (gdb)" in note
+        assert f"`optpoline detach {target.pid}`" in note
         _check_goes_on(target, "3")
     assert arena_mappings(target.pid)
     assert optpoline.restore(target.pid).outcome is DetachOutcome.CLEAN
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+@needs_gdb
+@pytest.mark.parametrize("when", ["learning", "promoting", "promoted"])
+def test_the_command_ends_under_a_debugger(target: LiveTarget, when: str) -> None:
+    """With a whole summary and document, which name the debugger and what to do later."""
+    before = Witness.of(target.pid)
+    learn_s = {"learning": _TIMEOUT_S, "promoting": 4.0, "promoted": LEARN_S}[when]
+    args = ("attach", "--learn-seconds", learn_s, "--json", "-", target.pid)
+    with start_cli(*args) as controller:
+        wait_for_line(controller, "promoted " if when == "promoted" else "learning ")
+        with _attached_gdb(target.pid) as gdb:
+            if when != "promoting":  # which fails by itself
+                controller.terminate()
+            out, err = controller.communicate(timeout=_TIMEOUT_S)
+            _check_goes_on(target, "3")
+        assert controller.returncode == 7, err
+    document = json.loads(out)
+    assert document["state"] == "partly_restored"
+    assert document["detach"]["outcome"] == "incomplete"
+    assert document["n_sites"] == len(document["sites"]) == 4
+    for text in (err, " ".join(document["notes"])):
+        assert f"process {gdb.pid} (gdb)" in text
+        assert f"`optpoline detach {target.pid}`" in text
+    assert run_json("check", target.pid)["sound"]
+    left = run_json("status", target.pid)["left_behind"]
+    assert left["promoted"] == 4
+    assert left["controller_alive"] is False
+    # Nobody is there who would read what a counting block counts.
+    states = {site["state"] for site in run_json("sites", target.pid)["sites"]}
+    assert states == {"baseline" if when == "learning" else "promoted"}
+    run_cli("detach", target.pid)
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+@needs_gdb
+def test_a_session_ends_at_the_debuggers_prompt(target: LiveTarget) -> None:
+    """Threads that stand run no code: the text is put back, and who holds the rest is told."""
+    before = Witness.of(target.pid)
+    args = ("attach", "--learn-seconds", LEARN_S, "--json", "-", target.pid)
+    with start_cli(*args) as controller:
+        wait_for_line(controller, "promoted ")
+        with _attached_gdb(target.pid) as gdb:
+            _tell_gdb(gdb, "interrupt", "SIGINT")
+            controller.terminate()
+            out, err = controller.communicate(timeout=_TIMEOUT_S)
+            before.check_text(target.pid)
+            _tell_gdb(gdb, "continue &", "Continuing")
+        assert controller.returncode == 143, err
+    document = json.loads(out)
+    assert document["detach"]["outcome"] == "arena_left"
+    (note,) = document["detach"]["notes"]
+    assert f"process {gdb.pid} (gdb)" in note
+    assert f"`optpoline detach {target.pid}`" in note
+    assert note in err
+    assert arena_mappings(target.pid)
+    run_cli("detach", target.pid)
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")
 

@@ -20,7 +20,8 @@ from optpoline.model import Site
 from optpoline.process.leader import find_live_tid
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.procfs import list_tids, read_state_char
-from optpoline.process.sharers import find_sharers
+from optpoline.process.sharers import SharerFinder, find_sharers
+from optpoline.process.stop import Wake, stop_threads
 from tests.live.conftest import BuildTarget, LiveTarget, StartTarget
 from tests.live.serving import learn_and_promote, promote, serve
 from tests.live.witness import (
@@ -49,10 +50,15 @@ def _rounds_of(answer: str) -> list[int]:
 # --- processes that share the memory
 
 
-@pytest.fixture
-def clone(start_target: StartTarget) -> Iterator[tuple[LiveTarget, int]]:
-    """Start a program with a child in its memory, which is killed at the end if it still runs."""
-    target = start_target("kin", "clone", flags=RETPOLINE)
+@pytest.fixture(params=["clone", "orphan", "sibling"])
+def clone(
+    start_target: StartTarget, request: pytest.FixtureRequest
+) -> Iterator[tuple[LiveTarget, int]]:
+    """Start a program with a child in its memory, which is killed at the end if it still runs.
+
+    Its parent may have exited, or be another than the program.
+    """
+    target = start_target("kin", request.param, flags=RETPOLINE)
     assert target.process.stdout is not None
     (child,) = _rounds_of(target.process.stdout.readline())
     with _opened_pidfd(child) as pidfd:
@@ -60,6 +66,8 @@ def clone(start_target: StartTarget) -> Iterator[tuple[LiveTarget, int]]:
         yield target, child
         if not select.select([pidfd], [], [], 0)[0]:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        if request.param == "sibling":
+            os.waitpid(child, 0)  # it is ours
 
 
 @contextmanager
@@ -94,6 +102,32 @@ def test_a_child_in_the_same_memory(clone: tuple[LiveTarget, int]) -> None:
             assert session.detach().outcome is DetachOutcome.CLEAN
         before.check(target.pid)
         before.check_text(child)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+class _LateFinder(SharerFinder):
+    """Finds nobody until the stop is under way, as if they had been started since."""
+
+    n_looks = 0
+
+    def look(self) -> tuple[int, ...]:
+        """Look, but not before the first interrupt."""
+        self.n_looks += 1
+        return () if self.n_looks <= 2 else super().look()
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_stop_is_one_of_everybody_in_the_memory(
+    clone: tuple[LiveTarget, int], is_late: bool
+) -> None:
+    target, child = clone
+    with RemoteMemory(target.pid) as memory:
+        for _ in range(10):
+            sharers = _LateFinder(target.pid) if is_late else None
+            with stop_threads(target.pid, memory=memory, wake=Wake.NONE, sharers=sharers) as stop:
+                assert child in {thread.pid for thread in stop.stopped}
+                assert read_state_char(child, child) == "t"
+    target.ask("rounds")
     assert target.finish().startswith("wrong 0 rounds")
 
 

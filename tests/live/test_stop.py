@@ -18,6 +18,7 @@ from optpoline.process.procfs import (
     read_status,
     read_thread_state,
 )
+from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Wake, stop_threads
 from optpoline.x86.syscalls import SYS_GETPID
 from tests.live.conftest import StartTarget
@@ -40,10 +41,11 @@ def _is_untraced(pid: int) -> bool:
 def _stop_over_and_over(pid: int, wake: Wake) -> int:
     """Stop a process until it is gone; return how often that worked."""
     n_stops = 0
+    sharers = SharerFinder(pid)
     try:
         with RemoteMemory(pid) as memory:
             while True:
-                with stop_threads(pid, memory=memory, wake=wake):
+                with stop_threads(pid, memory=memory, wake=wake, sharers=sharers):
                     pass
                 n_stops += 1
     except ProcessGone:

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // A program that shares its memory with another process, or loads and unloads a module over
 // and over, while it branches indirectly and checks every result.
-// Usage: kin clone | kin reload MODULE. Prints "ready" and in mode clone "child N"; answers
-// each line on standard input with "rounds N child N": rounds of its own and of the child, or
+// Usage: kin clone | kin orphan | kin sibling | kin reload MODULE. The child is one's own, or
+// one whose parent has exited, or one's parent's. Prints "ready" and "child N"; answers each
+// line on standard input with "rounds N child N": rounds of its own and of the child, or
 // of the module. At its end prints "wrong N rounds N"; it exits with 1 if N wrong is not 0.
 // The line "leave" makes it exit at once and leave the child alone, which ends after "wrong N
 // rounds N" when its standard input is closed.
@@ -26,7 +27,7 @@ typedef uint64_t (*function)(uint64_t);
 F(0) F(1) F(2) F(3)
 static const function functions[4] = {f0, f1, f2, f3};
 static volatile uint64_t rounds, kin_rounds, wrong;
-static volatile int stopping, is_left;
+static volatile int stopping, is_left, is_over;
 
 static void churn(volatile uint64_t *count) {
     uint64_t x = *count;
@@ -61,6 +62,21 @@ static int run_child(void *unused) {
             _exit(wrong != 0);
         }
     }
+    is_over = 1;
+    _exit(0);
+}
+
+// A stack like a thread's, above a guard page.
+static char *make_stack(void) {
+    size_t size = 1 << 16, guard = 4096;
+    char *stack = mmap(NULL, guard + size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mprotect(stack + guard, size, PROT_READ | PROT_WRITE)) _exit(3);
+    return stack + guard + size;
+}
+
+// Starts the child and exits.
+static int run_middle(void *child) {
+    *(volatile pid_t *)child = clone(run_child, make_stack(), CLONE_VM | SIGCHLD, NULL);
     _exit(0);
 }
 
@@ -77,15 +93,21 @@ static void *reload(void *path) {
 
 int main(int argc, char **argv) {
     pthread_t thread, reloader;
-    pid_t child = 0;
+    static volatile pid_t child;
+    int is_own = argc > 1 && !strcmp(argv[1], "clone");
     int is_reload = argc > 2 && !strcmp(argv[1], "reload"), status = 0;
     pthread_create(&thread, NULL, work, NULL);
     say("ready\n", 0, 0);
     if (is_reload) {
         pthread_create(&reloader, NULL, reload, argv[2]);
     } else {
-        char *stack = mmap(NULL, 1 << 16, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        child = clone(run_child, stack + (1 << 16), CLONE_VM | SIGCHLD, NULL);
+        int is_orphan = argc > 1 && !strcmp(argv[1], "orphan");
+        if (is_orphan) {
+            pid_t middle = clone(run_middle, make_stack(), CLONE_VM | SIGCHLD, (void *)&child);
+            if (waitpid(middle, &status, 0) != middle || status) wrong++;
+        } else {
+            child = clone(run_child, make_stack(), CLONE_VM | (is_own ? 0 : CLONE_PARENT) | SIGCHLD, NULL);
+        }
         say("child %lu\n", (uint64_t)child, 0);
     }
     char line[64];
@@ -102,7 +124,8 @@ int main(int argc, char **argv) {
     stopping = 1;
     pthread_join(thread, NULL);
     if (is_reload) pthread_join(reloader, NULL);
-    else if (waitpid(child, &status, 0) != child || status) wrong++;
+    else if (is_own && (waitpid(child, &status, 0) != child || status)) wrong++;
+    else while (!is_over) usleep(1000);
     say("wrong %lu rounds %lu\n", wrong, rounds);
     return wrong != 0;
 }

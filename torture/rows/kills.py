@@ -160,14 +160,18 @@ def _take_over(target: Program, instant: Instant, by_command: bool, tally: _Tall
     tally.takeovers += 1
     try:
         if by_command:
-            options = ("--quiet", "--learn-seconds", "0.1", "--duration", "0.2")
+            options = ("--quiet", "--learn-seconds", "0.1", "--duration", "1")
             document = run_json("attach", *options, str(target.pid))
             promoted = document["promoted"]
             n_promoted = promoted if isinstance(promoted, int) else 0
         else:
             with optpoline.attach(target.pid, config=_TAKEOVER) as session:
-                session.learn()
-                n_promoted = session.promote()
+                deadline = time.monotonic() + _PROGRESS_S
+                n_promoted = 0
+                # The target may not have run in a window: others want the machine too.
+                while not n_promoted and time.monotonic() < deadline:
+                    session.learn()
+                    n_promoted = session.promote()
         tally.promoted += n_promoted
         if n_promoted == 0:
             raise TortureError("nothing was promoted")

@@ -59,8 +59,8 @@ def attach_command(
         received = relay.received
     console.say_all(format_summary(end.summary, console.style, verbose=console.verbose))
     invocation.sink.write(session_document(end.summary, end.detach, command="attach"))
+    # Ctrl-C is the ordinary way to end this; the other signals show in the status.
     if end.detach.outcome in NOT_UNDONE:
         invocation.exit_code = EXIT_NOT_UNDONE
-    # Ctrl-C is the ordinary way to end this; the other signals show in the status.
-    if received is not None and received != signal.SIGINT:
+    elif received is not None and received != signal.SIGINT:
         invocation.exit_code = 128 + received

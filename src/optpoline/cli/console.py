@@ -21,6 +21,9 @@ __all__ = ["Console", "style_for"]
 DEFAULT_WIDTH = 80
 """Characters in a line where nobody says how many there are."""
 
+_NOTE_PREFIX = "note: "
+"""Begins what a session tells when it happens, and its summary once more."""
+
 _ERASE_LINE = "\r\x1b[K"
 
 
@@ -71,16 +74,18 @@ class Console:
         self.verbose = verbose
         self.has_progress = progress and not quiet and _is_tty(stream)
         self._progress_shown = False
+        self._told_notes: set[str] = set()
 
     def say(self, text: str) -> None:
         """Print one line, unless quiet."""
-        if not self.quiet:
-            self._write(text + "\n")
+        self.say_all((text,))
 
     def say_all(self, lines: Iterable[str]) -> None:
-        """Print lines that go together, unless quiet."""
+        """Print lines that go together, unless quiet; a note that was told is left out."""
         if not self.quiet:
-            self._write("".join(line + "\n" for line in lines))
+            fresh = [line for line in lines if line not in self._told_notes]
+            self._told_notes.update(line for line in fresh if line.startswith(_NOTE_PREFIX))
+            self._write("".join(line + "\n" for line in fresh))
 
     def say_more(self, text: str) -> None:
         """Print one line only if verbose."""

@@ -54,6 +54,8 @@ def doctor_command(invocation: Invocation, pid: int | None) -> None:
     lines = format_checks("this machine", machine, style)
     if pid is not None:
         verdict = "can be attached to" if exit_code == 0 else "cannot be attached to"
+        if exit_code == 0 and any(check.status is CheckStatus.WARN for check in target):
+            verdict += "; mind the warnings"
         lines += ["", *format_checks(f"process {pid} {verdict}", target, style)]
     invocation.print_data(lines)
 
@@ -70,7 +72,7 @@ def _check_traces(invocation: Invocation, pid: int) -> Check | None:
     controller_pid = find_controller(pid) if left.controller_alive else None
     if controller_pid is not None:
         sentence = f"controller {controller_pid} works on it now ({_describe(left)})"
-        advice = f"end that one first: kill -INT {controller_pid}"
+        advice = f"end that one first: kill {controller_pid}"
         return failed(name, sentence, advice, Failure.REFUSED)
     if left.controller_alive:
         sentence = f"it has {_describe(left)} from the process that it was forked from"

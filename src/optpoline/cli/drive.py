@@ -42,13 +42,15 @@ _EVENT_PREFIXES = {
     "ATTACHED": "attached: ",
     "LEARNING": "",
     "PROMOTED": "promoted ",
+    "NOT_PROMOTED": "",
     "MODULE_ADDED": "loaded ",
     "EXITED": "",
     "EXECED": "",
     "NOTE": "note: ",
 }
 """Kinds of event that are always told, and what their line starts with. Scripts wait for
-"promoted "; the kinds that are not here are told with ``--verbose``."""
+"promoted ", which is said only where something was; the kinds that are not here are told with
+``--verbose``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,22 +110,31 @@ def drive_session(
         console: Where the user is told.
         clock: Seconds that only go forward.
 
+    Returns:
+        How it ended; also after an error, told then, if not all could be put back.
+
     Raises:
         OptpolineError: if learning, promoting or detaching failed; what had
-            been changed was put back first, as far as that was possible.
+            been changed was put back first.
     """
-    started = clock()
     is_gone = False
+    notes: tuple[str, ...] = ()
     try:
-        _keep_promoted(session, plan, stop, console, clock)
+        notes = _keep_promoted(session, plan, stop, console, clock)
     except ProcessGone:
         is_gone = True
+    except OptpolineError as error:
+        left = _roll_back(session, console)
+        if left is None:
+            raise
+        console.error(error.message, error.hint)
+        return _with_notes(left, (error.message,))
     except BaseException:
         _roll_back(session, console)
         raise
     finally:
         console.close_progress()
-    return _let_go(session, plan.leave, is_gone=is_gone, elapsed_s=clock() - started)
+    return _with_notes(_let_go(session, plan.leave, is_gone=is_gone), notes)
 
 
 def _keep_promoted(
@@ -132,46 +143,64 @@ def _keep_promoted(
     stop: threading.Event,
     console: Console,
     clock: Callable[[], float],
-) -> None:
-    """Learn, promote, and keep up until it is time to let go."""
+) -> tuple[str, ...]:
+    """Learn, promote, and keep up until it is time to let go; return what to note of it."""
     started = clock()
     limit_s = plan.duration_s
 
     def remaining_s() -> float | None:
         return None if limit_s is None else max(0.0, limit_s - (clock() - started))
 
-    window_s = plan.settings.learn_s if limit_s is None else min(plan.settings.learn_s, limit_s)
+    window_s = plan.settings.learn_s
+    if limit_s is not None and not plan.leave:
+        window_s = min(window_s, limit_s)
     if window_s > 0 and not stop.is_set():
         _show_progress(session, console, clock() - started)
         session.learn(seconds=window_s, stop=stop)
     # Too little time to promote for; but what is to be left has to be made first.
-    if stop.is_set() or (remaining_s() == 0 and not plan.leave):
-        return
+    if stop.is_set():
+        return ()
+    if remaining_s() == 0 and not plan.leave:
+        return (
+            f"nothing was promoted: the duration of {limit_s:g} s was over with the first learning "
+            f"window, which takes {plan.settings.learn_s:g} s (--learn-seconds)",
+        )
     session.promote()
     while not stop.is_set():
         left_s = remaining_s()
         if left_s == 0:
-            return
+            break
         if not console.has_progress:
             slice_s = left_s
         else:
             _show_progress(session, console, clock() - started)
             slice_s = PROGRESS_PERIOD_S if left_s is None else min(PROGRESS_PERIOD_S, left_s)
         if session.watch(seconds=slice_s, stop=stop) in _OVER or slice_s is None:
-            return
+            break
+    return ()
 
 
-def _roll_back(session: SessionHandle, console: Console) -> None:
-    """Restore after an error, which stays the one that is reported."""
+def _roll_back(session: SessionHandle, console: Console) -> SessionEnd | None:
+    """Restore after an error; return what is left, None if that is nothing to be told of."""
     try:
-        session.detach(leave=False)
+        result = session.detach(leave=False)
     except ProcessGone:
-        return
+        return None
     except OptpolineError as error:
         console.error(f"restoring failed: {error.message}", error.hint)
+        return None
+    if result.outcome not in NOT_UNDONE:
+        return None
+    return SessionEnd(summary=session.summary(), detach=result)
 
 
-def _let_go(session: SessionHandle, leave: bool, *, is_gone: bool, elapsed_s: float) -> SessionEnd:
+def _with_notes(end: SessionEnd, notes: tuple[str, ...]) -> SessionEnd:
+    """Add what is worth telling of a session's course to its summary."""
+    notes = tuple(note for note in notes if note not in end.summary.notes)
+    return replace(end, summary=replace(end.summary, notes=(*notes, *end.summary.notes)))
+
+
+def _let_go(session: SessionHandle, leave: bool, *, is_gone: bool) -> SessionEnd:
     """Detach, and join what was known before with what is known after."""
     before = session.summary()
     try:
@@ -193,6 +222,7 @@ def _let_go(session: SessionHandle, leave: bool, *, is_gone: bool, elapsed_s: fl
         stops=after.stops,
         stop_ms_max=after.stop_ms_max,
         stop_ms_total=after.stop_ms_total,
+        stops_over_limit=after.stops_over_limit,
         learning_s=after.learning_s,
         notes=(*after.notes, *(note for note in result.notes if note not in after.notes)),
     )

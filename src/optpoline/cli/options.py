@@ -12,7 +12,7 @@ import click
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.output import JsonSink
 
-__all__ = ["PID", "SECONDS", "parse_pid", "pass_invocation", "session_options", "shared_options"]
+__all__ = ["PID", "parse_pid", "pass_invocation", "session_options", "shared_options"]
 
 PID_MAX = 1 << 22
 """No process id is larger (PID_MAX_LIMIT, include/linux/threads.h)."""
@@ -47,31 +47,45 @@ class _PidType(click.ParamType[int]):
     ) -> int:
         """Accept decimal and hex, refuse what no process can have."""
         pid = value if isinstance(value, int) else parse_pid(value)
-        if pid is None or not 0 < pid <= PID_MAX:
+        if pid is None or pid <= 0:
             self.fail(f"{value!r} is not a process id (decimal, or hex after 0x)", param, ctx)
+        if pid > PID_MAX:
+            self.fail(f"{value!r} is above the largest process id, {PID_MAX}", param, ctx)
         return pid
 
 
-class _SecondsType(click.ParamType[float]):
-    """A length of time."""
+class _TimeType(click.ParamType[float]):
+    """A length of time.
 
-    name = "seconds"
+    Args:
+        unit: What it is counted in, plural.
+        may_be_zero: Whether none at all makes sense.
+    """
+
+    def __init__(self, unit: str, *, may_be_zero: bool = False) -> None:
+        """Keep what is allowed."""
+        self.name = unit
+        self._may_be_zero = may_be_zero
 
     def convert(
         self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Accept finite numbers from 0 up."""
+        """Accept finite numbers above 0, or from 0 up."""
         try:
-            seconds = float(value)
+            length = float(value)
         except ValueError:
-            seconds = math.nan
-        if not math.isfinite(seconds) or seconds < 0:
-            self.fail(f"{value!r} is not a number of seconds", param, ctx)
-        return seconds
+            length = math.nan
+        if not math.isfinite(length) or length < 0:
+            self.fail(f"{value!r} is not a number of {self.name}", param, ctx)
+        if length == 0 and not self._may_be_zero:
+            self.fail(f"{value!r} is not a number of {self.name} above 0", param, ctx)
+        return length
 
 
 PID = _PidType()
-SECONDS = _SecondsType()
+SECONDS = _TimeType("seconds")
+SECONDS_OR_NONE = _TimeType("seconds", may_be_zero=True)
+MILLISECONDS = _TimeType("milliseconds")
 
 
 def _set_json(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
@@ -171,7 +185,7 @@ def session_options(function: Callable[P, R]) -> Callable[P, R]:
     decorators = [
         click.option(
             "--duration",
-            type=SECONDS,
+            type=SECONDS_OR_NONE,
             metavar="S",
             help="Let go S seconds after the attach was complete.",
         ),
@@ -185,7 +199,7 @@ def session_options(function: Callable[P, R]) -> Callable[P, R]:
         ),
         click.option(
             "--max-stop-ms",
-            type=SECONDS,
+            type=MILLISECONDS,
             metavar="MS",
             default=5.0,
             show_default=True,

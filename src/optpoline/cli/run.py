@@ -30,6 +30,13 @@ __all__ = ["run_command"]
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 
+TOO_SHORT = "the program ended before it could be attached to"
+
+NOT_FOLLOWED = (
+    "it runs on as it is; what it starts is not followed: put `optpoline run --` before that"
+)
+"""The remedy where the program is a shell or a launcher."""
+
 _RELAYED = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -68,10 +75,11 @@ def run_command(
         console = invocation.console()
         promotion = _Promotion(invocation, child, relay, console)
         promotion.keep_promoted(plan)
+        summary = promotion.summary()
+        # The session may be over long before the program is.
+        if promotion.end is not None:
+            console.say_all(format_summary(summary, console.style, verbose=console.verbose))
         status = child.wait_status()
-    summary = promotion.summary()
-    if promotion.end is not None:
-        console.say_all(format_summary(summary, console.style, verbose=console.verbose))
     detach = None if promotion.end is None else promotion.end.detach
     invocation.sink.write(session_document(summary, detach, command="run", exit_status=status))
     invocation.exit_code = status
@@ -101,6 +109,9 @@ class _Promotion:
             if end.summary.state is not SessionState.EXECED:
                 return
             self._note("the program replaced itself (exec); this is about what came last")
+        if self.end is None and not self._notes:
+            self._console.say(f"not promoted: {TOO_SHORT}")
+            self._note(TOO_SHORT)
 
     def summary(self) -> Summary:
         """Return the last session's summary, or one that says why there was none."""
@@ -134,7 +145,9 @@ class _Promotion:
             return None
         except NoSites as error:
             self._console.say(f"not promoted: {error.message}")
-            self._note(error.message)
+            if not self._notes:
+                self._console.say(f"  {NOT_FOLLOWED}")
+            self._note(f"{error.message}; {NOT_FOLLOWED}")
         except OptpolineError as error:
             self._console.error(f"the program runs on unpromoted: {error.message}", error.hint)
             self._note(str(error))

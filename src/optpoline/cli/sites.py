@@ -7,6 +7,7 @@ import click
 
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import PID_MAX, parse_pid, pass_invocation, shared_options
+from optpoline.controller.summary import SiteState
 from optpoline.errors import NoSites, UsageError
 from optpoline.report.json_document import sites_document
 from optpoline.report.session_text import count_of
@@ -27,16 +28,20 @@ def sites_command(invocation: Invocation, target: str) -> None:
     invocation.sink.validate_writable()
     pid = parse_pid(target)
     if pid is not None and not 0 < pid <= PID_MAX:
-        raise UsageError(f"{target} is not a process id", hint=f"for a file write ./{target}")
+        what = "not a process id" if pid <= 0 else f"above the largest process id, {PID_MAX}"
+        raise UsageError(f"{target} is {what}", hint=f"for a file write ./{target}")
     listing = invocation.api.find_sites(target if pid is None else pid)
     if not listing.sites:
         name = target if pid is None else f"process {pid}"
-        raise NoSites(f"{name} has no retpoline site: {format_no_sites(listing.modules)}")
+        instead = format_no_sites(listing.modules, is_file=pid is None)
+        raise NoSites(f"{name} has no retpoline site: {instead}")
     invocation.sink.write(sites_document(target, listing.modules, listing.sites, listing.notes))
     if not invocation.sink.takes_stdout:
         style = invocation.stdout_style()
         invocation.print_data(format_sites(listing.modules, listing.sites, style))
     console = invocation.console()
     n_modules = len({site.module for site in listing.sites})
-    console.say(f"{count_of(len(listing.sites), 'site')} in {count_of(n_modules, 'module')}")
+    n_promoted = sum(site.state is SiteState.PROMOTED for site in listing.sites)
+    counts = f"{count_of(len(listing.sites), 'site')} in {count_of(n_modules, 'module')}"
+    console.say(f"{counts}, {n_promoted} promoted" if n_promoted else counts)
     console.say_all(f"note: {note}" for note in listing.notes)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from optpoline.controller.arguments import validate_pid
 from optpoline.controller.audit_arenas import ArenaJudge, judge_rights
 from optpoline.controller.audit_report import (
     AuditReport,
@@ -42,7 +43,7 @@ from optpoline.model import Mapping, Module
 from optpoline.patch.layout import ARENA_NAME, BlockState, JournalEntry
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import list_modules
-from optpoline.process.permissions import explain_denied
+from optpoline.process.permissions import check_has_program, explain_denied
 from optpoline.process.procfs import read_maps
 
 __all__ = ["audit"]
@@ -72,9 +73,12 @@ def audit(pid: int) -> AuditReport:
     Target state: running. Its memory and the files it has mapped are read.
 
     Raises:
-        ProcessGone: if there is no such process.
+        UsageError: if ``pid`` is no whole number from 1 up.
+        ProcessGone: if there is no such process, or it is a zombie.
+        UnsupportedTarget: if it has no program of our kind: a kernel thread, for one.
         PermissionDenied: if its memory may not be read.
     """
+    check_has_program(validate_pid(pid))
     try:
         memory = RemoteMemory(pid)
     except PermissionDenied as denied:
@@ -109,14 +113,14 @@ def _report(pid: int, look: _Look, real: set[Finding]) -> AuditReport:
         arenas=len(look.arenas),
         controller_pid=headers[0].controller_pid if headers else 0,
         controller_alive=any(is_controller_alive(header) for header in headers),
-        patched=look.sites.patched,
+        promoted=look.sites.patched,
         baseline=look.sites.baseline,
         gone=look.sites.gone,
         blocks=blocks.count(BlockState.LIVE),
         retired=blocks.count(BlockState.RETIRED),
         modules=look.n_modules,
         faults=tuple(sorted(faults, key=lambda one: (one.address, one.sentence))),
-        foreign=tuple(sorted(foreign, key=lambda one: (one.address, one.kind.value))),
+        foreign_changes=tuple(sorted(foreign, key=lambda one: (one.address, one.kind.value))),
         notes=tuple(dict.fromkeys(look.notes)),
     )
 

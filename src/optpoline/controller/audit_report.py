@@ -92,14 +92,14 @@ class AuditReport:
         arenas: Number of arenas mapped in it.
         controller_pid: Controller that made them, as it recorded itself; 0 if none.
         controller_alive: Whether that controller still runs.
-        patched: Sites that lead to a live block.
+        promoted: Sites that lead to a live block, a counting one included.
         baseline: Journalled sites that hold their baseline.
         gone: Journalled sites whose module was unloaded or replaced.
         blocks: Live blocks, each looked at.
         retired: Retired blocks, likewise.
         modules: Modules whose text was compared with their file.
         faults: What is wrong, by address.
-        foreign: What others changed, by address.
+        foreign_changes: What others changed, by address.
         notes: Sentences worth telling.
     """
 
@@ -107,14 +107,14 @@ class AuditReport:
     arenas: int
     controller_pid: int
     controller_alive: bool
-    patched: int
+    promoted: int
     baseline: int
     gone: int
     blocks: int
     retired: int
     modules: int
     faults: tuple[Fault, ...]
-    foreign: tuple[ForeignChange, ...]
+    foreign_changes: tuple[ForeignChange, ...]
     notes: tuple[str, ...]
 
     @property

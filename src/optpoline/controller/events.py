@@ -15,6 +15,8 @@ class EventKind(Enum):
     ATTACHED = "attached"
     LEARNING = "learning"
     PROMOTED = "promoted"
+    NOT_PROMOTED = "not_promoted"
+    """A learning window is over, and nothing was worth a promotion."""
     RELEARNED = "relearned"
     DEMOTED = "demoted"
     MODULE_ADDED = "module_added"

@@ -11,21 +11,31 @@ import sys
 import time
 from collections.abc import Sequence
 
+from optpoline.controller.address_space import target_space
 from optpoline.controller.arenas import unmap_range
 from optpoline.controller.linker import Linker, Move
-from optpoline.controller.observer import ThreadObserver, target_space
+from optpoline.controller.observer import ThreadObserver
 from optpoline.controller.poking import MAX_TRIES, TRY_EVERY_S, poke_patiently
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome, DetachResult, SiteState
 from optpoline.controller.target import Target
-from optpoline.errors import ArenaError, ProcessGone, StopTimeout, UnsupportedTarget
+from optpoline.errors import (
+    ArenaError,
+    AttachError,
+    OptpolineError,
+    PermissionDenied,
+    ProcessGone,
+    StopTimeout,
+    UnsupportedTarget,
+)
 from optpoline.model import Addr, Refusal
-from optpoline.patch.blocks import point_back
+from optpoline.patch.blocks import point_back, redirect
 from optpoline.patch.grace import GracePeriods, RetiredCode
 from optpoline.patch.text import Poke, is_same_but_disp, leads_into, read_entries
+from optpoline.process.permissions import find_tracer
 from optpoline.process.stop import Wake
 
-__all__ = ["let_go", "unmap_when_quiescent"]
+__all__ = ["let_go", "unmap_or_say_why", "unmap_when_quiescent"]
 
 GRACE_PERIOD_S = 0.5
 """A thread inside a block leaves it within nanoseconds of running, so who is still there
@@ -46,13 +56,64 @@ def let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> Det
         records: Its sites.
         leave: Keep promoted sites promoted.
 
-    Raises:
-        StopTimeout: if its threads could not be stopped; everything still works.
+    Returns:
+        What was done; INCOMPLETE if its threads could not be stopped, because a debugger
+        traces them or they do not stop in time. Then everything still works, and the notes
+        say what is left.
     """
+    linked = [record for record in records if record.home is not None]
     try:
         return _let_go(target, records, leave=leave)
     except ProcessGone:
         return DetachResult(outcome=DetachOutcome.GONE, restored=0, foreign=(), notes=())
+    except (AttachError, StopTimeout) as error:
+        try:
+            return _tell_undone(target, linked, error, leave=leave)
+        except ProcessGone:
+            return DetachResult(outcome=DetachOutcome.GONE, restored=0, foreign=(), notes=())
+
+
+def _tell_undone(
+    target: Target, linked: Sequence[SiteRecord], error: OptpolineError, *, leave: bool
+) -> DetachResult:
+    """Say what a letting go that could not stop the threads has left.
+
+    Sites that lead to a counting block still go on to their promoted one, or to their thunk,
+    by a store that needs no stop: nobody is there any more who would read what they count.
+
+    Args:
+        target: The process.
+        linked: Sites that led to blocks before.
+        error: Why its threads could not be stopped.
+        leave: Whether promoted sites were to stay promoted.
+    """
+    leave = leave and any(record.state is SiteState.PROMOTED for record in linked)
+    target.read_maps()
+    stuck = _leading(target, [record for record in linked if target.has_site(record)])
+    learning = [record for record in stuck if record.state is not SiteState.PROMOTED]
+    for record in stuck:
+        active = record.active if record.state is SiteState.PROMOTED else None
+        if record.home is not None and record.home is not active:
+            redirect(record.home, record.thunk_addr if active is None else active.addr)
+    is_stuck = {record.site.addr for record in stuck}
+    for record in linked:
+        if record.site.addr not in is_stuck and record.state is not SiteState.REFUSED:
+            record.state = SiteState.BASELINE
+    left = learning if leave else stuck
+    if left:
+        n_sites = "1 site" if len(left) == 1 else f"{len(left)} sites"
+        what = f"{n_sites} could not be restored, and keep{'s' * (len(left) == 1)} working"
+        outcome = DetachOutcome.INCOMPLETE
+    else:
+        what = "arenas stay mapped, nothing leads there"
+        outcome = DetachOutcome.ARENA_LEFT
+    note = f"{error.message}: {what}; `optpoline detach {target.pid}` undoes the rest later"
+    return DetachResult(
+        outcome=DetachOutcome.LEFT if leave else outcome,
+        restored=0 if leave else len(linked) - len(stuck),
+        foreign=(),
+        notes=() if leave and not left else (note,),
+    )
 
 
 def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> DetachResult:
@@ -105,7 +166,7 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
         return DetachResult(outcome=outcome, restored=restored, foreign=foreign, notes=(note,))
     ranges = [(arena.addr, arena.end) for arena in target.arenas]
     code_ranges = [(arena.code_start, arena.used_code_end) for arena in target.arenas]
-    notes = unmap_when_quiescent(target, ranges, code_ranges)
+    notes = unmap_or_say_why(target, ranges, code_ranges)
     return DetachResult(
         outcome=DetachOutcome.ARENA_LEFT if notes else DetachOutcome.CLEAN,
         restored=restored,
@@ -157,6 +218,28 @@ def _find_foreign(target: Target, records: Sequence[SiteRecord]) -> tuple[int, .
 def _is_ours(record: SiteRecord) -> bool:
     """Tell whether a site holds the bytes we wrote, as far as we know."""
     return record.refusal is not Refusal.FOREIGN_BYTES
+
+
+def unmap_or_say_why(
+    target: Target,
+    ranges: Sequence[tuple[Addr, Addr]],
+    code_ranges: Sequence[tuple[Addr, Addr]],
+) -> tuple[str, ...]:
+    """Unmap as ``unmap_when_quiescent`` does; say who is in the way, and what to do later.
+
+    While a debugger holds the program, running or not, no system call can be run in it.
+    """
+    try:
+        notes = unmap_when_quiescent(target, ranges, code_ranges)
+    except PermissionDenied as denied:
+        notes = (f"arenas stay mapped: {denied.message}",)
+    if not notes:
+        return ()
+    undo = f"`optpoline detach {target.pid}` unmaps them later"
+    tracer = find_tracer(target.pid)
+    if tracer is not None:
+        return (f"arenas stay mapped: {tracer} traces the program; once it has let go, {undo}",)
+    return (*notes[:-1], f"{notes[-1]}; {undo}")
 
 
 def unmap_when_quiescent(

@@ -76,5 +76,5 @@ def _busy(pid: int) -> ControllerActive:
         )
     return ControllerActive(
         f"another optpoline controller, process {holder}, works on process {pid}",
-        hint=f"end that one first (kill -INT {holder})",
+        hint=f"end that one first (kill {holder})",
     )

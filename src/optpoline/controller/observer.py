@@ -2,38 +2,38 @@
 """Look at the threads of a target for grace periods, and at those of its children.
 
 Threads that sleep in the kernel are looked at where they are: what was read counts
-only if their context-switch counters say that they slept all the while. Threads that
-run are looked at in a stop, as many as fit its length.
+only if they slept all the while (``has_slept_since``). Threads that run are looked at
+in a stop, as many as fit its length. A thread under another's tracer is not looked at:
+its registers may be ones that a debugger has put there for a call, and its own elsewhere.
+
+A program is *suspected* of switching its stacks when there is what a switch leaves, but
+also a signal: a saved PC below a thread's stack pointer. It is then looked at in one stop
+like one that does, if memory is small enough for that. Suspicion is no reason to reuse
+nothing: if it is too large, the program is *excused*, and searched as before.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 
-from optpoline.controller.target import Target
+from optpoline.controller.address_space import AddressSpace
 from optpoline.errors import AttachError, ProcessGone
-from optpoline.model import Addr, Mapping
 from optpoline.patch.grace import Look, ThreadKey
-from optpoline.patch.layout import ARENA_PATH
-from optpoline.patch.quiescence import ThreadPosition, find_held, find_words
+from optpoline.patch.memory_search import search_memory
+from optpoline.patch.quiescence import ThreadPosition, ThreadScan, scan_thread
 from optpoline.patch.ranges import AddressRanges
-from optpoline.patch.stacks import StackMap
-from optpoline.process.memory import RemoteMemory
-from optpoline.process.pagemap import resident_ranges
 from optpoline.process.procfs import (
+    ThreadState,
     ThreadWhere,
-    list_tids,
-    read_maps,
-    read_state_char,
+    has_slept_since,
     read_thread_state,
 )
-from optpoline.process.sharers import find_sharers
-from optpoline.process.stop import Stop, Wake, stop_threads
+from optpoline.process.stop import Stop, Wake
 
-__all__ = ["AddressSpace", "ThreadObserver", "child_space", "target_space"]
+__all__ = ["ThreadObserver"]
 
 MAX_SEARCH_SIZE = 4 << 30
 """Bytes of writable memory searched for contexts of programs that switch stacks."""
@@ -45,82 +45,6 @@ LOOK_S = 10e-6
 """Time for looks in a stop, per thread that stands: a third of what a look at each would
 take. 2,000 threads stand for 25 ms and more in any case."""
 
-_DEAD_STATES = "ZX"
-
-
-@dataclass(slots=True)
-class AddressSpace:
-    """A process whose threads are looked at, with those that share its memory.
-
-    Attributes:
-        pid: The process.
-        memory: Its memory.
-        read_maps: Reads its memory map anew.
-        stop: Stops its threads for the length of a block; None if it must not be stopped.
-        maps: Its memory map as of the look under way.
-        stack_map: Where its stacks may be, likewise.
-        stacks: Mappings that are one thread's stack and nothing else, seen clean.
-        holding: The same of threads that were inside the code at their last look.
-        is_target: Whether it is the target itself, whose end is an error.
-    """
-
-    pid: int
-    memory: RemoteMemory
-    read_maps: Callable[[], Sequence[Mapping]]
-    stop: Callable[[Wake], AbstractContextManager[Stop]] | None
-    maps: Sequence[Mapping] = ()
-    stack_map: StackMap = field(default_factory=lambda: StackMap(()))
-    stacks: set[tuple[int, int]] = field(default_factory=set)
-    holding: dict[ThreadKey, tuple[int, int]] = field(default_factory=dict)
-    is_target: bool = False
-
-    def refresh(self) -> None:
-        """Read the memory map anew.
-
-        Raises:
-            ProcessGone: if the process is.
-        """
-        maps = self.read_maps()
-        if maps != self.maps:
-            self.maps, self.stack_map = maps, StackMap(maps)
-
-    def forget_stacks(self) -> None:
-        """Look at every stack anew."""
-        self.stacks.clear()
-        self.holding.clear()
-
-
-def target_space(target: Target) -> AddressSpace:
-    """Return the target's own."""
-    return AddressSpace(
-        pid=target.pid,
-        memory=target.memory,
-        read_maps=target.read_maps,
-        stop=target.stop,
-        is_target=True,
-    )
-
-
-def child_space(pid: int, *, may_stop: bool, timeout_ns: int) -> AddressSpace:
-    """Return that of a forked child of the target.
-
-    Raises:
-        AttachError: if it is gone, or its memory may not be read.
-    """
-    memory = RemoteMemory(pid)
-
-    @contextmanager
-    def stop(wake: Wake) -> Iterator[Stop]:
-        with stop_threads(pid, memory=memory, wake=wake, timeout_ns=timeout_ns) as stopped:
-            yield stopped
-
-    return AddressSpace(
-        pid=pid,
-        memory=memory,
-        read_maps=lambda: read_maps(pid),
-        stop=stop if may_stop else None,
-    )
-
 
 class _Found:
     """What a look has found so far."""
@@ -130,12 +54,12 @@ class _Found:
         self._quiescent: set[ThreadKey] = set()
         self._holding: dict[ThreadKey, frozenset[int]] = {}
 
-    def add(self, key: ThreadKey, held: frozenset[int] | None) -> None:
+    def add(self, key: ThreadKey, scan: ThreadScan | None) -> None:
         """Note where a thread is, None if it could not be told."""
-        if held is None:
+        if scan is None:
             return
-        if held:
-            self._holding[key] = held
+        if scan.held:
+            self._holding[key] = scan.held
         else:
             self._quiescent.add(key)
 
@@ -170,13 +94,19 @@ class ThreadObserver:
         """Look at nothing yet."""
         self._spaces = spaces
         self._budget_s = stop_budget_s
-        self._is_switching = False
+        self._is_proved = False
+        self._is_suspected = False
+        self._is_excused = False
         self._has_nappers = False
         """Whether a stop of this grace period found threads asleep too briefly for a look."""
 
     def is_switching(self) -> bool:
-        """Tell whether the program was ever seen to run on stacks of its own making."""
-        return self._is_switching
+        """Tell whether the program was ever seen, or is suspected, to switch its stacks."""
+        return self._is_proved or self._is_suspected
+
+    def suspect_switching(self) -> None:
+        """Note that a thread, or memory, may have changed as no program on one stack does."""
+        self._is_suspected = not self._is_excused
 
     def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
         """Look at threads that sleep."""
@@ -184,10 +114,10 @@ class ThreadObserver:
         self._has_nappers &= bool(known)
         for space in self._spaces():
             if not known:
-                space.forget_stacks()
-            for key in _list_threads(space):
+                space.scans.clear()
+            for key in space.list_threads():
                 if key not in known:
-                    found.add(key, self._find_held_asleep(space, key, ranges))
+                    found.add(key, self._scan_asleep(space, key, ranges))
         # Listed behind the looks: a child forked by a thread before that was looked at is here.
         return found.as_look(self._list_all())
 
@@ -198,10 +128,10 @@ class ThreadObserver:
         pointed_to: set[int] | None = set()
         for space in self._spaces():
             if space.stop is None:
-                for key in _list_threads(space):
+                for key in space.list_threads():
                     if key not in known:
-                        found.add(key, self._find_held_asleep(space, key, ranges))
-                if self._is_switching:
+                        found.add(key, self._scan_asleep(space, key, ranges))
+                if self.is_switching():
                     pointed_to = None  # a search of memory that changes meanwhile proves nothing
                 continue
             try:
@@ -211,6 +141,8 @@ class ThreadObserver:
                     raise
                 continue  # a child that has exited
             pointed_to = None if pointed_to is None or more is None else pointed_to | more
+        if pointed_to is None and self._is_suspected:
+            self._is_suspected, self._is_excused = False, True
         # Who could not be told may have parked a context behind the search, and be gone by now.
         return found.as_look(
             self._list_all() | untold, None if pointed_to is None else frozenset(pointed_to)
@@ -229,12 +161,12 @@ class ThreadObserver:
         # A thread that naps too briefly for a look holds everything up, unless it stands; but
         # one that wakes to begin a transfer may be interrupted in it: only where it must be.
         with stop_space(Wake.UNNOTICED if self._has_nappers else Wake.NONE) as stop:
-            if self._is_switching:
+            if self.is_switching():
                 # What was mapped, or parked on a stack, since the last look counts as well.
                 space.refresh()
-                space.forget_stacks()
+                space.scans.clear()
             self._look_at_stopped(space, stop, ranges, known, found)
-            if not self._is_switching:
+            if not self.is_switching():
                 self._look_at_nappers(space, stop, ranges, known, found)
                 return frozenset()
             pointed_to = self._look_at_all_memory(space, stop, ranges, found)
@@ -256,9 +188,9 @@ class ThreadObserver:
         left = {key for key in stop.sleepers if key not in known}
         while left and time.monotonic() < end_s:
             for key in tuple(left):
-                held = self._find_held_asleep(space, key, ranges)
-                found.add(key, held)
-                if held is not None:
+                scan = self._scan_asleep(space, key, ranges, in_stop=True)
+                found.add(key, scan)
+                if scan is not None:
                     left.discard(key)
             if left:
                 stop.sweep()
@@ -271,13 +203,13 @@ class ThreadObserver:
     ) -> frozenset[int] | None:
         """Look at the sleepers and at memory, and see that nobody woke meanwhile."""
         asleep = stop.sleepers
-        before = {key: _read_switches(key) for key in asleep}
-        held = {key: self._find_held_asleep(space, key, ranges) for key in asleep}
-        pointed_to = self._search(space, ranges, MAX_STOPPED_SEARCH_SIZE)
-        for key in asleep:
+        before = {key: _read_asleep(key, in_stop=True) for key in asleep}
+        scans = {key: self._scan_asleep(space, key, ranges, in_stop=True) for key in asleep}
+        pointed_to = self._search(space, ranges, MAX_STOPPED_SEARCH_SIZE, is_stopped=True)
+        for key, state in before.items():
             # Who woke meanwhile may have resumed a context that was not found.
-            if _read_switches(key) == before[key]:
-                found.add(key, held[key])
+            if state is not None and _has_slept_since(key, state):
+                found.add(key, scans[key])
         return pointed_to
 
     def search(self, ranges: AddressRanges) -> frozenset[int] | None:
@@ -289,7 +221,7 @@ class ThreadObserver:
             for space in new:
                 searched.add(space.pid)
                 try:
-                    more = self._search(space, ranges, MAX_SEARCH_SIZE)
+                    more = self._search(space, ranges, MAX_SEARCH_SIZE, is_stopped=False)
                 except ProcessGone:
                     if space.is_target:
                         raise
@@ -306,7 +238,7 @@ class ThreadObserver:
         while new := [space for space in self._spaces() if space.pid not in listed]:
             for space in new:
                 listed.add(space.pid)
-                keys.update(_list_threads(space))
+                keys.update(space.list_threads())
         return frozenset(keys)
 
     def _look_at_stopped(
@@ -325,123 +257,93 @@ class ThreadObserver:
             key = (thread.pid, thread.tid)
             if key in known:
                 continue
-            if found.looked_at and not self._is_switching and time.monotonic() > end_s:
+            if found.looked_at and not self.is_switching() and time.monotonic() > end_s:
                 break
             position = ThreadPosition(tid=thread.tid, pc=thread.pc, sp=thread.sp)
-            held = _find_held(space, position, ranges)
-            self._note_stack(space, key, position, held)
-            found.add(key, held)
+            found.add(key, self._scan(space, key, position, ranges))
 
-    def _note_stack(
+    def _scan(
         self,
         space: AddressSpace,
         key: ThreadKey,
         position: ThreadPosition,
-        held: frozenset[int] | None,
-    ) -> None:
-        """Note what kind of stack a thread is on, and whether it need not be searched."""
-        # A stack that it has left since with a saved PC on it is memory like any other.
-        space.holding.pop(key, None)
+        ranges: AddressRanges,
+    ) -> ThreadScan | None:
+        """Look at a thread that does not move; note what kind of stack it is on."""
+        # Of a stack that it has left since nothing is known any more.
+        space.scans.pop(key, None)
+        scan = scan_thread(
+            position,
+            read=space.memory.read,
+            find_resident=space.find_existing,
+            stacks=space.stack_map,
+            ranges=ranges,
+        )
         stack = space.stack_map.stack_at(position.sp)
-        if stack is None or held is None:
-            return
-        if not stack.is_own:
-            self._is_switching = True
-        elif held:
-            space.holding[key] = (stack.start, stack.end)
-        else:
-            space.stacks.add((stack.start, stack.end))
+        if scan is not None and stack is not None:
+            self._is_proved |= not stack.is_own
+            space.scans[key] = scan
+        return scan
 
-    def _find_held_asleep(
-        self, space: AddressSpace, key: ThreadKey, ranges: AddressRanges
-    ) -> frozenset[int] | None:
+    def _scan_asleep(
+        self, space: AddressSpace, key: ThreadKey, ranges: AddressRanges, *, in_stop: bool = False
+    ) -> ThreadScan | None:
         """Look at a thread without stopping it; None if it does not sleep all the while."""
+        state = _read_asleep(key, in_stop=in_stop)
+        if state is None:
+            return None
+        position = ThreadPosition(tid=state.tid, pc=state.pc, sp=state.sp)
         try:
-            before = read_thread_state(*key)
-            if before.where is ThreadWhere.RUNNING:
-                return None
-            position = ThreadPosition(tid=before.tid, pc=before.pc, sp=before.sp)
-            held = _find_held(space, position, ranges)
+            scan = self._scan(space, key, position, ranges)
         except AttachError:
             return None
-        if _read_switches(key) != (before.n_voluntary, before.n_nonvoluntary):
-            return None
-        self._note_stack(space, key, position, held)
-        return held
+        if _has_slept_since(key, state):
+            return scan
+        space.scans.pop(key, None)
+        return None
 
     def _search(
-        self, space: AddressSpace, ranges: AddressRanges, max_size: int
+        self, space: AddressSpace, ranges: AddressRanges, max_size: int, *, is_stopped: bool
     ) -> frozenset[int] | None:
-        """Search one address space, threads' own stacks left out: those were looked at."""
-        found = find_words(
+        """Search one address space, and note what the hits say of the program."""
+        alive = {k: scan for k, scan in space.scans.items() if is_stopped or k in space.threads}
+        gone = [scan for key, scan in space.scans.items() if key not in alive]
+        found = search_memory(
             read=space.memory.read,
-            maps=_existing(space),
-            skip=(),
+            memory=space.find_writable(),
+            scans=tuple(alive.values()),
+            dead=[(stack.start, stack.end) for scan in gone for stack in scan.stacks],
             ranges=ranges,
             max_size=max_size,
+            is_stopped=is_stopped,
         )
-        if found:
-            self._is_switching = True
-        return found
+        if found is None:
+            return None
+        self._is_proved |= found.is_proof
+        if found.is_suspicious:
+            self.suspect_switching()
+        return found.addrs
 
 
-def _existing(space: AddressSpace) -> tuple[Mapping, ...]:
-    """Return the writable memory that exists and was not looked at as a thread's stack."""
-    parts: list[Mapping] = []
-    living = [stack for key, stack in space.holding.items() if _read_switches(key) is not None]
-    skipped = {*space.stacks, *living}
-    for mapping in space.maps:
-        # Counters hold targets that were counted; nobody keeps a saved PC there.
-        if not mapping.is_writable or mapping.path == ARENA_PATH:
-            continue
-        if (mapping.start, mapping.end) in skipped:
-            continue
-        if mapping.perms.endswith("s"):
-            parts.append(mapping)
-            continue
-        ranges = resident_ranges(space.pid, mapping.start, mapping.end)
-        parts += [replace(mapping, start=Addr(first), end=Addr(last)) for first, last in ranges]
-    return tuple(parts)
+def _read_asleep(key: ThreadKey, *, in_stop: bool) -> ThreadState | None:
+    """Return where a thread sleeps; None if it does not, or another tracer has its registers.
 
-
-def _list_threads(space: AddressSpace) -> tuple[ThreadKey, ...]:
-    """Return the threads that live in an address space, and read its memory map anew."""
-    keys: list[ThreadKey] = []
-    try:
-        space.refresh()
-        pids = (space.pid, *find_sharers(space.pid))
-    except ProcessGone:
-        if space.is_target:
-            raise
-        return ()
-    for pid in pids:
-        try:
-            keys += [(pid, tid) for tid in list_tids(pid) if not _is_dead(pid, tid)]
-        except ProcessGone:
-            if pid == space.pid and space.is_target:
-                raise
-    return tuple(keys)
-
-
-def _is_dead(pid: int, tid: int) -> bool:
-    """Tell whether a thread runs no more, such as a first thread that has exited."""
-    try:
-        return read_state_char(pid, tid) in _DEAD_STATES
-    except ProcessGone:
-        return True
-
-
-def _read_switches(key: ThreadKey) -> tuple[int, int] | None:
-    """Return a thread's context-switch counters; None if it is gone."""
+    A stop of ours may leave threads alone that it has seized already.
+    """
     try:
         state = read_thread_state(*key)
-    except ProcessGone:
+    except AttachError:
         return None
-    return state.n_voluntary, state.n_nonvoluntary
+    if state.where is ThreadWhere.RUNNING:
+        return None
+    if state.tracer_pid and not (in_stop and Path(f"/proc/self/task/{state.tracer_pid}").exists()):
+        return None
+    return state
 
 
-def _find_held(
-    space: AddressSpace, position: ThreadPosition, ranges: AddressRanges
-) -> frozenset[int] | None:
-    """Look at one thread."""
-    return find_held(position, read=space.memory.read, stacks=space.stack_map, ranges=ranges)
+def _has_slept_since(key: ThreadKey, before: ThreadState) -> bool:
+    """Tell whether a thread is there and has slept all the while."""
+    try:
+        return has_slept_since(key[0], before)
+    except AttachError:
+        return False

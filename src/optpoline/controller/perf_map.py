@@ -11,6 +11,9 @@ that runs, and a compiler in the program that keeps such a file finds one it may
 
 Invariants:
   * A file that holds one line of somebody else's is theirs: never replaced, never removed.
+  * A map whose program ended with nobody there is removed by the next session, or the next
+    ``detach``, that comes to its directory: if it is ours, belongs to the user of the
+    program that is worked on, and no process that can be seen has its id.
   * No symbolic link is followed, neither for the directory nor for the file.
   * The file is whole at every moment: written beside, then moved into place.
   * Nothing here makes a session fail; what cannot be done is a sentence to be told.
@@ -27,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from optpoline.errors import OptpolineError
+from optpoline.errors import OptpolineError, ProcessGone
 from optpoline.model import Addr
 from optpoline.patch.layout import BlockEntry
 from optpoline.process.procfs import read_status
@@ -39,6 +42,7 @@ UPDATE_EVERY_S = 1.0
 
 _MODE = 0o644
 _PROC = Path("/proc")
+_MAP_NAME = re.compile(r"perf-([1-9][0-9]{0,9})\.map")
 _OUR_LINE = re.compile(rb"[0-9a-f]+ [0-9a-f]+ optpoline:")
 _CHUNK_SIZE = 1 << 16
 
@@ -103,6 +107,7 @@ class PerfMap:
         try:
             if self._folder is None:
                 self._folder = _Folder(self._pid, self._proc_root)
+                self._folder.remove_stale()
             if not self._folder.replace(format_map(blocks, self._symbol_at)):
                 raise OptpolineError("the program itself writes it")
         except (OSError, OptpolineError) as error:
@@ -133,11 +138,15 @@ class PerfMap:
 
 
 def remove_perf_map(pid: int, *, proc_root: Path = _PROC) -> None:
-    """Take away a map that an earlier controller left; somebody else's stays."""
+    """Take away a map that an earlier controller left; somebody else's stays.
+
+    Maps of programs that are gone go with it.
+    """
     with contextlib.suppress(OSError, OptpolineError):
         folder = _Folder(pid, proc_root)
         try:
             folder.remove()
+            folder.remove_stale()
         finally:
             folder.close()
 
@@ -147,6 +156,7 @@ class _Folder:
 
     def __init__(self, pid: int, proc_root: Path) -> None:
         """Open the directory, which stays ours when the program has gone."""
+        self._proc_root = proc_root
         status = read_status(pid, proc_root=proc_root)
         # Innermost last: the id that the program itself knows, and perf looks for.
         self.name = f"perf-{status.ns_pids[-1]}.map"
@@ -161,7 +171,7 @@ class _Folder:
 
     def replace(self, data: bytes) -> bool:
         """Write the file anew; False if it is somebody else's."""
-        found = self._is_ours()
+        found = self._is_ours(self.name)
         if found is False:
             return False
         with self._written_beside(data) as beside:
@@ -177,8 +187,28 @@ class _Folder:
 
     def remove(self) -> None:
         """Remove the file if it is ours."""
-        if self._is_ours():
+        if self._is_ours(self.name):
             os.unlink(self.name, dir_fd=self._fd)
+
+    def remove_stale(self) -> None:
+        """Remove the maps of programs that are gone, as far as that can be told and done."""
+        with contextlib.suppress(OSError, OptpolineError):
+            found = {
+                name: int(match[1])
+                for name in os.listdir(self._fd)
+                if (match := _MAP_NAME.fullmatch(name)) and name != self.name
+            }
+            left = {name: pid for name, pid in found.items() if self._is_left(name)}
+            # Asked after the files were seen: who has come since has made its own anew.
+            living = _list_own_pids(self._proc_root) if left else frozenset()
+            for name, pid in left.items():
+                if pid not in living:
+                    os.unlink(name, dir_fd=self._fd)
+
+    def _is_left(self, name: str) -> bool:
+        """Tell whether a file is a map of ours, of the same user's program."""
+        status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        return status.st_uid == self._owner[0] and bool(self._is_ours(name))
 
     @contextmanager
     def _written_beside(self, data: bytes) -> Iterator[str]:
@@ -199,12 +229,12 @@ class _Folder:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(beside, dir_fd=self._fd)
 
-    def _is_ours(self) -> bool | None:
-        """Tell whether every line of the file is ours; None if there is no file."""
+    def _is_ours(self, name: str) -> bool | None:
+        """Tell whether every line of a file is ours; None if there is no file."""
         # Not to hang on a pipe of that name.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            fd = os.open(self.name, flags, dir_fd=self._fd)
+            fd = os.open(name, flags, dir_fd=self._fd)
         except FileNotFoundError:
             return None
         except OSError:
@@ -216,3 +246,13 @@ class _Folder:
             return bool(first := file.readline()) and all(
                 _OUR_LINE.match(line) for line in (first, *file)
             )
+
+
+def _list_own_pids(proc_root: Path) -> frozenset[int]:
+    """Return the ids of all processes, in every namespace that they are in."""
+    pids: set[int] = set()
+    for name in os.listdir(proc_root):
+        if name.isdecimal():
+            with contextlib.suppress(ProcessGone):
+                pids.update(read_status(int(name), proc_root=proc_root).ns_pids)
+    return frozenset(pids)

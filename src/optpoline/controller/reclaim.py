@@ -14,12 +14,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from optpoline.controller.address_space import target_space
 from optpoline.controller.children import Children, led_to
 from optpoline.controller.config import Config
-from optpoline.controller.observer import ThreadObserver, target_space
+from optpoline.controller.observer import ThreadObserver
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import ReclaimSummary
 from optpoline.controller.target import Target
+from optpoline.errors import Unsettled
 from optpoline.model import Addr
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, redirection_of
@@ -63,6 +65,7 @@ class Reclaimer:
             )
         )
         self._retired: dict[Addr, _Retired] = {}
+        self._expired: list[RetiredCode] = []
         self._handle = 0
         self._n_put_seen = 0
         self._interval_s = 0.0
@@ -81,19 +84,34 @@ class Reclaimer:
             ProcessGone: if the target is gone.
             StopTimeout: if threads do not stop.
         """
-        if now_s < self._not_before_s or self._children.unreadable:
+        if now_s < self._not_before_s:
             return
         begin_s = time.monotonic()
+        try:
+            self._do_step(records, tuple(spares), now_s)
+        except Unsettled:
+            # What their text leads to cannot be told now, nor which threads there are.
+            self._next_sweep_s = min(self._next_sweep_s, now_s + self._config.reclaim_every_s)
+        took_s = time.monotonic() - begin_s
+        self._not_before_s = now_s + took_s / self._config.reclaim_duty
+
+    def _do_step(
+        self, records: Sequence[SiteRecord], spares: Sequence[Block], now_s: float
+    ) -> None:
+        """Take one step; ``Unsettled`` puts the rest of it off."""
+        if self._children.unreadable:
+            self._children.find()
+        if self._children.unreadable:
+            return  # what their text leads to cannot be told
         if self._grace.is_idle or now_s >= self._next_sweep_s:
             self._sweep(records, spares, now_s)
+        self._free(records, spares)
         if not self._grace.is_idle:
             is_over = self._grace.poll(self._handle)
             # Each sweep moves the handle on: an earlier grace period may be over all the same.
-            self._free()
+            self._free(records, spares)
             if is_over:
                 self._handle = self._grace.start_poll()
-        took_s = time.monotonic() - begin_s
-        self._not_before_s = now_s + took_s / self._config.reclaim_duty
 
     def summary(self) -> ReclaimSummary:
         """Say what was reclaimed so far, and what holds the rest up."""
@@ -108,7 +126,7 @@ class Reclaimer:
             is_search_refused=self._grace.is_search_refused,
         )
 
-    def _sweep(self, records: Sequence[SiteRecord], spares: Iterable[Block], now_s: float) -> None:
+    def _sweep(self, records: Sequence[SiteRecord], spares: Sequence[Block], now_s: float) -> None:
         """Retire the live blocks that nothing leads to, once they are worth a grace period."""
         n_put = sum(arena.n_put for arena in self._target.arenas)
         every_s = self._config.reclaim_every_s
@@ -141,8 +159,12 @@ class Reclaimer:
             self._grace.retire(RetiredCode(block.addr, block.end))
         self._handle = self._grace.start_poll()
 
-    def _find_used(self, records: Sequence[SiteRecord], spares: Iterable[Block]) -> set[Addr]:
-        """Return the blocks that anything leads to, or may lead to again."""
+    def _find_used(self, records: Sequence[SiteRecord], spares: Sequence[Block]) -> set[Addr]:
+        """Return the blocks that anything leads to, or may lead to again.
+
+        Raises:
+            Unsettled: if processes are started faster than they can be looked at.
+        """
         todo = [block.addr for block in spares]
         for record in records:
             blocks = (record.home, record.active, record.counting, record.learner)
@@ -165,9 +187,22 @@ class Reclaimer:
                 todo.append(ahead)
         return used
 
-    def _free(self) -> None:
-        """Free the blocks whose grace period is over."""
-        for code in self._grace.take_expired():
-            retired = self._retired.pop(code.start)
+    def _free(self, records: Sequence[SiteRecord], spares: Sequence[Block]) -> None:
+        """Free the blocks whose grace period is over, if still nothing leads to them.
+
+        A child that was being forked while the text changed, or that was not seen at the
+        sweep, may have come with text of before. What that leads to is used again as it is.
+        """
+        self._expired += self._grace.take_expired()
+        if not self._expired:
+            return
+        used = self._find_used(records, spares)
+        if self._children.unreadable:
+            return  # what their text leads to cannot be told
+        while self._expired:
+            retired = self._retired.pop(self._expired.pop().start)
+            if retired.addr in used:
+                retired.arena.revive_block(retired.addr)
+                continue
             self._n_bytes += retired.arena.free_block(retired.addr)
             self._n_freed += 1

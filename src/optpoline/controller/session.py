@@ -12,9 +12,11 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import assert_never
 
+from optpoline.controller.arguments import validate_pid
 from optpoline.controller.children import Children
 from optpoline.controller.config import Config
 from optpoline.controller.events import Event, EventKind
@@ -28,6 +30,7 @@ from optpoline.controller.learning import (
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.lock import ControllerLock
+from optpoline.controller.not_promoted import explain_not_promoted
 from optpoline.controller.perf_map import PerfMap
 from optpoline.controller.promotion import promote_first
 from optpoline.controller.reclaim import Reclaimer
@@ -55,9 +58,11 @@ from optpoline.errors import (
     StopTimeout,
     TargetFault,
     UnsupportedTarget,
+    UsageError,
 )
 from optpoline.model import Module, Site
 from optpoline.process.permissions import check_attachable
+from optpoline.process.procfs import read_status as read_process_status
 
 __all__ = ["Session", "attach"]
 
@@ -81,6 +86,7 @@ def attach(
         on_event: Called with what happens, never while the target is stopped.
 
     Raises:
+        UsageError: if ``pid`` is no whole number from 1 up.
         ProcessGone: if there is no such process.
         PermissionDenied: if we may not trace it.
         UnsupportedTarget: if it is of a kind we do not handle.
@@ -88,7 +94,7 @@ def attach(
         ControllerActive: if another controller works on it.
         ArenaError: if no arena can be placed within reach.
     """
-    session = Session(pid, config=config, on_event=on_event)
+    session = Session(validate_pid(pid), config=config, on_event=on_event)
     try:
         session.open()
     except BaseException:
@@ -164,9 +170,12 @@ class Session:
         modules = self.target.modules.values()
         n_plain = sum(count_plain_indirect(m.image) for m in modules if m.module.is_main)
         n_inline = sum(loaded.scan.n_inline for loaded in modules)
+        name = read_process_status(self.pid).name
+        plain = _count(n_plain, "plain indirect branch", "es")
         return (
-            f"process {self.pid} has no retpoline site in its {len(modules)} modules "
-            f"({n_plain} plain indirect branches in the executable, {n_inline} inline retpolines)"
+            f"process {self.pid} ({name}) has no retpoline site in its "
+            f"{_count(len(modules), 'module')} ({plain} in the executable, "
+            f"{_count(n_inline, 'inline retpoline')})"
         )
 
     def _add_modules(self) -> list[SiteRecord]:
@@ -207,6 +216,10 @@ class Session:
             raise OptpolineError(f"the session with process {self.pid} is over")
         return self._target
 
+    def _check_open(self) -> None:
+        """Raise the error of ``target`` if the session is over."""
+        _ = self.target
+
     @property
     def modules(self) -> tuple[Module, ...]:
         """Modules mapped in the target."""
@@ -237,8 +250,10 @@ class Session:
             stop: Ends the window early when set.
 
         Raises:
+            OptpolineError: if the session is over.
             ProcessGone: if the target exits meanwhile.
         """
+        self._check_open()
         length_s = self.config.learn_s if seconds is None else seconds
         baseline = [r for r in self.records if r.state is SiteState.BASELINE]
         self._learn(baseline, length_s, stop)
@@ -286,7 +301,15 @@ class Session:
 
         Returns:
             How many sites were promoted.
+
+        Raises:
+            OptpolineError: if the session is over.
+            UsageError: if nothing was learned before.
         """
+        self._check_open()
+        if self.state is SessionState.ATTACHED:
+            hint = "call learn() before promote()"
+            raise UsageError(f"nothing was learned yet of process {self.pid}", hint=hint)
         assert self._linker is not None
         assert self._sampler is not None
         learned = [r for r in self.records if r.home is not None and r.active is None]
@@ -304,10 +327,15 @@ class Session:
         self._sampler.schedule(self.records, time.monotonic())
         self._name_blocks(at_once=True)
         self.state = SessionState.PROMOTED
-        self._tell(
-            EventKind.PROMOTED,
-            f"{n_promoted} of {_count(len(learned), 'site')} in {time.monotonic() - begin_s:.3f} s",
-        )
+        took_s = time.monotonic() - begin_s
+        if n_promoted:
+            message = f"{n_promoted} of {_count(len(learned), 'site')} in {took_s:.3f} s"
+            self._tell(EventKind.PROMOTED, message)
+        else:
+            more = any(record.state is SiteState.PROMOTED for record in self.records)
+            why = explain_not_promoted(self.pid, learned)
+            message = f"nothing {'more ' if more else ''}to promote yet: {why}"
+            self._tell(EventKind.NOT_PROMOTED, message)
         return n_promoted
 
     def _name_blocks(self, *, at_once: bool = False) -> None:
@@ -331,7 +359,11 @@ class Session:
 
         Returns:
             WATCHING if it ended because of ``seconds`` or ``stop``, else EXITED or EXECED.
+
+        Raises:
+            OptpolineError: if the session is over.
         """
+        self._check_open()
         self.state = SessionState.WATCHING
         end_s = None if seconds is None else time.monotonic() + seconds
         while self.state is SessionState.WATCHING and not (stop is not None and stop.is_set()):
@@ -479,12 +511,14 @@ class Session:
             except BaseException:
                 self.close()
                 raise
+        if self._children is not None:
+            may_restore = not leave and result.outcome is not DetachOutcome.GONE
+            children, notes = self._children.let_go(may_restore=may_restore)
+            result = replace(result, children=children, notes=(*result.notes, *notes))
         self.notes += result.notes
         gone = (DetachOutcome.CLEAN, DetachOutcome.GONE)
         if self._perf_map is not None and result.outcome in gone:
             self._perf_map.remove()
-        if self._children is not None and not leave and result.outcome is not DetachOutcome.GONE:
-            self.notes += self._children.restore()
         self._last_summary = self.summary()
         self.close()
         return result
@@ -545,10 +579,10 @@ def _state_after(outcome: DetachOutcome) -> SessionState:
             assert_never(outcome)
 
 
-def _count(n: int, noun: str) -> str:
-    """Return a number with its noun.
+def _count(n: int, noun: str, plural: str = "s") -> str:
+    """Return a number with its noun; ``plural`` is appended where it is not one.
 
     >>> _count(1, "site"), _count(2, "site")
     ('1 site', '2 sites')
     """
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}{plural}"

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from optpoline.controller.arguments import validate_pid
+from optpoline.controller.baseline_memory import BaselineMemory
+from optpoline.controller.left_arenas import is_controller_alive
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import (
     ModuleSummary,
@@ -17,20 +20,25 @@ from optpoline.controller.summary import (
     Summary,
     TargetShare,
 )
-from optpoline.controller.target import LoadedModule, Target
+from optpoline.controller.target import LoadedModule, StopLog, Target
 from optpoline.discover import ModuleImage, count_plain_indirect
 from optpoline.discover import find_sites as scan_image
-from optpoline.errors import PermissionDenied, ProcessGone, UnsupportedTarget
+from optpoline.errors import PermissionDenied, ProcessGone
 from optpoline.model import Module, Site
+from optpoline.patch.layout import ARENA_NAME
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import list_modules, open_module
-from optpoline.process.permissions import diagnose
+from optpoline.process.permissions import check_has_program, explain_denied
+from optpoline.process.procfs import read_status
 
 __all__ = ["SiteReport", "find_sites", "summarise"]
 
 SymbolAt = Callable[[int], str | None]
 
 MAX_TARGETS_SHOWN = 128
+
+_STOPPED = "T"
+"""Stopped by a signal, as ps(1) has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,45 +61,65 @@ class SiteReport:
 def find_sites(subject: int | str | Path) -> SiteReport:
     """Find the retpoline sites of a process or an ELF file, touching nothing.
 
+    In a process that a controller works on, or has left promoted, the sites are those of
+    its baseline, and their state is where they lead now.
+
     Args:
         subject: A pid, or the path of a file.
 
     Raises:
+        UsageError: if it is neither a path nor a whole number from 1 up.
         ProcessGone: if there is no such process.
         PermissionDenied: if its memory may not be read.
         UnsupportedTarget: if it is no 64-bit x86 ELF file or process.
     """
-    if isinstance(subject, int):
-        return _find_in_process(subject)
+    if not isinstance(subject, str | Path):
+        return _find_in_process(validate_pid(subject))
     image = ModuleImage.from_file(str(subject))
     return _report(str(subject), [(image.module, image)])
 
 
 def _find_in_process(pid: int) -> SiteReport:
     """Find the sites of all modules of a process."""
-    error = diagnose(pid).error()
-    # Reading is allowed where attaching is not: already traced, seccomp, limits.
-    if isinstance(error, (ProcessGone, UnsupportedTarget)):
-        raise error
+    check_has_program(pid)
     try:
         memory = RemoteMemory(pid)
     except PermissionDenied as denied:
-        raise (error or denied) from denied
+        raise explain_denied(pid) from denied
     with memory:
+        baseline = BaselineMemory(memory)
         images: list[tuple[Module, ModuleImage]] = []
         for module in list_modules(pid):
+            if _is_arena(module):
+                continue
             elf = open_module(pid, module)
-            images.append((module, ModuleImage.from_process(module, memory, elf)))
+            images.append((module, ModuleImage.from_process(module, baseline, elf)))
             if elf is not None:
                 elf.close()
-        return _report(str(pid), images)
+        return _report(str(pid), images, baseline)
 
 
-def _report(subject: str, images: Sequence[tuple[Module, ModuleImage]]) -> SiteReport:
-    """Scan images and report."""
+def _is_arena(module: Module) -> bool:
+    """Tell whether a module is an arena's memfd."""
+    return module.name.startswith(f"memfd:{ARENA_NAME}")
+
+
+def _report(
+    subject: str,
+    images: Sequence[tuple[Module, ModuleImage]],
+    baseline: BaselineMemory | None = None,
+) -> SiteReport:
+    """Scan images and report.
+
+    Args:
+        subject: What they are of.
+        images: Images.
+        baseline: What a process's images are read from, None for a file.
+    """
     loaded = [LoadedModule(module=m, image=i, scan=scan_image(i)) for m, i in images]
+    states = {} if baseline is None else baseline.read_states()
     sites = [
-        _site_summary(site, one.module, None, _no_symbol)
+        _with_state(_site_summary(site, one.module, None, _no_symbol), states.get(site.addr))
         for one in loaded
         for site in one.scan.sites
     ]
@@ -99,7 +127,26 @@ def _report(subject: str, images: Sequence[tuple[Module, ModuleImage]]) -> SiteR
         subject=subject,
         modules=_module_summaries(loaded, [], count_plain=True),
         sites=tuple(sorted(sites, key=lambda site: site.address)),
-        notes=scan_notes(loaded),
+        notes=scan_notes(loaded) + (() if baseline is None else _arena_notes(baseline)),
+    )
+
+
+def _with_state(site: SiteSummary, state: SiteState | None) -> SiteSummary:
+    """Say of a site where it leads now, if it is linked; a breakpoint over it counts more."""
+    return site if state is None or site.refusal is not None else replace(site, state=state)
+
+
+def _arena_notes(baseline: BaselineMemory) -> tuple[str, ...]:
+    """Return sentences on whose work was found in a process."""
+    headers = [arena.header for arena in baseline.arenas.values() if arena.header is not None]
+    makers = {header.controller_pid: header for header in headers}
+    return (
+        *(
+            f"controller {pid} ({'still running' if is_controller_alive(header) else 'gone'}) "
+            "has linked sites here; listed is what they were before"
+            for pid, header in makers.items()
+        ),
+        *baseline.describe_unreadable(),
     )
 
 
@@ -109,9 +156,11 @@ def scan_notes(loaded: Sequence[LoadedModule]) -> tuple[str, ...]:
     for one in loaded:
         name, scan = one.module.name, one.scan
         if scan.n_inline:
-            notes.append(f"{name}: {scan.n_inline} inline retpolines cannot be promoted")
+            plural = "s" if scan.n_inline > 1 else ""
+            notes.append(f"{name}: {scan.n_inline} inline retpoline{plural} cannot be promoted")
         if scan.n_via_plt:
-            notes.append(f"{name}: {scan.n_via_plt} branches take another module's thunk by PLT")
+            what = "branches take" if scan.n_via_plt > 1 else "branch takes"
+            notes.append(f"{name}: {scan.n_via_plt} {what} another module's thunk by PLT")
     return tuple(notes)
 
 
@@ -181,7 +230,15 @@ def summarise(
         stop_ms_total=target.stops.total_ns / 1e6,
         learning_s=learning_s,
         relearned=sum(record.n_relearned for record in records),
-        notes=notes + scan_notes(list(target.modules.values())) + _far_notes(records),
+        stop_ms_limit=target.stops.limit_ns / 1e6,
+        stops_over_limit=target.stops.n_over,
+        notes=(
+            *notes,
+            *scan_notes(list(target.modules.values())),
+            *_far_notes(records),
+            *_stopped_notes(target.pid),
+            *_stop_notes(target.stops),
+        ),
         reclaim=reclaim,
     )
 
@@ -194,6 +251,30 @@ def _far_notes(records: Sequence[SiteRecord]) -> tuple[str, ...]:
     return (
         f"{n_far} of the unpromoted sites go to targets more than 2 GiB away (another module), "
         "which no direct branch reaches",
+    )
+
+
+def _stopped_notes(pid: int) -> tuple[str, ...]:
+    """Return a sentence on a program that a signal has stopped: nothing is learned of it."""
+    try:
+        if read_status(pid).state != _STOPPED:
+            return ()
+    except ProcessGone:
+        return ()
+    return (
+        f"process {pid} is stopped (SIGCONT lets it run: kill -CONT {pid}); "
+        "nothing is learned meanwhile",
+    )
+
+
+def _stop_notes(stops: StopLog) -> tuple[str, ...]:
+    """Return a sentence on stops that took longer than they were to."""
+    if not stops.n_over:
+        return ()
+    n_stops = "1 stop" if stops.n_stops == 1 else f"{stops.n_stops} stops"
+    return (
+        f"{stops.n_over} of {n_stops} took longer than the {stops.limit_ns / 1e6:g} ms asked for, "
+        f"the longest {stops.max_ns / 1e6:.1f} ms: busy CPUs, or many threads, make stops longer",
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 __all__ = [
+    "ChildSummary",
     "DetachOutcome",
     "DetachResult",
     "LeftBehind",
@@ -159,6 +160,9 @@ class Summary:
         stops: Times the target's threads were stopped.
         stop_ms_max: Longest of them, first interrupt to last detach.
         stop_ms_total: Sum of them.
+        stop_ms_limit: What a stop was to take at most (``Config.max_stop_s``); None where
+            there was no session.
+        stops_over_limit: Stops that took longer.
         learning_s: Seconds during which any site led to a learning block.
         relearned: Sites that were promoted anew because their targets changed.
         notes: Sentences worth telling (what was left out, and why).
@@ -178,6 +182,8 @@ class Summary:
     relearned: int
     notes: tuple[str, ...]
     reclaim: ReclaimSummary = field(default_factory=ReclaimSummary)
+    stop_ms_limit: float | None = None
+    stops_over_limit: int = 0
 
 
 class DetachOutcome(Enum):
@@ -190,12 +196,28 @@ class DetachOutcome(Enum):
     FOREIGN_BYTES = "foreign_bytes"
     """Some sites hold another patcher's bytes and were left as they are."""
     INCOMPLETE = "incomplete"
-    """Some sites still lead into an arena: their bytes cross a cache line and a thread
-    sleeps in a call that must not be interrupted. Letting go again later finishes it."""
+    """Some sites still lead into an arena: a debugger traces the threads, they could not
+    be stopped in time, or a site's bytes cross a cache line and a thread sleeps in a call
+    that must not be interrupted. Letting go again later finishes it."""
     LEFT = "left"
     """Nothing restored, on purpose."""
     GONE = "gone"
     """The target exited or replaced its program: nothing to undo."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildSummary:
+    """A forked child of the target that has its arenas mapped, after letting go.
+
+    Attributes:
+        pid: The child.
+        kept: Sites of it that lead into an arena still; None if it may not be read.
+        restored: Sites of it that were put back, which is done if children are followed.
+    """
+
+    pid: int
+    kept: int | None
+    restored: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,12 +229,14 @@ class DetachResult:
         restored: Sites whose bytes were put back (and read back equal).
         foreign: Addresses of sites left alone because of another patcher's bytes.
         notes: Sentences worth telling.
+        children: Forked children that were restored, or keep something.
     """
 
     outcome: DetachOutcome
     restored: int
     foreign: tuple[int, ...]
     notes: tuple[str, ...]
+    children: tuple[ChildSummary, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

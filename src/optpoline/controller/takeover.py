@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from optpoline.controller.arguments import validate_pid
+from optpoline.controller.kept import describe_kept, find_children
 from optpoline.controller.left_arenas import (
     LeftArena,
     find_arena_files,
     find_arenas,
     is_controller_alive,
 )
-from optpoline.controller.letting_go import unmap_when_quiescent
+from optpoline.controller.letting_go import unmap_or_say_why
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.perf_map import remove_perf_map
 from optpoline.controller.poking import poke_patiently
@@ -35,7 +37,11 @@ from optpoline.patch.text import (
     read_entries,
 )
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.permissions import check_attachable, explain_denied
+from optpoline.process.permissions import (
+    check_attachable,
+    check_has_program,
+    explain_denied,
+)
 from optpoline.process.procfs import read_maps
 from optpoline.process.stop import Wake
 from optpoline.x86.syscalls import SYS_CLOSE
@@ -94,9 +100,12 @@ def read_status(pid: int) -> LeftBehind | None:
     Nothing is stopped and nothing is written.
 
     Raises:
-        ProcessGone: if there is no such process.
+        UsageError: if ``pid`` is no whole number from 1 up.
+        ProcessGone: if there is no such process, or it is a zombie.
+        UnsupportedTarget: if it has no program of our kind: a kernel thread, for one.
         PermissionDenied: if its memory may not be read.
     """
+    check_has_program(validate_pid(pid))
     try:
         memory = RemoteMemory(pid)
     except PermissionDenied as denied:
@@ -139,7 +148,7 @@ def _check_nobody_works(pid: int, arenas: Sequence[LeftArena]) -> None:
             raise ControllerActive(
                 f"another optpoline controller, process {header.controller_pid}, works on "
                 f"process {pid}",
-                hint=f"end that one first (kill -INT {header.controller_pid})",
+                hint=f"end that one first (kill {header.controller_pid})",
             )
 
 
@@ -147,12 +156,13 @@ def restore(pid: int, *, stop_timeout_s: float = 2.0) -> DetachResult:
     """Undo what an earlier controller left in a process, as ``optpoline detach`` does.
 
     Raises:
+        UsageError: if ``pid`` is no whole number from 1 up.
         ProcessGone: if there is no such process.
         PermissionDenied: if we may not trace it.
         ControllerActive: if a controller still works on it.
         StopTimeout: if its threads could not be stopped.
     """
-    check_attachable(pid)
+    check_attachable(validate_pid(pid))
     lock = ControllerLock(pid)
     try:
         return restore_left(pid, stop_timeout_s=stop_timeout_s)
@@ -176,12 +186,30 @@ def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
             outcome=DetachOutcome.CLEAN, restored=0, foreign=(), notes=("nothing was left",)
         )
         if arenas:
-            result = _restore(target, arenas)
+            result = _with_children(pid, _restore(target, arenas), arenas)
         if result.outcome is DetachOutcome.CLEAN:
             remove_perf_map(pid)
         return result
     finally:
         target.close()
+
+
+def _with_children(pid: int, result: DetachResult, arenas: Sequence[LeftArena]) -> DetachResult:
+    """Add what a program's forked children keep: undoing it in them is up to the user."""
+    # A child finds arenas that were made for its parent, which is not what it left.
+    own = [arena for arena in arenas if arena.header and arena.header.target_pid == pid]
+    children = tuple(
+        child
+        for child in find_children(
+            pid,
+            frozenset(arena.parts[0].inode for arena in own),
+            [entry for arena in own for entry in arena.entries],
+            [(arena.start, arena.end) for arena in own],
+        )
+        if child.kept != 0
+    )
+    notes = (*result.notes, *describe_kept(children))
+    return replace(result, children=children, notes=notes)
 
 
 def _restore(target: Target, arenas: Sequence[LeftArena]) -> DetachResult:
@@ -227,7 +255,7 @@ def _restore(target: Target, arenas: Sequence[LeftArena]) -> DetachResult:
         for arena in arenas
         if arena.header is not None
     ]
-    notes = unmap_when_quiescent(target, ranges, code_ranges)
+    notes = unmap_or_say_why(target, ranges, code_ranges)
     return DetachResult(
         outcome=DetachOutcome.ARENA_LEFT if notes else DetachOutcome.CLEAN,
         restored=restored,

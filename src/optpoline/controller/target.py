@@ -13,7 +13,7 @@ from optpoline.controller.pace import Pace
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.discover import ModuleImage, SiteScan, find_sites, flags_dead_at, operand_dead_at
-from optpoline.errors import ArenaError, OptpolineError, ProcessGone
+from optpoline.errors import ArenaError, OptpolineError, PermissionDenied, ProcessGone
 from optpoline.model import Addr, Mapping, Module, Refusal, Site, SiteKind
 from optpoline.patch.arena import Arena, ArenaGeometry
 from optpoline.patch.layout import ARENA_NAME, JournalEntry
@@ -22,6 +22,7 @@ from optpoline.patch.text import is_same_but_disp, leads_into, read_entries
 from optpoline.process.inject import InjectionCode, find_injection_code
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import is_anonymous, list_modules, open_module
+from optpoline.process.permissions import explain_untraceable
 from optpoline.process.procfs import (
     ThreadWhere,
     list_tids,
@@ -29,6 +30,7 @@ from optpoline.process.procfs import (
     read_start_time,
     read_thread_state,
 )
+from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Stop, Wake, stop_threads
 from optpoline.x86.syscalls import Disturbance, rank_disturbance
 
@@ -37,9 +39,15 @@ __all__ = ["LoadedModule", "StopLog", "Target"]
 
 @dataclass(slots=True)
 class StopLog:
-    """How often and how long the target's threads were stopped."""
+    """How often and how long the target's threads were stopped.
 
+    Attributes:
+        limit_ns: How long a stop was to take at most.
+    """
+
+    limit_ns: int
     n_stops: int = 0
+    n_over: int = 0
     max_ns: int = 0
     total_ns: int = 0
 
@@ -48,6 +56,7 @@ class StopLog:
         if not duration_ns:
             return
         self.n_stops += 1
+        self.n_over += duration_ns > self.limit_ns
         self.max_ns = max(self.max_ns, duration_ns)
         self.total_ns += duration_ns
 
@@ -86,7 +95,8 @@ class Target:
         self.pid = pid
         self.start_time = read_start_time(pid)
         self.memory = RemoteMemory(pid)
-        self.stops = StopLog()
+        self.sharers = SharerFinder(pid)
+        self.stops = StopLog(limit_ns=int(max_stop_s * 1e9))
         self.pace = Pace(max_ns=int(max_stop_s * 1e9))
         self.arenas: list[Arena] = []
         self.modules: dict[ModuleKey, LoadedModule] = {}
@@ -325,17 +335,26 @@ class Target:
 
     @contextmanager
     def stop(self, wake: Wake = Wake.NONE) -> Iterator[Stop]:
-        """Stop the target's threads for the length of the block, and note for how long."""
+        """Stop the target's threads for the length of the block, and note for how long.
+
+        Raises:
+            PermissionDenied: if one cannot be traced; it names a debugger that is attached.
+        """
         if wake in (Wake.ALL, Wake.ONE_FOR_INJECTION) and self._injection_code is None:
             self._injection_code = find_injection_code(self.pid, self.memory)
-        with stop_threads(
-            self.pid,
-            memory=self.memory,
-            wake=wake,
-            timeout_ns=self.stop_timeout_ns,
-            code=self._injection_code,
-        ) as stop:
-            yield stop
+        try:
+            with stop_threads(
+                self.pid,
+                memory=self.memory,
+                wake=wake,
+                timeout_ns=self.stop_timeout_ns,
+                code=self._injection_code,
+                sharers=self.sharers,
+            ) as stop:
+                yield stop
+        except PermissionDenied as denied:
+            # The kernel says no more than EPERM; who traces it is in /proc.
+            raise explain_untraceable(self.pid, denied) from denied.__cause__
         self.stops.add(stop.duration_ns)
 
     def may_wake_all(self, *, may_delay: bool = False) -> bool:
@@ -344,9 +363,11 @@ class Target:
         Args:
             may_delay: Whether a wait's timeout may begin again.
         """
-        for tid in list_tids(self.pid):
+        pids = (self.pid, *self.sharers.look())
+        threads = [(pid, tid) for pid in pids for tid in _list_living(pid)]
+        for process, tid in threads:
             try:
-                state = read_thread_state(self.pid, tid)
+                state = read_thread_state(process, tid)
             except ProcessGone:
                 continue  # one thread that exited meanwhile; a whole process shows elsewhere
             if state.where is ThreadWhere.IN_SYSCALL:
@@ -356,6 +377,14 @@ class Target:
                 ):
                     return False
         return True
+
+
+def _list_living(pid: int) -> tuple[int, ...]:
+    """Return the threads of a process, none if it is gone."""
+    try:
+        return list_tids(pid)
+    except ProcessGone:
+        return ()
 
 
 def _is_arena(mapping: Mapping) -> bool:

@@ -267,6 +267,10 @@ class Arena:
         self._set_state(self._entries[addr], BlockState.RETIRED)
         return self._entries[addr]
 
+    def revive_block(self, addr: Addr) -> None:
+        """Note that something leads to a retired block all the same."""
+        self._set_state(self._entries[addr], BlockState.LIVE)
+
     def free_block(self, addr: Addr) -> int:
         """Poison a retired block's memory, to be used again; return how many bytes.
 

@@ -20,18 +20,19 @@ It stays so: nothing leads there. A grace period is over when
 1. every thread of every process that maps the arena was seen quiescent, and a listing
    made *after* the last look shows no thread that was not; a thread born later comes
    from a quiescent one. A thread that stays in some of the code (a handler that blocks,
-   a stale word on its stack) keeps back what every look found it in, no more; and then
-2. no word in the rest of the writable memory points into the code: a context that a
-   program keeps there (swapcontext, coroutines) could be resumed by any thread. What
-   is pointed to is kept back, by block; the rest is free. A program seen to switch its
-   stacks is searched in the same stop in which its threads are looked at, so that no
+   a stale word on its stack) keeps back what the last look found it in, no more; and then
+2. no word in writable memory points into the code: a context that a program keeps there
+   (swapcontext, coroutines) could be resumed by any thread. Stacks are no exception: one
+   may lie in another, and a thread may have gone to another since. What is pointed to is
+   kept back, by block; the rest is free. A program that is seen or suspected to switch
+   its stacks is searched in the same stop in which its threads are looked at, so that no
    context can move from memory to a thread and back between the two.
 
-Until a program was seen to switch its stacks, memory is searched while it runs. What that
-could miss is a saved PC that is moved, or cleared, before the search comes by: the first
-ever that is there in a look or a search. A signal frame is neither: its words stay where
-they are for as long as the code that they point to can be resumed, and until other code
-has run on that stack.
+Until then memory is searched while the program runs. What that could miss is a saved PC
+that is moved, or cleared, before the search comes by: the first ever that is there in a
+look or a search. A signal frame is neither: its words stay where they are for as long as
+the code that they point to can be resumed, and until other code has run on that stack. So
+the search finds it, whichever threads have run it since they were looked at.
 
 rseq descriptors are not for this module: the kernel reads ``rseq_cs`` lazily, so they
 need every thread's ``rseq_cs`` to have been seen elsewhere as well.
@@ -79,9 +80,10 @@ class Look:
 
     Attributes:
         quiescent: Threads seen to be quiescent.
-        threads: All threads, listed after that. After a stop for all memory also those that
-            were there and could not be told, or woke meanwhile, even if they are gone: what
-            they had on their stacks may be where the search had been.
+        threads: All threads, listed after that, none that lives missing. After a stop for
+            all memory also those that were there and could not be told, or woke meanwhile,
+            even if they are gone: what they had on their stacks may be where the search had
+            been.
         holding: Threads that were looked at and are at addresses inside the code, or may
             return there, each with these addresses.
         pointed_to: Addresses inside the code found in memory by a search in the same
@@ -109,12 +111,19 @@ class Observer(Protocol):
     def search(self, ranges: AddressRanges) -> frozenset[int] | None:
         """Return addresses in ``ranges`` found in writable memory; None: too much memory.
 
-        That of processes forked meanwhile is searched, too. A stack may be left out if the
-        last look at its thread was at that stack, or found nothing on it.
+        Threads' stacks are searched as well, and the memory of processes forked meanwhile.
         """
 
     def is_switching(self) -> bool:
-        """Tell whether the program was ever seen to run on stacks of its own making."""
+        """Tell whether the program was ever seen, or is suspected, to switch its stacks.
+
+        That is to run on stacks of its own making, or to keep saved PCs that no look at a
+        thread accounts for. A suspicion may be dropped in ``look_stopped`` if there is too
+        much memory for a search in a stop.
+        """
+
+    def suspect_switching(self) -> None:
+        """Note that a thread may be on another stack than it was at the last look."""
 
 
 @dataclass(slots=True)
@@ -136,7 +145,7 @@ class _Period:
     ranges: AddressRanges
     quiescent: set[ThreadKey] = field(default_factory=set)
     holding: dict[ThreadKey, frozenset[RetiredCode]] = field(default_factory=dict)
-    """Threads that were looked at, with the code that every look found them in."""
+    """Threads that were looked at, with the code that the last look found them in."""
     n_looks: int = 0
 
     def code_at(self, addrs: Iterable[int]) -> frozenset[RetiredCode]:
@@ -283,11 +292,12 @@ class GracePeriods:
         # The ids of one that is gone may be another's by the next look.
         period.quiescent &= look.threads
         for key, addrs in look.holding.items():
-            # Left for good is what one look did not find it in; elsewhere it may still be.
-            code = period.code_at(addrs) & period.holding.get(key, frozenset(period.code))
+            code = period.code_at(addrs)
+            # Nothing leads there any more: it has brought that from another stack, or its
+            # own has grown over what a signal left below.
+            if not code <= period.holding.get(key, code):
+                self._observer.suspect_switching()
             period.holding[key] = code
-            if not code:
-                period.quiescent.add(key)
         # The search comes after this listing and finds what one that is gone has parked. A
         # search in a stop came before it: what was held then counts, whoever is gone since.
         is_over = not self._observer.is_switching()

@@ -11,35 +11,40 @@ frame says where that was: the scan recognises signal frames by the saved
 segment registers and follows the stack pointer saved beside them.
 
 Programs that switch stacks by themselves (swapcontext, coroutines) keep
-contexts in memory that no stack leads to. For them the rest of the writable
-memory is searched as well, up to a bound; beyond it the ranges are not quiescent
-by decision: their memory stays as it is and is reported.
+contexts in memory that no stack leads to, on other threads' stacks too: for
+them memory is searched (``patch/memory_search.py``). So a scan may be bounded;
+what it leaves out the search does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from optpoline.errors import TargetFault
-from optpoline.model import Addr, Mapping
+from optpoline.model import Addr
 from optpoline.patch.ranges import AddressRanges, Words
-from optpoline.patch.stacks import MAX_STACK_SCAN_SIZE, StackMap, writable_ranges
-from optpoline.x86.signal_frame import (
-    FRAME_SEGMENTS,
-    FRAME_SEGMENTS_MASK,
-    FRAME_SP_WORDS,
-    RED_ZONE_SIZE,
-)
+from optpoline.patch.stacks import StackMap
+from optpoline.x86.signal_frame import FRAME_SEGMENTS, FRAME_SEGMENTS_MASK, FRAME_SP_WORDS
 
-__all__ = ["ThreadPosition", "find_held", "find_words"]
+__all__ = [
+    "FindResident",
+    "ReadMemory",
+    "ScannedStack",
+    "ThreadPosition",
+    "ThreadScan",
+    "scan_thread",
+]
 
 ReadMemory = Callable[[int, int], bytes]
 
-_CHUNK_SIZE = 4 << 20
-_PAGE_SIZE = 4096
+FindResident = Callable[[int, int], Iterable[tuple[int, int]]]
+"""Returns the parts of a range of memory that exist, in address order."""
+
+_DIRECT_SIZE = 256 << 10
+"""A scan no larger than this reads all: nearly all of it exists, and to ask takes longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,48 +62,94 @@ class ThreadPosition:
     sp: Addr
 
 
-def find_held(
+@dataclass(frozen=True, slots=True)
+class ScannedStack:
+    """A stack as threads have it (``Stack.is_own``) that a scan has been over.
+
+    Attributes:
+        start: First address of its mapping; below ``first`` nothing was looked at.
+        first: First address scanned: the red zone of the lowest frame.
+        end: Address after the last one scanned.
+    """
+
+    start: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadScan:
+    """What a look at one thread has found.
+
+    Attributes:
+        held: Addresses in retired code that it is at, or may return to.
+        stacks: The stacks of threads' own that were scanned for that.
+    """
+
+    held: frozenset[int]
+    stacks: tuple[ScannedStack, ...]
+
+
+def scan_thread(
     position: ThreadPosition,
     *,
     read: ReadMemory,
+    find_resident: FindResident,
     stacks: StackMap,
     ranges: AddressRanges,
-) -> frozenset[int] | None:
-    """Return the addresses in ``ranges`` that a thread is at, or may return to.
+) -> ThreadScan | None:
+    """Find the addresses in ``ranges`` that a thread is at, or may return to.
 
     Target state: the thread is stopped, or asleep in the kernel.
 
     Args:
         position: Where it is.
         read: Reads the target's memory.
+        find_resident: Tells which memory exists.
         stacks: Where stacks may be.
         ranges: Retired code.
 
     Returns:
-        The addresses, or None if it cannot be told: then it may be at any.
+        What was found, or None if it cannot be told: then it may be at any.
     """
-    held: set[int] = {position.pc} if position.pc in ranges else set()
     if stacks.range_at(position.sp) is None:
         return None  # a stack that we know nothing of
+    held: set[int] = {position.pc} if position.pc in ranges else set()
+    scanned: list[ScannedStack] = []
     todo = [int(position.sp)]
-    seen: set[int] = set()
+    seen: list[tuple[int, int]] = []
     while todo:
         sp = todo.pop()
-        stack = stacks.range_at(sp)
-        if stack is None or sp in seen:
+        stack, extent = stacks.stack_at(sp), stacks.scan_range_at(sp)
+        if stack is None or extent is None:
             continue
-        seen.add(sp)
-        stack_start, stack_end = stack
-        first = max(stack_start, sp - RED_ZONE_SIZE) & ~7
-        if stack_end - first > MAX_STACK_SCAN_SIZE:
-            return None
+        first, end = extent
+        if any(start <= first and end <= last for start, last in seen):
+            continue
+        seen.append(extent)
         try:
-            words = np.frombuffer(read(first, stack_end - first), dtype="<u8")
+            for part in _parts(first, end, find_resident):
+                words = np.frombuffer(read(part[0], part[1] - part[0]), dtype="<u8")
+                held.update(ranges.pointing_into(words).tolist())
+                todo.extend(_interrupted_stacks(words))
         except TargetFault:
             return None
-        held.update(ranges.pointing_into(words).tolist())
-        todo.extend(_interrupted_stacks(words))
-    return frozenset(held)
+        if stack.is_own:
+            scanned.append(ScannedStack(stack.start, first, end))
+    return ThreadScan(frozenset(held), tuple(scanned))
+
+
+def _parts(first: int, end: int, find_resident: FindResident) -> Sequence[tuple[int, int]]:
+    """Return what has to be read of a range, neighbours joined."""
+    if end - first <= _DIRECT_SIZE:
+        return ((first, end),)
+    parts: list[tuple[int, int]] = []
+    for start, last in find_resident(first, end):
+        if parts and parts[-1][1] == start:
+            parts[-1] = (parts[-1][0], last)
+        else:
+            parts.append((start, last))
+    return parts
 
 
 def _interrupted_stacks(words: Words) -> list[int]:
@@ -106,54 +157,3 @@ def _interrupted_stacks(words: Words) -> list[int]:
     at = np.nonzero((words & np.uint64(FRAME_SEGMENTS_MASK)) == np.uint64(FRAME_SEGMENTS))[0]
     at = at[at >= FRAME_SP_WORDS]
     return [int(words[i - FRAME_SP_WORDS]) for i in at]
-
-
-def find_words(
-    *,
-    read: ReadMemory,
-    maps: Sequence[Mapping],
-    skip: Sequence[tuple[int, int]],
-    ranges: AddressRanges,
-    max_size: int,
-) -> frozenset[int] | None:
-    """Search writable memory for saved PCs in retired code: any aligned word counts.
-
-    A program that switches stacks may keep a PC anywhere, and bare: a preempting
-    handler pushes it on its coroutine's stack and no thread's stack leads there.
-
-    Args:
-        read: Reads the target's memory.
-        maps: All mappings.
-        skip: Ranges that were scanned otherwise, or cannot matter.
-        ranges: Retired code.
-        max_size: Bytes to search at most.
-
-    Returns:
-        The addresses found, or None if there is more memory than ``max_size``.
-    """
-    memory = writable_ranges([m for m in maps if not _is_inside((m.start, m.end), skip)])
-    if sum(last - first for first, last in memory) > max_size:
-        return None
-    found: set[int] = set()
-    for first, last in memory:
-        for chunk in range(first, last, _CHUNK_SIZE):
-            data = _read_mapped(read, chunk, min(_CHUNK_SIZE, last - chunk))
-            words = np.frombuffer(data, dtype="<u8")
-            found.update(ranges.pointing_into(words).tolist())
-    return frozenset(found)
-
-
-def _is_inside(one: tuple[int, int], ranges: Sequence[tuple[int, int]]) -> bool:
-    """Tell whether a range lies in one of several."""
-    return any(first <= one[0] and one[1] <= last for first, last in ranges)
-
-
-def _read_mapped(read: ReadMemory, addr: int, size: int) -> bytes:
-    """Read memory, pages that cannot be read as zeros: no thread keeps a frame there."""
-    try:
-        return read(addr, size)
-    except TargetFault:
-        if size <= _PAGE_SIZE:
-            return bytes(size)
-    pages = range(addr, addr + size, _PAGE_SIZE)
-    return b"".join(_read_mapped(read, p, min(_PAGE_SIZE, addr + size - p)) for p in pages)

@@ -8,11 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optpoline.model import Mapping
+from optpoline.x86.signal_frame import RED_ZONE_SIZE
 
-__all__ = ["MAX_STACK_SCAN_SIZE", "Stack", "StackMap", "writable_ranges"]
+__all__ = [
+    "MAX_NEIGHBOUR_SCAN_SIZE",
+    "MAX_STACK_SCAN_SIZE",
+    "Stack",
+    "StackMap",
+    "writable_ranges",
+]
 
 MAX_STACK_SCAN_SIZE = 64 << 20
-"""Bytes of one stack that are scanned; a deeper one is not quiescent by decision."""
+"""Bytes of one stack that are scanned, resident or not; the rest is memory like any other."""
+
+MAX_NEIGHBOUR_SCAN_SIZE = 8 << 20
+"""The same beyond the end of a thread's own mapping, and on any other stack: as much as a
+stack has by default. What lies there may be the heap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +33,7 @@ class Stack:
     Attributes:
         start: Its first address.
         end: Address after it.
-        is_own: Whether it is one thread's stack and nothing else.
+        is_own: Whether it looks like the stack of a thread, made by the kernel or pthreads.
     """
 
     start: int
@@ -49,12 +60,21 @@ class StackMap:
         at = bisect.bisect_right(self._range_starts, addr) - 1
         return self._ranges[at] if at >= 0 and addr < self._ranges[at][1] else None
 
-    def stack_at(self, sp: int) -> Stack | None:
-        """Return the mapping that a stack is in, and whether it is one thread's and no more.
+    def scan_range_at(self, sp: int) -> tuple[int, int] | None:
+        """Return what to scan for a stack pointer, from the red zone up; None: no stack there."""
+        around, stack = self.range_at(sp), self.stack_at(sp)
+        if around is None or stack is None:
+            return None
+        first = max(around[0], sp - RED_ZONE_SIZE) & ~7
+        end = max(first + MAX_NEIGHBOUR_SCAN_SIZE, stack.end if stack.is_own else 0)
+        return first, min(around[1], end, first + MAX_STACK_SCAN_SIZE)
 
-        Dead frames in a thread's own stack do not count. That is the main stack, or a mapping
-        above a guard page as pthreads have it: any other may hold other stacks below this one.
-        None for memory that was mapped later.
+    def stack_at(self, sp: int) -> Stack | None:
+        """Return the mapping that a stack is in, and whether it is one as a thread has it.
+
+        That is the main stack, or a mapping above a guard page as pthreads have it. Other
+        stacks may lie in it all the same, such as an array in a function that has not
+        returned. None for memory that was mapped later.
         """
         at = bisect.bisect_right(self._starts, sp) - 1
         if at < 0 or sp >= self._maps[at].end:

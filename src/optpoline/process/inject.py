@@ -50,6 +50,7 @@ from optpoline.errors import (
 from optpoline.model import Mapping
 from optpoline.process.host_cpu import read_xsave_layout
 from optpoline.process.memory import RemoteMemory, store_data
+from optpoline.process.own_stack import is_own_stack
 from optpoline.process.procfs import read_maps, read_state_char, read_status
 from optpoline.process.ptrace import StopCode, Tracer
 from optpoline.x86.registers import USER_CODE_SELECTOR, Registers
@@ -235,7 +236,7 @@ class InjectionThread:
         On error: the thread is as it was, but for bytes below its red zone.
 
         Raises:
-            TargetFault: if there is no room on its stack: choose another thread.
+            TargetFault: if there is no room on a stack of its own: choose another thread.
             UnsupportedTarget: if seccomp may forbid the calls.
         """
         if read_status(self._pid, tid=self.tid).seccomp:
@@ -250,9 +251,11 @@ class InjectionThread:
         )
         self._rsp, rbp = self._code.path.stack_for(frame.addr)
         self._rbp = self._regs.rbp if rbp is None else rbp
-        # What lies there may be another stack's, or a heap's, where no guard page is below.
         low = self._rsp - _ARGUMENTS_SIZE
         size = frame.addr + len(frame.data) - low
+        if not is_own_stack(read_maps(self._pid), low, low + size):
+            raise TargetFault(low, size)
+        # A coroutine's stack may lie there all the same, as a local array.
         try:
             self._saved = (low, self._memory.read(low, size))
         except TargetFault:

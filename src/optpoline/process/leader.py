@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from optpoline.errors import OptpolineError
-from optpoline.process.procfs import list_tids, read_state_char
+from optpoline.process.procfs import list_every_tid, list_tids, read_state_char
 
 __all__ = ["find_live_tid", "is_exiting"]
 
@@ -34,7 +34,7 @@ def find_live_tid(pid: int, *, proc_root: Path = _PROC) -> int:
     try:
         if read_state_char(pid, pid, proc_root=proc_root) not in _DEAD_STATES:
             return pid
-        tids = list_tids(pid, proc_root=proc_root)
+        tids = list_every_tid(pid, proc_root=proc_root)
     except OptpolineError:
         return pid
     for tid in tids:

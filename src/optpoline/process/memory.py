@@ -9,6 +9,7 @@ rather than another program's bytes.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from types import TracebackType
 from typing import Protocol, Self
@@ -38,7 +39,7 @@ class RemoteMemory:
 
     Raises:
         ProcessGone: if it does not exist.
-        PermissionDenied: if we may not trace it.
+        PermissionDenied: if we may not trace it, or have no descriptor left.
     """
 
     def __init__(self, pid: int) -> None:
@@ -51,9 +52,10 @@ class RemoteMemory:
         except PermissionError as error:
             raise PermissionDenied(f"we may not read the memory of process {pid}") from error
         except OSError as error:
-            raise OptpolineError(
-                f"the memory of process {pid} cannot be opened: {error.strerror}"
-            ) from error
+            message = f"the memory of process {pid} cannot be opened: {error.strerror}"
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise PermissionDenied(message) from error
+            raise OptpolineError(message) from error
 
     def __enter__(self) -> Self:
         """Return itself; the memory is closed at the end."""

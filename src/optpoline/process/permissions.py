@@ -28,17 +28,29 @@ from optpoline.process.rights import (
     check_access,
     check_capabilities,
     check_dumpable,
+    check_memory_file,
     check_namespace,
     check_owner,
     check_tracer,
     check_yama,
+    name_tracer,
 )
 from optpoline.process.scene import read_scene
 
-__all__ = ["check_attachable", "diagnose", "explain_denied"]
+__all__ = [
+    "check_attachable",
+    "check_has_program",
+    "diagnose",
+    "explain_denied",
+    "explain_untraceable",
+    "find_tracer",
+]
 
 PROC_ROOT = Path("/proc")
 SYS_ROOT = Path("/proc/sys")
+
+_PROGRAM_CHECKS = frozenset({"exists", "kind", "architecture"})
+"""Checks that say whether there is a program of our kind at all; to look at one takes no more."""
 
 
 def diagnose(pid: int, proc_root: Path = PROC_ROOT, sys_root: Path = SYS_ROOT) -> Diagnosis:
@@ -78,7 +90,7 @@ def diagnose(pid: int, proc_root: Path = PROC_ROOT, sys_root: Path = SYS_ROOT) -
             check_address_space(scene),
         ]
     if not any(check.failure for check in checks):
-        checks += check_access(scene)
+        checks += [*check_access(scene), *check_memory_file(scene)]
     # What cannot be helped outranks what a privilege would solve; the sort is stable.
     checks.sort(key=lambda check: check.failure is Failure.PERMISSION)
     return Diagnosis(pid=pid, checks=tuple(checks))
@@ -98,6 +110,34 @@ def check_attachable(pid: int, proc_root: Path = PROC_ROOT, sys_root: Path = SYS
         raise error
 
 
+def check_has_program(pid: int, proc_root: Path = PROC_ROOT, sys_root: Path = SYS_ROOT) -> None:
+    """Raise the error of looking at what has no program of our kind.
+
+    Unlike ``check_attachable``: where an attach is refused for other reasons (traced by
+    another, seccomp, frozen), a process may be looked at all the same.
+
+    Raises:
+        ProcessGone: if there is no such process, or it is a zombie.
+        UnsupportedTarget: if it is a kernel thread, a thread, ourselves, or of another
+            architecture.
+        PermissionDenied: if ``/proc`` hides it.
+    """
+    for check in diagnose(pid, proc_root, sys_root).failed:
+        if check.name in _PROGRAM_CHECKS:
+            error = Diagnosis(pid=pid, checks=(check,)).error()
+            assert error is not None
+            raise error
+
+
+def find_tracer(pid: int, proc_root: Path = PROC_ROOT) -> str | None:
+    """Return ``process 321 (gdb)`` if that traces a process now; None if nobody does."""
+    try:
+        scene = read_scene(pid, proc_root, SYS_ROOT)
+    except PermissionError:
+        return None
+    return None if scene is None else name_tracer(scene)
+
+
 def explain_denied(pid: int, proc_root: Path = PROC_ROOT, sys_root: Path = SYS_ROOT) -> AttachError:
     """Return the error for an EPERM the kernel has just given us.
 
@@ -107,3 +147,25 @@ def explain_denied(pid: int, proc_root: Path = PROC_ROOT, sys_root: Path = SYS_R
     if error is not None:
         return error
     return PermissionDenied(UNEXPLAINED.format(f"process {pid}"), hint=UNSEEN_RULES)
+
+
+def explain_untraceable(
+    pid: int,
+    denied: PermissionDenied,
+    proc_root: Path = PROC_ROOT,
+    sys_root: Path = SYS_ROOT,
+) -> AttachError:
+    """Return the error for a process that could be traced before and cannot be now.
+
+    Rights count first, a debugger that has come among them: what kind of process it is was
+    no obstacle before.
+
+    Args:
+        pid: The process.
+        denied: What is left to say where no rule in ``/proc`` explains it.
+        proc_root: Where procfs is mounted.
+        sys_root: Where the sysctl tree is.
+    """
+    failed = diagnose(pid, proc_root, sys_root).failed
+    by_rights = sorted(failed, key=lambda check: check.failure is not Failure.PERMISSION)
+    return Diagnosis(pid=pid, checks=tuple(by_rights)).error() or denied

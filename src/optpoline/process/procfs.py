@@ -7,6 +7,7 @@ A file that is gone means the process is gone: ``ProcessGone``.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from enum import Enum
@@ -19,9 +20,12 @@ __all__ = [
     "ProcessStatus",
     "ThreadState",
     "ThreadWhere",
+    "has_slept_since",
+    "list_every_tid",
     "list_tids",
     "read_exe_path",
     "read_kernel_stack",
+    "read_layout",
     "read_maps",
     "read_processor",
     "read_start_time",
@@ -32,6 +36,8 @@ __all__ = [
 
 _PROC = Path("/proc")
 _CHUNK_SIZE = 1 << 18
+_MAX_LISTINGS = 16
+"""Listings of threads before one is given up that nothing comes or goes in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +57,7 @@ class ProcessStatus:
         n_threads: Number of threads.
         seccomp: 0 off, 1 strict, 2 filter.
         cap_eff: Effective capabilities, capability n in bit n.
+        cap_prm: Those that it may make effective.
         is_kernel_thread: Whether it has no program to run.
     """
 
@@ -66,6 +73,7 @@ class ProcessStatus:
     n_threads: int
     seccomp: int
     cap_eff: int
+    cap_prm: int
     is_kernel_thread: bool
 
 
@@ -80,7 +88,7 @@ class ThreadWhere(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadState:
-    """Where one thread is, and two counters that tell whether it moved.
+    """Where one thread is, and two counters that help to tell whether it moved.
 
     Attributes:
         tid: Thread id.
@@ -92,6 +100,7 @@ class ThreadState:
         pc: User program counter, 0 while running.
         n_voluntary: Voluntary context switches so far.
         n_nonvoluntary: Involuntary context switches so far.
+        tracer_pid: Thread id of its tracer, or 0.
     """
 
     tid: int
@@ -103,6 +112,7 @@ class ThreadState:
     pc: Addr
     n_voluntary: int
     n_nonvoluntary: int
+    tracer_pid: int
 
 
 def read_maps(pid: int, *, proc_root: Path = _PROC) -> tuple[Mapping, ...]:
@@ -135,7 +145,7 @@ def read_maps(pid: int, *, proc_root: Path = _PROC) -> tuple[Mapping, ...]:
 
 def _read_maps_of_threads(pid: int, proc_root: Path) -> str:
     """Return the map of a process whose first thread has exited while others run."""
-    for tid in list_tids(pid, proc_root=proc_root):
+    for tid in list_every_tid(pid, proc_root=proc_root):
         try:
             text = _read_text(f"{proc_root}/{pid}/task/{tid}/maps", pid)
         except ProcessGone:
@@ -162,6 +172,30 @@ def list_tids(pid: int, *, proc_root: Path = _PROC) -> tuple[int, ...]:
     return tuple(sorted(map(int, names)))
 
 
+def list_every_tid(pid: int, *, proc_root: Path = _PROC) -> tuple[int, ...]:
+    """Return the ids of all threads there were at some moment of this call, at least.
+
+    The kernel goes from one thread to the next while they come and go: when the one that it
+    is at exits, a listing ends early, or goes on at a number that has another thread by then.
+    One is complete if it has as many threads as the process had behind it, and all of them
+    are there after that. Where none is, because they come and go all the time, it is what
+    all of several listings showed, those that may be gone included.
+
+    Raises:
+        ProcessGone: if the process does not exist.
+    """
+    tids = list_tids(pid, proc_root=proc_root)
+    every = set(tids)
+    for _ in range(_MAX_LISTINGS):
+        n_threads = int(_read_status_fields(f"{proc_root}/{pid}/status", pid)["Threads"])
+        again = list_tids(pid, proc_root=proc_root)
+        if len(tids) == n_threads and set(tids) <= set(again):
+            return again
+        tids = again
+        every.update(tids)
+    return tuple(sorted(every))
+
+
 def read_start_time(pid: int, *, proc_root: Path = _PROC) -> int:
     """Return when it was started, in clock ticks since boot; with the pid, its identity.
 
@@ -170,6 +204,18 @@ def read_start_time(pid: int, *, proc_root: Path = _PROC) -> int:
     """
     # Field 22; the fields behind the last ")" begin with field 3.
     return int(_read_stat_fields(f"{proc_root}/{pid}/stat", pid)[19])
+
+
+def read_layout(pid: int, *, proc_root: Path = _PROC) -> tuple[int, ...]:
+    """Return start and end of the code, and of the stack, that exec has laid out.
+
+    Forks and those that share the memory have the same; zeros without memory, no
+    addresses if we may not look.
+
+    Raises:
+        ProcessGone: if the process does not exist.
+    """
+    return tuple(map(int, _read_stat_fields(f"{proc_root}/{pid}/stat", pid)[23:26]))
 
 
 def read_state_char(pid: int, tid: int, *, proc_root: Path = _PROC) -> str:
@@ -212,6 +258,7 @@ def read_status(pid: int, *, tid: int | None = None, proc_root: Path = _PROC) ->
         n_threads=int(fields["Threads"]),
         seccomp=int(fields.get("Seccomp", "0")),
         cap_eff=int(fields["CapEff"], 16),
+        cap_prm=int(fields.get("CapPrm", fields["CapEff"]), 16),
         is_kernel_thread=_is_kernel_thread(fields, directory, pid),
     )
 
@@ -219,8 +266,7 @@ def read_status(pid: int, *, tid: int | None = None, proc_root: Path = _PROC) ->
 def read_thread_state(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadState:
     """Return where a thread is.
 
-    The counters are read first: a thread whose counters are the same in a
-    later reading slept all through what ``sp`` and ``pc`` say in this one.
+    The counters and the tracer are read first, for ``has_slept_since``.
 
     Raises:
         ProcessGone: if the thread does not exist.
@@ -236,6 +282,7 @@ def read_thread_state(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadS
         where = ThreadWhere.IN_SYSCALL if nr >= 0 else ThreadWhere.BLOCKED
         args = tuple(int(word, 16) for word in words[1:-2])
         numbers = (int(words[-2], 16), int(words[-1], 16))
+    n_voluntary, n_nonvoluntary = _switches(status)
     return ThreadState(
         tid=tid,
         state=status["State"][:1],
@@ -244,9 +291,47 @@ def read_thread_state(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadS
         syscall_args=args,
         sp=Addr(numbers[0]),
         pc=Addr(numbers[1]),
-        n_voluntary=int(status["voluntary_ctxt_switches"]),
-        n_nonvoluntary=int(status["nonvoluntary_ctxt_switches"]),
+        n_voluntary=n_voluntary,
+        n_nonvoluntary=n_nonvoluntary,
+        tracer_pid=int(status["TracerPid"]),
     )
+
+
+def has_slept_since(pid: int, before: ThreadState, *, proc_root: Path = _PROC) -> bool:
+    """Tell whether a thread has slept all the while since ``read_thread_state``.
+
+    The kernel counts a voluntary switch when a thread *leaves* its CPU: one that woke and
+    still runs has the counters of its sleep. So it must
+
+    1. be asleep again or still (the kernel shows sp and pc of no other), where it was; and
+    2. after that have the counters that it had before the first look. Had it run in between,
+       it would have left its CPU once more to be asleep in 1.
+
+    In the other order it could run between the two, and sleep again in the same call.
+
+    Args:
+        pid: Its process.
+        before: What was read of it when it slept.
+        proc_root: Where procfs is mounted.
+
+    Raises:
+        ProcessGone: if the thread does not exist.
+        PermissionDenied: if we may not trace it.
+    """
+    directory = f"{proc_root}/{pid}/task/{before.tid}"
+    words = _read_text(f"{directory}/syscall", before.tid).split()
+    if not words or words[0] == "running":
+        return False
+    where = (int(words[0]), int(words[-2], 16), int(words[-1], 16))
+    if where != (before.syscall_nr, before.sp, before.pc):
+        return False
+    status = _read_status_fields(f"{directory}/status", before.tid)
+    return _switches(status) == (before.n_voluntary, before.n_nonvoluntary)
+
+
+def _switches(status: dict[str, str]) -> tuple[int, int]:
+    """Return the counters of voluntary and involuntary context switches."""
+    return int(status["voluntary_ctxt_switches"]), int(status["nonvoluntary_ctxt_switches"])
 
 
 def read_kernel_stack(pid: int, tid: int, *, proc_root: Path = _PROC) -> str:
@@ -330,6 +415,8 @@ def _wrap(error: OSError, pid: int, name: str) -> OptpolineError:
     """Turn an error of a read into one that names the process."""
     if isinstance(error, PermissionError):
         return PermissionDenied(f"we may not read {name} of process {pid}")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return PermissionDenied(f"we may not read {name} of process {pid}: {error.strerror}")
     return OptpolineError(f"{name} of process {pid} cannot be read: {error.strerror}")
 
 

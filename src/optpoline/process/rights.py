@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from optpoline.process.checks import Check, Failure, failed, passed, warned
-from optpoline.process.scene import Scene, read_status_fields
+from optpoline.process.scene import CAP_DAC_OVERRIDE, Scene, read_status_fields
 
 __all__ = [
     "UNEXPLAINED",
@@ -18,10 +18,12 @@ __all__ = [
     "check_access",
     "check_capabilities",
     "check_dumpable",
+    "check_memory_file",
     "check_namespace",
     "check_owner",
     "check_tracer",
     "check_yama",
+    "name_tracer",
 ]
 
 _SANE_ANCESTRY = 1 << 10
@@ -85,6 +87,18 @@ def check_access(scene: Scene) -> Iterator[Check]:
         return
 
 
+def check_memory_file(scene: Scene) -> Iterator[Check]:
+    """We may open its memory: a file of mode 0600, for which CAP_SYS_PTRACE counts nothing."""
+    try:
+        owner = (scene.proc_dir / "mem").stat().st_uid
+    except OSError:
+        return
+    if owner != scene.ours.ids("Uid")[1] and not scene.ours.has_cap(CAP_DAC_OVERRIDE):
+        sentence = f"/proc/{scene.pid}/mem belongs to uid {owner}, and we have no CAP_DAC_OVERRIDE"
+        advice = "run optpoline as root (sudo), or with CAP_DAC_OVERRIDE besides CAP_SYS_PTRACE"
+        yield failed("memory file", sentence, advice, Failure.PERMISSION)
+
+
 def check_namespace(scene: Scene) -> Iterator[Check]:
     """Say when capabilities are counted in another user namespace."""
     try:
@@ -133,16 +147,24 @@ def check_yama(scene: Scene) -> Check:
 
 def check_tracer(scene: Scene) -> Check:
     """Nobody else traces it, nor any of its threads."""
+    tracer = name_tracer(scene)
+    if tracer is None:
+        return passed("tracer", "no other process traces it")
+    sentence = f"{scene.name} is already traced by {tracer}"
+    return failed("tracer", sentence, "let that one detach first", Failure.PERMISSION)
+
+
+def name_tracer(scene: Scene) -> str | None:
+    """Return ``process 321 (gdb)`` if that traces it, or one of its threads."""
     tracers = (thread.number("TracerPid") for thread in scene.threads)
     tracer = next((pid for pid in tracers if pid), 0)
     if tracer == 0:
-        return passed("tracer", "no other process traces it")
+        return None
     try:
         comm = (scene.proc_root / str(tracer) / "comm").read_text().strip()
     except OSError:
         comm = "name unknown"
-    sentence = f"{scene.name} is already traced by process {tracer} ({comm})"
-    return failed("tracer", sentence, "let that one detach first", Failure.PERMISSION)
+    return f"process {tracer} ({comm})"
 
 
 def _is_descendant(scene: Scene) -> bool:

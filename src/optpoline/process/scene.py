@@ -11,6 +11,7 @@ from pathlib import Path
 from optpoline.process.leader import find_live_tid
 
 __all__ = [
+    "CAP_DAC_OVERRIDE",
     "CAP_SYS_ADMIN",
     "CAP_SYS_PTRACE",
     "Scene",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 # include/uapi/linux/capability.h
+CAP_DAC_OVERRIDE = 1
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 

@@ -30,6 +30,7 @@ from optpoline.errors import OptpolineError
 from optpoline.model import Addr
 from optpoline.process.inject import InjectionCode, find_injection_code
 from optpoline.process.memory import RemoteMemory
+from optpoline.process.sharers import SharerFinder
 from optpoline.process.stopper import Stopper
 from optpoline.process.tracer_thread import TracerThread
 
@@ -168,6 +169,7 @@ def stop_threads(
     wake: Wake = Wake.ONE_FOR_INJECTION,
     timeout_ns: int = DEFAULT_TIMEOUT_NS,
     code: InjectionCode | None = None,
+    sharers: SharerFinder | None = None,
 ) -> Iterator[Stop]:
     """Stop the threads of a process, and of those that share its memory, for a block.
 
@@ -181,6 +183,7 @@ def stop_threads(
         timeout_ns: How long to wait for threads to stand.
         code: What ``find_injection_code`` found; searched for when None and wake
             allows injection, which takes milliseconds before the stop.
+        sharers: Finds who shares the memory; one that has looked before is faster.
 
     Raises:
         StopTimeout: if threads do not stop in time.
@@ -190,6 +193,8 @@ def stop_threads(
     """
     if code is None and wake in (Wake.ONE_FOR_INJECTION, Wake.ALL):
         code = find_injection_code(pid, memory)
+    sharers = sharers or SharerFinder(pid)
+    sharers.look()  # the long look before the stop: in it only those are looked at who are new
     with _undisturbed():
         thread = TracerThread()
         try:
@@ -200,6 +205,7 @@ def stop_threads(
                         pid=pid,
                         memory=memory,
                         tracer=tracer,
+                        sharers=sharers,
                         wakes_all=wake is Wake.ALL,
                         wakes_unnoticed=wake is Wake.UNNOTICED,
                         timeout_ns=timeout_ns,

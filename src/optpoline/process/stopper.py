@@ -6,8 +6,8 @@ return, and waking them is what programs notice (EINTR, short transfers). New
 threads are found by listing again until a listing has no new one, rather than
 by PTRACE_O_TRACECLONE: once every running thread has stopped only threads not
 yet listed can make others, and no extra kind of stop has to be handled in the
-window. A program that makes threads faster than they can be stopped runs into
-the deadline.
+window. The same goes for processes that share the memory. A program that makes threads
+faster than they can be stopped runs into the deadline.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from optpoline.process.procfs import (
     read_thread_state,
 )
 from optpoline.process.ptrace import StopCode, Tracer, reap_thread
-from optpoline.process.sharers import find_sharers
+from optpoline.process.sharers import SharerFinder
 from optpoline.x86.registers import Registers
 from optpoline.x86.syscalls import (
     ERESTART_RESTARTBLOCK,
@@ -104,6 +104,7 @@ class Stopper:
         pid: The target.
         memory: Its memory.
         tracer: Requests of the tracer thread.
+        sharers: Finds who shares its memory; best asked shortly before.
         wakes_all: Whether sleeping threads are interrupted too.
         wakes_unnoticed: Whether those of them are that do not notice.
         deadline_ns: time.monotonic_ns() by which all must stand; set at the first interrupt.
@@ -116,6 +117,7 @@ class Stopper:
     pid: int
     memory: RemoteMemory
     tracer: Tracer
+    sharers: SharerFinder
     wakes_all: bool
     timeout_ns: int
     wakes_unnoticed: bool = False
@@ -126,7 +128,7 @@ class Stopper:
     _n_listings: int = 0
     _pids: list[int] = field(default_factory=list)
     _pending: dict[int, int] = field(default_factory=dict)
-    _left_seized: set[int] = field(default_factory=set)
+    _left_seized: dict[int, int] = field(default_factory=dict)
     _injection: InjectionThread | None = None
     _seized: set[int] = field(default_factory=set)
 
@@ -140,7 +142,7 @@ class Stopper:
             ProcessGone: if the target exits or executes another program.
             PermissionDenied: if a thread cannot be traced.
         """
-        self._pids = [self.pid, *find_sharers(self.pid)]
+        self._pids = [self.pid, *self.sharers.look()]
         self.sweep()
         if not self.memory.is_current() or not (self.tracees or self.asleep):
             raise ProcessGone(self.pid, f"process {self.pid} has exited or run a new program")
@@ -149,10 +151,11 @@ class Stopper:
         """Stop threads that have woken or appeared, until none has."""
         while True:
             self._interrupt_running()
-            if not self._pending:
+            if self._pending:
+                self._collect_pending()
+            elif not self._find_new_sharers():
                 return
-            self._collect_pending()
-            if time.monotonic_ns() >= self.deadline_ns:
+            if self.begin_ns and time.monotonic_ns() >= self.deadline_ns:
                 raise StopTimeout(self.timeout_ns, tuple(sorted(self._pending)))
 
     def inject(
@@ -187,8 +190,8 @@ class Stopper:
                 # Detached half-way it would return through its signal frame, and so it
                 # does when this thread ends; a killed one is gone either way.
                 self.tracees.pop(self._injection.tid, None)
-        for tid in (*self._pending, *self._left_seized):
-            self._try_detach(tid)
+        for tid, pid in (*self._pending.items(), *self._left_seized.items()):
+            self._try_detach(pid, tid)
         for tracee in self.tracees.values():
             try:
                 self.tracer.detach(tracee.tid, tracee.code.delivered_signal)
@@ -209,21 +212,29 @@ class Stopper:
             if tid not in self._pids:
                 reap_thread(tid)
 
-    def _try_detach(self, tid: int) -> None:
+    def _try_detach(self, pid: int, tid: int) -> None:
         """Detach a thread that may have stopped too late."""
         try:
             code = self.tracer.poll(tid)
             if code is not None:
-                self._restore_wait(self.pid, tid, self.tracer.read_registers(tid))
+                self._restore_wait(pid, tid, self.tracer.read_registers(tid))
                 self.tracer.detach(tid, code.delivered_signal)
         except OptpolineError:
             return  # gone, or still not stopped: the thread's end lets it go
+
+    def _find_new_sharers(self) -> bool:
+        """Look for processes that share the memory, while no thread runs that could start one.
+
+        A child of a vfork() is one; they may be anybody's children.
+        """
+        new = [pid for pid in self.sharers.look() if pid not in self._pids]
+        self._pids += new
+        return bool(new)
 
     def _find_running(self) -> None:
         """Seize running threads that are not ours yet; note who is asleep."""
         self.asleep = {}
         runnable: dict[int, int] = {}
-        uninterruptible: dict[int, list[int]] = {}
         for pid in tuple(self._pids):
             try:
                 tids = list_tids(pid)
@@ -233,7 +244,6 @@ class Stopper:
                 self._pids.remove(pid)
                 continue
             for tid in tids:
-                # Pending ones are seized already: this calls itself for sharers found late.
                 if tid in self.tracees or tid in self._pending:
                     continue
                 try:
@@ -248,8 +258,6 @@ class Stopper:
                         self._pending[tid] = pid
                 elif state not in _DEAD_STATES:
                     self.asleep[tid] = pid
-                    if state == "D":
-                        uninterruptible.setdefault(pid, []).append(tid)
         # Those left alone may go on and make others run without end.
         is_patient = self._n_listings < _MAX_PATIENT_LISTINGS
         self._n_listings += 1
@@ -259,16 +267,11 @@ class Stopper:
                 self.asleep[tid] = pid
             elif self._seize(pid, tid):
                 self._pending[tid] = pid
-        for pid, parents in uninterruptible.items():
-            new = [p for p in find_sharers(pid, tids=parents) if p not in self._pids]
-            if new:
-                self._pids += new
-                self._find_running()
 
     def _seize(self, pid: int, tid: int) -> bool:
         """Seize a thread; False if it is gone."""
         if tid in self._left_seized:
-            self._left_seized.remove(tid)
+            del self._left_seized[tid]
             return True
         try:
             self.tracer.seize(tid)
@@ -307,8 +310,7 @@ class Stopper:
         must_leave = is_transferring if wakes_some else is_asleep_or_transferring
         for tid in asked:
             if may_leave and must_leave(self._pending[tid], tid):
-                self._left_seized.add(tid)
-                self.asleep[tid] = self._pending.pop(tid)
+                self._left_seized[tid] = self.asleep[tid] = self._pending.pop(tid)
             else:
                 self._interrupt(tid)
 
@@ -390,8 +392,7 @@ class Stopper:
             elif state == "D":
                 # It runs no program code either: the trap comes before any.
                 del self._pending[tid]
-                self._left_seized.add(tid)
-                self.asleep[tid] = pid
+                self._left_seized[tid] = self.asleep[tid] = pid
 
     def _take(self, pid: int, tid: int, code: StopCode) -> None:
         """Add a thread that stands."""
@@ -406,7 +407,7 @@ class Stopper:
         """
         if not regs.in_syscall or regs.result != -_EINTR:
             return regs
-        is_socket = _is_socket(pid, regs.rdi)
+        is_socket = _is_socket(pid, tid, regs.rdi)
         if is_restartable_eintr(regs, is_socket=is_socket):
             regs = regs.with_result(-ERESTARTNOHAND)
             self.tracer.write_registers(tid, regs)
@@ -439,7 +440,7 @@ class Stopper:
         raise UnsupportedTarget(
             f"no thread of process {self.pid} can run a system call for us now",
             hint="its threads sleep in calls that must not be disturbed (try again later), or "
-            "are under seccomp or on shadow stacks",
+            "are under seccomp, on shadow stacks, or on stacks without a guard page below",
         )
 
     def _wake(self, tid: int) -> Tracee | None:
@@ -519,9 +520,9 @@ def _rank_waking(pid: int, state: ThreadState) -> Disturbance:
     return rank_disturbance(state.syscall_nr, state.syscall_args)
 
 
-def _is_socket(pid: int, fd: int) -> bool:
-    """Say whether a descriptor of the target is a socket."""
+def _is_socket(pid: int, tid: int, fd: int) -> bool:
+    """Say whether a thread's descriptor is a socket; threads may have tables of their own."""
     try:
-        return os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:")
+        return os.readlink(f"/proc/{pid}/task/{tid}/fd/{fd}").startswith("socket:")
     except OSError:
         return False

@@ -35,7 +35,7 @@ def format_audit(report: AuditReport, style: Style, *, with_all: bool) -> list[s
     limit = None if with_all else MAX_SHOWN
     lines = [_format_verdict(report, style), *_format_counts(report)]
     lines += _format_faults(report.faults, style, limit)
-    lines += _format_foreign(report.foreign, style, limit)
+    lines += _format_foreign(report.foreign_changes, style, limit)
     return lines + [f"note: {printable(note)}" for note in report.notes]
 
 
@@ -57,7 +57,7 @@ def _format_counts(report: AuditReport) -> list[str]:
         alive = "still running" if report.controller_alive else "gone"
         gone = f", {report.gone} of modules that are gone" if report.gone else ""
         lines = [
-            f"  {count_of(report.patched, 'site')} promoted or learning, {report.baseline} at"
+            f"  {count_of(report.promoted, 'site')} promoted or learning, {report.baseline} at"
             f" baseline{gone}; controller {report.controller_pid} ({alive})",
             f"  {count_of(report.blocks, 'live block')} and {report.retired} retired in"
             f" {count_of(report.arenas, 'arena')}",

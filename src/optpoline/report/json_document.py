@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
+    ChildSummary,
     DetachResult,
     LeftBehind,
     ModuleSummary,
@@ -90,6 +91,8 @@ def session_document(
         "stops": summary.stops,
         "stop_ms_max": summary.stop_ms_max,
         "stop_ms_total": summary.stop_ms_total,
+        "stop_ms_limit": summary.stop_ms_limit,
+        "stops_over_limit": summary.stops_over_limit,
         "learning_s": summary.learning_s,
         "relearned": summary.relearned,
         "reclaim": _reclaim_object(summary.reclaim),
@@ -164,7 +167,7 @@ def audit_document(report: AuditReport) -> JsonObject:
         "arenas": report.arenas,
         "controller_pid": report.controller_pid,
         "controller_alive": report.controller_alive,
-        "promoted": report.patched,
+        "promoted": report.promoted,
         "baseline": report.baseline,
         "gone": report.gone,
         "blocks": report.blocks,
@@ -181,7 +184,7 @@ def audit_document(report: AuditReport) -> JsonObject:
                 "size": one.size,
                 "module": one.module,
             }
-            for one in report.foreign
+            for one in report.foreign_changes
         ],
         "notes": list(report.notes),
     }
@@ -265,7 +268,13 @@ def _detach_object(result: DetachResult) -> JsonObject:
         "restored": result.restored,
         "foreign": [hex(address) for address in result.foreign],
         "notes": list(result.notes),
+        "children": [_child_object(child) for child in result.children],
     }
+
+
+def _child_object(child: ChildSummary) -> JsonObject:
+    """A forked child that was restored, or keeps promotions."""
+    return {"pid": child.pid, "kept": child.kept, "restored": child.restored}
 
 
 def _left_behind_object(left: LeftBehind) -> JsonObject:

@@ -43,7 +43,7 @@ _STATE_WORDS = {
     SessionState.PROMOTED: "promoted",
     SessionState.WATCHING: "watching",
     SessionState.RESTORED: "restored: every byte is as it was before",
-    SessionState.PARTLY_RESTORED: "partly restored: some sites could not be, see the notes",
+    SessionState.PARTLY_RESTORED: "not all restored: some sites could not be, see the notes",
     SessionState.LEFT: "left: the promotions keep working",
     SessionState.EXITED: "the program exited",
     SessionState.EXECED: "the program replaced itself (exec)",

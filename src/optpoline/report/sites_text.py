@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optpoline.controller.summary import ModuleSummary, SiteSummary
+from optpoline.controller.summary import ModuleSummary, SiteState, SiteSummary
 from optpoline.report.demangle import readable_name, shorten_middle
 from optpoline.report.session_text import count_of
 from optpoline.report.table import Colour, Column, Style, format_table, printable
@@ -44,11 +44,17 @@ def format_sites(
     return lines
 
 
-def format_no_sites(modules: Sequence[ModuleSummary]) -> str:
-    """Return what there is instead of sites, as the rest of a sentence."""
+def format_no_sites(modules: Sequence[ModuleSummary], *, is_file: bool = False) -> str:
+    """Return what there is instead of sites, as the rest of a sentence.
+
+    Args:
+        modules: The process's, or the file alone.
+        is_file: Which of the two.
+    """
     n_plain = [module.n_plain for module in modules if module.n_plain is not None]
     n_inline = sum(module.n_inline for module in modules)
-    what = f"{count_of(sum(module.n_thunks for module in modules), 'thunk')} in its modules"
+    what = count_of(sum(module.n_thunks for module in modules), "thunk")
+    what += " in it" if is_file else " in its modules"
     if n_inline:
         what += f", {count_of(n_inline, 'inline retpoline')} (not promotable)"
     elif n_plain and sum(n_plain):
@@ -66,5 +72,12 @@ def _row(site: SiteSummary) -> tuple[str, ...]:
         site.kind,
         site.thunk,
         readable_name(site.function) if site.function else "-",
-        "yes" if site.refusal is None else f"no: {site.refusal}",
+        _promotable(site),
     )
+
+
+def _promotable(site: SiteSummary) -> str:
+    """Say whether a site can be promoted, or is."""
+    if site.refusal is not None:
+        return f"no: {site.refusal}"
+    return "yes" if site.state is SiteState.BASELINE else f"yes, {site.state.value}"

@@ -40,6 +40,8 @@ class FakeKind(Enum):
     ATTACHED = 1
     RELEARNED = 2
     PROMOTED = 3
+    NOT_PROMOTED = 4
+    NOTE = 5
 
 
 @dataclass(frozen=True, slots=True)

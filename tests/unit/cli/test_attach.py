@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,11 @@ from optpoline.errors import (
     UnsupportedTarget,
 )
 from optpoline.report.table import Style
-from tests.unit.cli.fakes import FakeApi, FakeSession
+from tests.unit.cli.fakes import FakeApi, FakeEvent, FakeKind, FakeSession, make_summary
+
+NOT_ALL = DetachResult(
+    outcome=DetachOutcome.INCOMPLETE, restored=0, foreign=(), notes=("gdb is in the way",)
+)
 
 PROMOTED_LINE = "promoted 1 of 2 sites in 0.012 s"
 
@@ -66,8 +71,24 @@ def test_bad_pid_is_a_usage_error(pid: str, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "soon"])
-def test_bad_duration_is_a_usage_error(seconds: str) -> None:
+def test_bad_duration_is_a_usage_error(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attach", "1", f"--duration={seconds}"], api=FakeApi()) == 2
+    assert f"'{seconds}' is not a number of seconds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("time", ["abc", "inf", "-1", "0", "0.0"])
+@pytest.mark.parametrize(
+    ("option", "unit"), [("--max-stop-ms", "milliseconds"), ("--learn-seconds", "seconds")]
+)
+def test_lengths_are_above_zero_and_told_in_their_unit(
+    option: str, unit: str, time: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = FakeApi()
+    assert main(["attach", "1", f"{option}={time}"], api=api) == 2
+    assert api.attached == []
+    err = capsys.readouterr().err
+    assert f"'{option}'" in err
+    assert f"'{time}' is not a number of {unit}{' above 0' if time in ('0', '0.0') else ''}" in err
 
 
 def test_too_short_a_duration_promotes_nothing_and_restores() -> None:
@@ -79,13 +100,25 @@ def test_too_short_a_duration_promotes_nothing_and_restores() -> None:
 def test_too_short_a_duration_still_promotes_what_is_to_be_left() -> None:
     api = FakeApi()
     assert main(["attach", "1", "--duration", "0", "--leave"], api=api) == 0
-    assert api.session.calls == ["promote", "leave"]
+    assert api.session.calls == ["learn 1", "promote", "leave"]
 
 
 def test_learning_never_exceeds_the_duration() -> None:
     api = api_ending_with(SessionState.EXITED)
     assert main(["attach", "1", "--duration", "9", "--learn-seconds", "99"], api=api) == 0
     assert api.session.calls[0] == "learn 9"
+
+
+def test_nothing_promoted_is_not_called_promoted(capsys: pytest.CaptureFixture[str]) -> None:
+    class Cold(FakeSession):
+        def promote(self) -> None:
+            self.calls.append("promote")
+            self.on_event(FakeEvent(FakeKind.NOT_PROMOTED, "nothing to promote yet: it sleeps"))
+
+    assert main(["attach", "1"], api=FakeApi(session=Cold())) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == "nothing to promote yet: it sleeps"
+    assert not [line for line in lines if line.startswith("promoted ")]
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +156,77 @@ def test_error_in_any_step_restores_first(step: str, capsys: pytest.CaptureFixtu
     assert main(["attach", "1", "--leave"], api=api) == 7
     assert api.session.calls[-1] == "detach"
     assert "bytes at 0x10 are cc, not e8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["learn", "promote", "watch"])
+def test_error_after_which_not_all_is_restored_ends_with_a_summary(
+    step: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = FakeApi()
+    api.session.errors[step] = PermissionDenied("gdb traces it", hint="let it go")
+    api.session.result = NOT_ALL
+    api.session.after_state = SessionState.PARTLY_RESTORED
+    assert main(["attach", "1", "--json", "-"], api=api) == 7
+    assert api.session.calls[-1] == "detach"
+    assert api.session.calls.count("detach") == 1
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["state"] == "partly_restored"
+    assert document["detach"]["outcome"] == "incomplete"
+    assert "gdb traces it" in document["notes"]
+    assert "optpoline: error: gdb traces it\n  let it go\n" in err
+    assert "not all restored" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_what_is_left_counts_more_than_the_signal(number: signal.Signals) -> None:
+    def send_and_wait(stop: threading.Event) -> SessionState:
+        os.kill(os.getpid(), number)
+        assert stop.wait(30)
+        return SessionState.WATCHING
+
+    inherited = signal.signal(number, signal.default_int_handler)
+    try:
+        api = FakeApi(session=FakeSession(on_watch=send_and_wait, result=NOT_ALL))
+        assert main(["attach", "1", "-q"], api=api) == 7
+    finally:
+        signal.signal(number, inherited)
+
+
+def test_too_short_a_duration_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attach", "1", "--duration", "0", "--json", "-"], api=FakeApi()) == 0
+    out, err = capsys.readouterr()
+    (note,) = json.loads(out)["notes"]
+    assert note.startswith("nothing was promoted: the duration of 0 s was over with the first")
+    assert "takes 1 s (--learn-seconds)" in note
+    assert f"note: {note}" in err
+
+
+def test_a_duration_that_is_long_enough_has_no_note(capsys: pytest.CaptureFixture[str]) -> None:
+    api = api_ending_with(SessionState.EXITED)
+    assert main(["attach", "1", "--duration", "9", "--json", "-"], api=api) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+
+
+def test_a_note_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    class Noting(FakeSession):
+        def learn(self, *, seconds: float, stop: threading.Event) -> None:
+            self.on_event(FakeEvent(FakeKind.NOTE, "the arena is used up"))
+
+    session = Noting(before=replace(make_summary(), notes=("the arena is used up", "and so on")))
+    assert main(["attach", "1", "--json", "-"], api=FakeApi(session=session)) == 0
+    out, err = capsys.readouterr()
+    assert err.count("note: the arena is used up\n") == 1
+    assert err.count("note: and so on\n") == 1
+    assert json.loads(out)["notes"] == ["the arena is used up", "and so on"]
+
+
+def test_a_pid_that_no_kernel_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attach", "99999999"], api=FakeApi()) == 2
+    err = capsys.readouterr().err
+    assert "'99999999' is above the largest process id, 4194304" in err
+    assert main(["sites", "99999999"], api=FakeApi()) == 2
+    assert "above the largest process id" in capsys.readouterr().err
 
 
 def test_failing_rollback_does_not_hide_the_error(capsys: pytest.CaptureFixture[str]) -> None:

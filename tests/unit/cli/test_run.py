@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -105,6 +106,38 @@ def test_session_lasts_as_long_as_the_child(fifo: Path, tmp_path: Path) -> None:
     assert document["state"] == "exited"
     assert document["exit_status"] == 3
     assert document["promoted"] == 1
+
+
+def test_summary_is_told_when_the_session_ends(fifo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ReleasingTheProgram(io.StringIO):
+        def write(self, text: str) -> int:
+            if "left: the promotions keep working" in text:
+                fifo.write_text("go\n")
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", ReleasingTheProgram())
+    api = FakeApi(session=FakeSession(on_watch=lambda stop: SessionState.WATCHING))
+    command = ["timeout", "20", "sh", "-c", f"read line < {fifo}; exit 6"]
+    assert main(["run", "--leave", "--duration", "1", "--", *command], api=api) == 6
+    assert api.session.calls[-1] == "leave"
+
+
+def test_program_that_ends_too_soon_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi(attach_errors=[ProcessGone(1)] * 1000)
+    assert main(["run", "--json", "-", "--", "true"], api=api) == 0
+    out, err = capsys.readouterr()
+    assert err == "not promoted: the program ended before it could be attached to\n"
+    assert json.loads(out)["notes"] == ["the program ended before it could be attached to"]
+
+
+def test_what_a_launcher_starts_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi(attach_errors=[NoSites("process 7 (sh) has no site")])
+    command = ["sh", "-c", "sleep 0.2"]
+    assert main(["run", "--json", "-", "--", *command], api=api) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines()[0] == "not promoted: process 7 (sh) has no site"
+    assert "put `optpoline run --` before that" in err.splitlines()[1]
+    assert "`optpoline run --`" in json.loads(out)["notes"][0]
 
 
 def test_program_that_is_executed_later_is_found(

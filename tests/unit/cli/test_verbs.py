@@ -118,6 +118,7 @@ def test_detach(capsys: pytest.CaptureFixture[str]) -> None:
         "restored": 1,
         "foreign": [],
         "notes": [],
+        "children": [],
     }
     assert "restored 1 site; nothing of optpoline is left" in err
 
@@ -164,6 +165,12 @@ def test_no_sites_says_what_there_is_instead(capsys: pytest.CaptureFixture[str])
     out, err = capsys.readouterr()
     assert out == ""
     assert "process 4711 has no retpoline site: 3 thunks in its modules, 7 plain indirect br" in err
+
+
+def test_no_sites_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi(listing=FakeListing(modules=(LUA,)))
+    assert main(["sites", "./lua"], api=api) == 3
+    assert "./lua has no retpoline site: 3 thunks in it, 7 plain" in capsys.readouterr().err
 
 
 def test_sites_of_a_number_no_process_has() -> None:

@@ -39,6 +39,9 @@ class NobodyInside:
     def is_switching(self) -> bool:
         return False
 
+    def suspect_switching(self) -> None:
+        raise AssertionError("nobody holds anything")
+
 
 @pytest.mark.parametrize(
     ("pointed_to", "n_searches", "words"),
@@ -56,7 +59,9 @@ def test_arena_that_stays_says_why(
     observer = NobodyInside(pointed_to)
     monkeypatch.setattr("optpoline.controller.letting_go.ThreadObserver", lambda _: observer)
     monkeypatch.setattr("optpoline.controller.letting_go.TRY_EVERY_S", 0.0)
-    target = cast(Target, SimpleNamespace(pid=1, memory=None, read_maps=None, stop=None))
+    target = cast(
+        Target, SimpleNamespace(pid=1, memory=None, read_maps=None, stop=None, sharers=None)
+    )
     (note,) = unmap_when_quiescent(target, [(START, END)], [(START, END)])
     assert note.startswith(f"the arena at {START:#x} stays mapped: {words}")
     assert observer.n_searches == n_searches

@@ -85,4 +85,4 @@ def test_refusal_names_the_other_controller() -> None:
     finally:
         first.release()
     assert f"another optpoline controller, process {PID}, works on" in caught.value.message
-    assert caught.value.hint == f"end that one first (kill -INT {PID})"
+    assert caught.value.hint == f"end that one first (kill {PID})"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,63 @@ def test_one_left_by_an_earlier_controller_is_replaced(proc: Path, path: Path) -
     names.remove()
 
 
+STALE = "perf-999.map"
+
+
+def test_maps_of_programs_that_are_gone_go(proc: Path, folder: Path, path: Path) -> None:
+    (folder / STALE).write_text(TWO_LINES)
+    (folder / "perf-1000.map").write_text(ONE_LINE)
+    names = _map_of(proc)
+    assert names.update(ONE, 10.0) is None
+    assert os.listdir(folder) == [path.name]
+    (folder / STALE).write_text(TWO_LINES)
+    remove_perf_map(PID, proc_root=proc)
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("pids", ["999", "999\t3", "5\t999"])
+def test_maps_of_programs_that_live_stay(proc: Path, folder: Path, pids: str) -> None:
+    pid = pids.split()[0]
+    (proc / pid).mkdir()
+    status = STATUS.replace(f"NSpid:\t{PID}\t{OWN_PID}", f"NSpid:\t{pids}")
+    (proc / pid / "status").write_text(status)
+    (folder / STALE).write_text(TWO_LINES)
+    remove_perf_map(PID, proc_root=proc)
+    assert os.listdir(folder) == [STALE]
+    shutil.rmtree(proc / pid)
+    remove_perf_map(PID, proc_root=proc)
+    assert os.listdir(folder) == []
+
+
+OTHERS_NAMES = ("perf-0999.map", "perf-999.map.old", ".perf-999.map", "perf-x.map", "perf-.map")
+
+
+@pytest.mark.parametrize("name", OTHERS_NAMES)
+def test_other_files_stay(proc: Path, folder: Path, name: str) -> None:
+    (folder / name).write_text(ONE_LINE)
+    remove_perf_map(PID, proc_root=proc)
+    assert os.listdir(folder) == [name]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root to give files away")
+def test_maps_of_another_user_s_programs_stay(proc: Path, folder: Path) -> None:
+    (folder / STALE).write_text(ONE_LINE)
+    os.chown(folder / STALE, 65534, 65534)
+    remove_perf_map(PID, proc_root=proc)
+    assert os.listdir(folder) == [STALE]
+
+
+def test_stale_links_and_pipes_stay(proc: Path, folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text(ONE_LINE)
+    (folder / STALE).symlink_to(elsewhere)
+    os.mkfifo(folder / "perf-1000.map")
+    os.link(elsewhere, folder / "perf-1001.map")
+    remove_perf_map(PID, proc_root=proc)
+    assert sorted(os.listdir(folder)) == ["perf-1000.map", STALE]
+    assert elsewhere.read_text() == ONE_LINE
+
+
 FOREIGN = {
     "theirs": "7f0000001000 20 LazyCompile:*main\n",
     "theirs behind ours": ONE_LINE + "7f0000001000 20 LazyCompile:*main\n",
@@ -198,6 +256,13 @@ def test_a_map_of_the_program_is_left_alone(
     remove_perf_map(PID, proc_root=proc)
     assert path.read_text() == text
     assert os.listdir(folder) == [path.name]
+
+
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=list(FOREIGN))
+def test_a_stale_map_of_another_s_is_left_alone(proc: Path, folder: Path, text: str) -> None:
+    (folder / STALE).write_text(text)
+    remove_perf_map(PID, proc_root=proc)
+    assert (folder / STALE).read_text() == text
 
 
 @pytest.mark.parametrize("text", FOREIGN.values(), ids=list(FOREIGN))

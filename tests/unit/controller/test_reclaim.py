@@ -16,13 +16,14 @@ from typing import cast
 import pytest
 
 from optpoline.controller import reclaim
+from optpoline.controller.address_space import AddressSpace
 from optpoline.controller.children import Children
 from optpoline.controller.config import Config
-from optpoline.controller.observer import AddressSpace
 from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.controller.target import Target
+from optpoline.errors import Unsettled
 from optpoline.model import Addr, BlockPlan, Guard, Miss, Site, SiteKind, Thunk, ThunkFlavour
 from optpoline.patch.arena import Arena, ArenaGeometry
 from optpoline.patch.blocks import Block, add_block, redirect
@@ -74,14 +75,20 @@ class FakeChildren:
     leads: frozenset[Addr] = frozenset()
     asked: list[JournalEntry] = field(default_factory=list)
     unreadable: tuple[int, ...] = ()
+    unreadable_next: tuple[int, ...] | None = None
+    is_settled: bool = True
 
     def find(self) -> tuple[AddressSpace, ...]:
         """Return none: threads are the observer's."""
+        if self.unreadable_next is not None:
+            self.unreadable = self.unreadable_next
         return ()
 
     def led_to(self, entries: Iterable[JournalEntry]) -> frozenset[Addr]:
         """Return where they lead."""
         self.asked = list(entries)
+        if not self.is_settled:
+            raise Unsettled
         return self.leads
 
 
@@ -116,6 +123,9 @@ class FakeObserver:
     def is_switching(self) -> bool:
         """Never."""
         return False
+
+    def suspect_switching(self) -> None:
+        """Never mind."""
 
 
 @dataclass
@@ -402,6 +412,69 @@ def test_grace_period_that_outlasts_a_sweep_frees_all_the_same(session: Session)
         n_freed.append(session.reclaimer.summary().blocks_reclaimed)
     assert n_freed[-1] >= 30
     assert len(session.arena.blocks) <= 4
+
+
+def test_block_that_a_child_leads_to_after_all_is_not_freed(session: Session) -> None:
+    """It was not seen at the sweep, or was being forked when the text changed."""
+    session.observer.is_unseen = True
+    block, garbage = session.write(), session.write()
+    code = session.arena.read(block.addr, block.size)
+    session.step()
+    assert session.live == set()
+    session.children.leads = frozenset([block.addr])
+    session.observer.is_unseen = False
+    for _ in range(3):
+        session.step()
+    assert session.live == {block.addr}
+    assert session.arena.read(block.addr, block.size) == code
+    assert session.arena.read(garbage.addr, 1) == bytes((POISON,))
+    assert session.reclaimer.summary().blocks_reclaimed == 1
+    session.children.leads = frozenset()
+    session.write()
+    for _ in range(3):
+        session.step()
+    assert session.arena.blocks == ()
+
+
+def test_block_that_the_text_leads_to_after_all_is_not_freed(session: Session) -> None:
+    session.observer.is_unseen = True
+    record = session.add_record()
+    session.arena.journal(SITE)
+    block = session.write()
+    session.step()
+    disp = (block.addr - record.entry.end).to_bytes(4, "little", signed=True)
+    session.target.memory.code = SITE.code[:1] + disp
+    session.observer.is_unseen = False
+    session.step()
+    assert session.live == {block.addr}
+
+
+def test_nothing_is_retired_or_freed_while_children_come_too_fast(session: Session) -> None:
+    """They cannot all be read; later they can, and no sweep is waited for till then."""
+    block = session.write()
+    session.children.is_settled = False
+    session.step()
+    assert session.live == {block.addr}
+    session.children.is_settled = True
+    session.observer.is_unseen = True
+    session.step(1.0)
+    assert [b.state for b in session.arena.blocks] == [BlockState.RETIRED]
+    session.children.is_settled = session.observer.is_unseen = False
+    session.step()
+    assert [b.state for b in session.arena.blocks] == [BlockState.RETIRED]
+    session.children.is_settled = True
+    session.step()
+    assert session.arena.blocks == ()
+
+
+def test_child_that_could_not_be_read_is_looked_for_again(session: Session) -> None:
+    block = session.write()
+    session.children.unreadable = session.children.unreadable_next = (4711,)
+    session.step()
+    assert session.live == {block.addr}
+    session.children.unreadable_next = ()
+    session.step(200.0)
+    assert session.live == set()
 
 
 def test_nothing_is_retired_while_a_child_cannot_be_read(session: Session) -> None:

@@ -3,8 +3,10 @@
 
 The program is a set of *continuations*: a PC, and the PCs saved by signal frames below it.
 A thread runs one; others are parked in memory (swapcontext out of a handler) until any
-thread of the process resumes them. Each saved PC is a word in a *region* of memory: a
-stack, or the heap. A register is not memory: a search never finds a PC that is in one.
+thread of the process resumes them. Each saved PC is a word in a *region* of memory. A
+region is a thread's stack or other memory, and holds any number of stacks, one above the
+other: a coroutine's may lie in an array of a function that has not returned. A register
+is not memory: a search never finds a PC that is in one.
 
 The observer lets the program go on between any two things it looks at, by as many steps
 as its script says; threads that it has stopped stand still. One step is one number, so
@@ -14,24 +16,25 @@ that a failing history shrinks to a short list of numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from optpoline.model import Addr
-from optpoline.patch.grace import Look, RetiredCode, ThreadKey
-from optpoline.patch.ranges import AddressRanges
+from optpoline.patch.grace import RetiredCode, ThreadKey
 
 __all__ = [
     "BLOCK_SIZE",
     "Continuation",
-    "ModelObserver",
+    "Frame",
     "Process",
     "Program",
     "Region",
     "RegionKind",
+    "Stack",
     "State",
     "Thread",
+    "Word",
 ]
 
 BASE = 0x7000_0000
@@ -50,12 +53,32 @@ class RegionKind(Enum):
     """Anything else: who runs there gives the program away as one that switches stacks."""
 
 
+_OWN = RegionKind.OWN
+
+
 @dataclass(eq=False)
 class Region:
-    """A stack, or a part of the heap."""
+    """A mapping with stacks in it."""
 
     kind: RegionKind
     number: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack: a part of a region; no two have the same place, which grows with addresses."""
+
+    region: Region
+    place: int
+
+
+@dataclass(frozen=True)
+class Word:
+    """A saved PC in memory; a stale one is below the stack pointer of that stack."""
+
+    stack: Stack
+    code: Code
+    is_stale: bool
 
 
 @dataclass(eq=False)
@@ -63,24 +86,29 @@ class Frame:
     """A signal frame: the PC that a signal interrupted, and where in memory that is."""
 
     saved: Code | None
-    region: Region
+    stack: Stack
 
 
 @dataclass(eq=False)
 class Continuation:
     """Something that runs, or could be made to run again."""
 
-    base: Region
-    alternate: Region
+    base: Stack
+    alternate: Stack
     pc: Code | None = None
     frames: list[Frame] = field(default_factory=list)
     stale: list[Frame] = field(default_factory=list)
     """Frames that were returned from into code: words that nobody has overwritten yet."""
 
     @property
-    def region(self) -> Region:
+    def stack(self) -> Stack:
         """Where the stack pointer is."""
-        return self.frames[-1].region if self.frames else self.base
+        return self.frames[-1].stack if self.frames else self.base
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """Where it is, and where what it interrupted is."""
+        return [self.base, *(frame.stack for frame in self.frames)]
 
     @property
     def codes(self) -> set[Code]:
@@ -88,10 +116,11 @@ class Continuation:
         return {code for code in (self.pc, *(f.saved for f in self.frames)) if code is not None}
 
     @property
-    def words(self) -> list[tuple[Region, Code]]:
+    def words(self) -> list[Word]:
         """The PCs that are in memory."""
-        frames = (*self.frames, *self.stale)
-        return [(frame.region, frame.saved) for frame in frames if frame.saved is not None]
+        frames = [(frame, False) for frame in self.frames]
+        frames += [(frame, True) for frame in self.stale]
+        return [Word(f.stack, f.saved, stale) for f, stale in frames if f.saved is not None]
 
     def settle(self) -> None:
         """Run code other than blocks' for a while: what is dead is overwritten."""
@@ -106,7 +135,8 @@ class Thread:
     key: ThreadKey
     continuation: Continuation
     is_asleep: bool = False
-    n_wakes: int = 0
+    n_switches: int = 0
+    """Counted as the kernel does: when it falls asleep, not when it wakes."""
 
 
 @dataclass(eq=False)
@@ -122,15 +152,15 @@ class Process:
         return [*(thread.continuation for thread in self.threads.values()), *self.parked]
 
     @property
-    def words(self) -> list[tuple[Region, Code]]:
+    def words(self) -> list[Word]:
         """All PCs in its memory."""
         return [word for one in self.continuations for word in one.words]
 
     @property
     def regions(self) -> list[Region]:
         """Its memory map, in address order."""
-        ends = {r for one in self.continuations for r in (one.base, one.alternate)}
-        return sorted(ends | {region for region, _ in self.words}, key=lambda r: r.number)
+        ends = {s.region for one in self.continuations for s in (one.base, one.alternate)}
+        return sorted(ends | {word.stack.region for word in self.words}, key=lambda r: r.number)
 
 
 class State(Enum):
@@ -171,11 +201,12 @@ class Program:
         self._stacks = stacks
         self._is_tidy = is_tidy
         self._n_regions = 0
+        self._n_stacks = 0
         self._n_ids = 100
         target = Process()
         self.processes = [target]
         for _ in range(n_threads):
-            self._add_thread(target, (100, self._next_id()), self._fresh(RegionKind.OWN))
+            self._add_thread(target, (100, self._next_id()), self._fresh(target, 0))
         self._steps: tuple[Callable[[Process, Thread, int], None], ...] = (
             *(self._enter, self._leave, self._interrupt, self._return, self._jump_out),
             *(self._sleep, self._wake, self._spawn, self._exit, self._fork),
@@ -247,8 +278,8 @@ class Program:
     def _interrupt(self, _process: Process, thread: Thread, number: int) -> None:
         """Run a signal handler, on the same stack or an alternate one."""
         one = thread.continuation
-        region = one.alternate if number % 2 or one.region is one.alternate else one.region
-        one.frames.append(Frame(one.pc, region))
+        stack = one.alternate if number % 2 or one.stack is one.alternate else one.stack
+        one.frames.append(Frame(one.pc, stack))
         one.pc = None
 
     def _return(self, _process: Process, thread: Thread, _number: int) -> None:
@@ -270,11 +301,11 @@ class Program:
     def _sleep(self, _process: Process, thread: Thread, _number: int) -> None:
         """Block in the kernel, or, inside a block, on a page fault."""
         thread.is_asleep = True
+        thread.n_switches += 1
 
     def _wake(self, _process: Process, thread: Thread, _number: int) -> None:
         """Run again."""
         thread.is_asleep = False
-        thread.n_wakes += 1
 
     def _spawn(self, process: Process, thread: Thread, number: int) -> None:
         """Start a thread; or another process in the same memory (CLONE_VM)."""
@@ -283,7 +314,7 @@ class Program:
             key = (tid if number % 4 == 0 else thread.key[0], tid)
             spare = sorted(key for key in self.spare_keys if key[0] == thread.key[0])
             key = spare[0] if spare and number % 4 == 1 else key
-            self._add_thread(process, key, self._fresh(RegionKind.OWN))
+            self._add_thread(process, key, self._fresh(process, 0))
 
     def _fork(self, process: Process, thread: Thread, number: int) -> None:
         """Fork: the child has a copy of this thread, and of all memory."""
@@ -312,7 +343,7 @@ class Program:
         """Switch to a stack made for that, out of a handler too; go on here later."""
         if thread.continuation.pc is None and len(process.parked) < 3:
             process.parked.append(thread.continuation)
-            thread.continuation = self._fresh(self._stacks[number % len(self._stacks)])
+            thread.continuation = self._fresh(process, number + 1)
 
     def _resume(self, process: Process, thread: Thread, number: int) -> None:
         """Go on with what was parked, by any thread; what ran here is over."""
@@ -332,12 +363,28 @@ class Program:
         frames = [frame for one in process.parked for frame in one.frames]
         if frames:
             number, i = divmod(number, len(frames))
-            frames[i].region = process.regions[number % len(process.regions)]
+            regions = process.regions
+            frames[i].stack = self._new_stack(regions[number % len(regions)], number // 2)
 
-    def _fresh(self, kind: RegionKind) -> Continuation:
-        """Return what a thread or a coroutine begins with."""
-        alternate = self._stacks[0] if self._stacks else RegionKind.OWN
-        return Continuation(base=self._new_region(kind), alternate=self._new_region(alternate))
+    def _fresh(self, process: Process, number: int) -> Continuation:
+        """Return what a coroutine begins with; a thread, on a stack of its own, if it is 0."""
+        if not self._stacks:
+            own, other = (self._new_stack(self._new_region(RegionKind.OWN), 1) for _ in range(2))
+            return Continuation(own, other)
+        base = self._new_region(self._stacks[number % len(self._stacks)] if number else _OWN)
+        # Two stacks in three lie in memory that has others, above them or below.
+        regions = [*process.regions, base, self._new_region(self._stacks[0])]
+        if number % 3:
+            base = regions[number // 3 % len(regions)]
+        alternate = regions[-1 - number // 7 % len(regions)]
+        return Continuation(
+            self._new_stack(base, number // 2), self._new_stack(alternate, number // 4)
+        )
+
+    def _new_stack(self, region: Region, number: int) -> Stack:
+        """Begin a stack above all there are, or below."""
+        self._n_stacks += 1
+        return Stack(region, self._n_stacks if number % 2 else -self._n_stacks)
 
     def _new_region(self, kind: RegionKind) -> Region:
         """Map memory: above what there is and below it by turns."""
@@ -363,156 +410,3 @@ class Program:
             for thread in process.threads.values():
                 thread.continuation.settle()
                 thread.continuation.frames.clear()
-
-
-class ModelObserver:
-    """Looks at a program that goes on meanwhile.
-
-    Args:
-        program: The program.
-        is_switching: Whether it was seen to switch its stacks before.
-        max_looks: Running threads looked at in one stop, unless the program switches stacks.
-    """
-
-    def __init__(
-        self, program: Program, *, is_switching: bool = False, max_looks: int = 100
-    ) -> None:
-        """Look at nothing yet."""
-        self.script: list[int] = []
-        """Steps of the program to come; a 0 lets the observer go on."""
-        self.n_steps_while_looking = 0
-        self._program = program
-        self._is_switching = is_switching
-        self._max_looks = max_looks
-        self._clean: set[Region] = set()
-        """Stacks that a thread was seen on, in this period, and all was outside."""
-        self._stacks: dict[ThreadKey, Region] = {}
-        """The stack that a thread was last seen on, whatever it held."""
-
-    def is_switching(self) -> bool:
-        """Tell whether the program was ever seen to run on stacks of its own making."""
-        return self._is_switching
-
-    def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
-        """Look at threads that sleep."""
-        held: dict[ThreadKey, frozenset[int]] = {}
-        if not known:
-            self._forget_stacks()
-        for process in self._processes():
-            for key in list(process.threads):
-                self._go_on()
-                thread = process.threads.get(key)
-                if thread and key not in known and thread.is_asleep:
-                    held[key] = self._find_held(process, thread, ranges)
-        return _as_look(held, self._list(), None)
-
-    def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
-        """Stop threads that run and look at them; sleepers may wake and run meanwhile."""
-        held: dict[ThreadKey, frozenset[int]] = {}
-        woke: set[ThreadKey] = set()
-        pointed_to: set[int] | None = set() if self._is_switching else None
-        if not known:
-            self._forget_stacks()
-        for process in self._processes():
-            self._go_on()
-            keys = {key for key, thread in process.threads.items() if not thread.is_asleep}
-            self._program.frozen |= keys
-            n_looks = len(keys) if self._is_switching else self._max_looks
-            for key in sorted(keys - set(known))[:n_looks]:
-                self._go_on()
-                held[key] = self._find_held(process, process.threads[key], ranges)
-            if pointed_to is not None:
-                asleep = {k: thread for k, thread in process.threads.items() if k not in keys}
-                before = {key: thread.n_wakes for key, thread in asleep.items()}
-                for key, thread in asleep.items():
-                    self._go_on()
-                    if thread.is_asleep:
-                        held[key] = self._find_held(process, thread, ranges)
-                pointed_to |= self._search(process, ranges)
-                woke |= {key for key, one in asleep.items() if one.n_wakes != before[key]}
-            self._program.frozen -= keys
-        # Who woke may have resumed a context that was not found; it may even be gone by now.
-        held = {key: addrs for key, addrs in held.items() if key not in woke}
-        return _as_look(held, self._list() | woke, pointed_to)
-
-    def search(self, ranges: AddressRanges) -> frozenset[int] | None:
-        """Search all memory, that of processes forked meanwhile too."""
-        found: set[int] = set()
-        searched: list[Process] = []
-        while new := [one for one in self._processes() if one not in searched]:
-            for process in new:
-                searched.append(process)
-                found |= self._search(process, ranges)
-        if found:
-            self._is_switching = True
-        return frozenset(found)
-
-    def _search(self, process: Process, ranges: AddressRanges) -> set[int]:
-        """Read one region after another."""
-        found: set[int] = set()
-        for region in process.regions:
-            self._go_on()
-            if region not in self._clean and region not in self._stacks.values():
-                addrs = self._addrs_in(process, region)
-                found |= {addr for addr in addrs if addr in ranges}
-        return found
-
-    def _addrs_in(self, process: Process, region: Region) -> set[int]:
-        """Return the PCs in a region."""
-        return {self._program.addr_of(code) for r, code in process.words if r is region}
-
-    def _find_held(self, process: Process, thread: Thread, ranges: AddressRanges) -> frozenset[int]:
-        """Look at one thread that does not move; return where it is inside, or may return."""
-        one = thread.continuation
-        addrs = {self._program.addr_of(code) for code in one.codes}
-        parked = [word for other in process.parked for word in other.words]
-        # Contexts kept in variables of functions that run are words of the stack as well.
-        addrs |= {self._program.addr_of(code) for r, code in parked if r is one.region}
-        held = frozenset(addr for addr in addrs if addr in ranges)
-        self._stacks.pop(thread.key, None)
-        if one.region.kind is RegionKind.MADE:
-            self._is_switching = True
-        else:
-            self._stacks[thread.key] = one.region
-            if not held:
-                self._clean.add(one.region)
-        return held
-
-    def _forget_stacks(self) -> None:
-        """Begin anew: whatever was seen on a stack may have changed."""
-        self._clean.clear()
-        self._stacks.clear()
-
-    def _processes(self) -> Iterator[Process]:
-        """Return the processes there are now."""
-        return iter(tuple(self._program.processes))
-
-    def _list(self) -> frozenset[ThreadKey]:
-        """List all threads, as of one moment."""
-        self._go_on()
-        program = self._program
-        program.spare_keys |= program.dead_keys
-        program.dead_keys.clear()
-        keys = frozenset(thread.key for _, thread in program.threads())
-        self._stacks = {key: region for key, region in self._stacks.items() if key in keys}
-        return keys
-
-    def _go_on(self) -> None:
-        """Let the program go on as the script says."""
-        while self.script and (number := self.script.pop(0)):
-            self._program.step(number - 1)
-            self.n_steps_while_looking += 1
-
-
-def _as_look(
-    held: dict[ThreadKey, frozenset[int]],
-    threads: frozenset[ThreadKey],
-    pointed_to: Collection[int] | None,
-) -> Look:
-    """Return what was seen."""
-    return Look(
-        quiescent=frozenset(key for key, addrs in held.items() if not addrs),
-        threads=threads,
-        holding={key: addrs for key, addrs in held.items() if addrs},
-        pointed_to=None if pointed_to is None else frozenset(pointed_to),
-    )

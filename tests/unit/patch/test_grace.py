@@ -3,8 +3,8 @@
 
 The histories are those of ``grace_model``: signal handlers that block, page faults inside
 blocks, nested frames on either stack, siglongjmp and swapcontext out of handlers, threads
-that come and go, forks and shared address spaces; and steps of the program between any
-two things that the observer looks at.
+that come and go, forks and shared address spaces, stacks inside stacks; and steps of the
+program between any two things that the observer looks at.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ from hypothesis.stateful import (
 from optpoline.model import Addr
 from optpoline.patch.grace import PATIENCE, GracePeriods, Look, RetiredCode, ThreadKey
 from optpoline.patch.ranges import AddressRanges
-from tests.unit.patch.grace_model import ModelObserver, Program, RegionKind, State
+from tests.unit.patch.grace_model import (
+    Continuation,
+    Frame,
+    Program,
+    Region,
+    RegionKind,
+    Stack,
+    State,
+    Thread,
+)
+from tests.unit.patch.grace_model_observer import ModelObserver
 
 N_BLOCKS = 2
 MAX_THREADS = 6
@@ -43,6 +53,7 @@ class GraceMachine(RuleBasedStateMachine):
 
     stacks: st.SearchStrategy[tuple[RegionKind, ...]] = st.just(())
     is_tidy = True
+    is_large = False
 
     program: Program
     observer: ModelObserver
@@ -58,7 +69,10 @@ class GraceMachine(RuleBasedStateMachine):
             is_tidy=self.is_tidy,
         )
         self.observer = ModelObserver(
-            self.program, is_switching=not self.is_tidy, max_looks=max_looks
+            self.program,
+            is_switching=not self.is_tidy,
+            is_large=self.is_large,
+            max_looks=max_looks,
         )
         self.grace = GracePeriods(self.observer)
 
@@ -113,6 +127,8 @@ class GraceMachine(RuleBasedStateMachine):
                 break
             self.grace.poll(self.grace.start_poll())
         self.free()
+        if self.is_large and self.observer.is_proved:
+            return  # nothing is reused, and that is reported
         assert self.grace.is_idle
         assert self.program.states.count(State.RETIRED) == 0
         assert self.grace.statistics.n_expired >= n_retired
@@ -124,6 +140,12 @@ class SwitchingMachine(GraceMachine):
     stacks = some_stacks
 
 
+class LargeSwitchingMachine(SwitchingMachine):
+    """The same with so much memory that a suspicion cannot be looked into in a stop."""
+
+    is_large = True
+
+
 class MovingMachine(GraceMachine):
     """One that moves and clears saved PCs as it likes, and was seen to switch stacks."""
 
@@ -131,7 +153,9 @@ class MovingMachine(GraceMachine):
     is_tidy = False
 
 
-MACHINES = pytest.mark.parametrize("machine", [GraceMachine, SwitchingMachine, MovingMachine])
+MACHINES = pytest.mark.parametrize(
+    "machine", [GraceMachine, SwitchingMachine, LargeSwitchingMachine, MovingMachine]
+)
 
 
 def run_machine(machine: type[GraceMachine], n_histories: int) -> None:
@@ -157,6 +181,94 @@ def test_random_histories(machine: type[GraceMachine]) -> None:
 @MACHINES
 def test_many_random_histories(machine: type[GraceMachine]) -> None:
     run_machine(machine, 3000)
+
+
+# --- histories that no random one may come upon soon
+
+
+def begin_program(n_threads: int) -> tuple[Program, list[Thread]]:
+    """Start a program that makes stacks which look like threads' own."""
+    program = Program(n_threads=n_threads, n_blocks=2, stacks=(RegionKind.OWN,), is_tidy=True)
+    return program, [thread for _, thread in program.threads()]
+
+
+def interrupt_in(block: int, one: Continuation) -> None:
+    """Let a signal handler interrupt it in a block."""
+    one.frames.append(Frame((block, 0), one.base))
+
+
+def go_to(program: Program, thread: Thread, base: Stack) -> None:
+    """Park what a thread runs, and let it sleep in a new coroutine on that stack."""
+    (process,) = program.processes
+    process.parked.append(thread.continuation)
+    thread.continuation = Continuation(base, Stack(Region(RegionKind.OWN, 99), 1))
+    sleep_again(thread)
+
+
+def sleep_again(thread: Thread) -> None:
+    """Let a thread wake and sleep."""
+    thread.is_asleep = True
+    thread.n_switches += 1
+
+
+def expire(program: Program, grace: GracePeriods) -> set[int]:
+    """Wait for the grace period of all that is retired; return the blocks that are free."""
+    handle = grace.start_poll()
+    while not grace.poll(handle):
+        pass
+    return {program.block_at(code) for code in grace.take_expired()}
+
+
+def retire_all(program: Program) -> GracePeriods:
+    """Retire both blocks."""
+    grace = GracePeriods(ModelObserver(program))
+    for block in range(2):
+        program.states[block] = State.RETIRED
+        grace.retire(program.code_of(block))
+    return grace
+
+
+@pytest.mark.parametrize("place", [-5, 5])
+def test_coroutine_on_the_stack_that_it_was_called_on(place: int) -> None:
+    # In an array of main(), say; or two in one mapping, the other one parked.
+    program, (thread,) = begin_program(1)
+    one = thread.continuation
+    interrupt_in(0, one)
+    go_to(program, thread, Stack(one.base.region, one.base.place + place))
+    assert expire(program, retire_all(program)) == {1}
+
+
+def test_coroutine_on_the_stack_of_another_thread() -> None:
+    program, (thread, other) = begin_program(2)
+    lower = thread.continuation.base
+    sleep_again(thread)
+    one = Continuation(Stack(lower.region, lower.place + 5), other.continuation.alternate)
+    elsewhere, other.continuation = other.continuation.base, one
+    one.pc = (0, 0)
+    grace = retire_all(program)
+    # The first is seen outside, with all of its stack above; then the other one leaves there.
+    assert not grace.poll(grace.start_poll())
+    one.pc = None
+    interrupt_in(0, one)
+    go_to(program, other, elsewhere)
+    assert expire(program, grace) == {1}
+
+
+def test_thread_between_two_coroutines() -> None:
+    program, (thread,) = begin_program(1)
+    (process,) = program.processes
+    first = thread.continuation
+    interrupt_in(1, first)
+    go_to(program, thread, Stack(Region(RegionKind.OWN, 98), 1))
+    interrupt_in(0, thread.continuation)
+    grace = retire_all(program)
+    assert not grace.poll(grace.start_poll())
+    # It leaves the one block, and goes on in the handler over the other.
+    thread.continuation.frames.clear()
+    process.parked = [thread.continuation]
+    thread.continuation = first
+    sleep_again(thread)
+    assert expire(program, grace) == {0}
 
 
 # --- the parts of the rule, one by one
@@ -185,6 +297,7 @@ class ScriptedObserver:
         self.looks, self.stopped, self.found = list(looks), list(stopped), list(found)
         self.switching = False
         self.switching_after_stop = False
+        self.n_suspicions = 0
         self.asked: list[tuple[str, frozenset[ThreadKey]]] = []
 
     def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
@@ -209,10 +322,37 @@ class ScriptedObserver:
         """Tell what is known by now."""
         return self.switching
 
+    def suspect_switching(self) -> None:
+        """Count that."""
+        self.n_suspicions += 1
+
     @property
     def verbs(self) -> list[str]:
         """What was asked, without details."""
         return [verb for verb, _ in self.asked]
+
+
+class SuspiciousObserver(ScriptedObserver):
+    """Heeds what it is told of suspicions, and finds contexts that are none."""
+
+    is_excusing = False
+    """Whether a search in a stop is out of the question."""
+
+    def suspect_switching(self) -> None:
+        """Take it for one."""
+        self.switching = True
+
+    def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
+        """Drop the suspicion if there is too much memory."""
+        look = super().look_stopped(ranges, known)
+        self.switching &= not self.is_excusing
+        return look
+
+    def search(self, ranges: AddressRanges) -> frozenset[int] | None:
+        """Find the next addresses, which prove nothing."""
+        found = super().search(ranges)
+        self.switching = False
+        return found
 
 
 def make_look(
@@ -338,14 +478,47 @@ def test_thread_that_stays_inside_keeps_back_only_where_it_is() -> None:
     assert grace.is_idle
 
 
-def test_thread_that_was_seen_elsewhere_has_left_for_good() -> None:
+def test_thread_that_was_seen_elsewhere_may_be_on_another_stack() -> None:
+    # Two coroutines of one thread were interrupted, each in a block of its own.
     looks = [make_look(holding={ONE: IN_FIRST}), make_look(holding={ONE: IN_SECOND})]
-    observer = ScriptedObserver(looks)
+    observer = ScriptedObserver(looks, [make_look(holding={ONE: IN_SECOND})])
     grace = retire(observer, FIRST, SECOND)
     handle = grace.start_poll()
     assert not grace.poll(handle)
-    assert grace.poll(handle)
-    assert grace.take_expired() == (FIRST, SECOND)
+    assert observer.n_suspicions == 0
+    assert not grace.poll(handle)
+    assert observer.n_suspicions == 1
+    while not grace.poll(handle):
+        assert grace.take_expired() == ()
+    # Of the first block the search would have told.
+    assert grace.take_expired() == (FIRST,)
+    assert grace.holders == (ONE,)
+
+
+def test_suspicion_is_looked_into_in_one_stop() -> None:
+    looks = [make_look(holding={ONE: IN_FIRST}), make_look(holding={ONE: IN_SECOND})]
+    stopped = make_look(holding={ONE: IN_SECOND}, pointed_to=[IN_FIRST])
+    observer = SuspiciousObserver(looks, [stopped])
+    grace = retire(observer, FIRST, SECOND)
+    handle = grace.start_poll()
+    while not grace.poll(handle):
+        assert grace.take_expired() == ()
+    assert observer.asked[-1] == ("stop", frozenset())
+    assert grace.take_expired() == ()
+
+
+def test_program_too_large_for_that_is_excused() -> None:
+    looks = [make_look(holding={ONE: IN_FIRST}), make_look(holding={ONE: IN_SECOND})]
+    looks.append(make_look([ONE]))
+    observer = SuspiciousObserver(looks, [make_look([ONE])], [frozenset([IN_SECOND])])
+    observer.is_excusing = True
+    grace = retire(observer, FIRST, SECOND)
+    handle = grace.start_poll()
+    while not grace.poll(handle):
+        assert grace.take_expired() == ()
+    assert observer.verbs[-2:] == ["stop", "search"]
+    assert grace.take_expired() == (FIRST,)
+    assert not grace.is_search_refused
 
 
 def test_what_memory_points_to_is_kept_back() -> None:

@@ -9,76 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optpoline.errors import TargetFault
-from optpoline.model import Addr, Mapping
-from optpoline.patch import quiescence
-from optpoline.patch.quiescence import ThreadPosition, find_held, find_words
+from optpoline.model import Addr
+from optpoline.patch.quiescence import ScannedStack, ThreadPosition, ThreadScan, scan_thread
 from optpoline.patch.ranges import AddressRanges
-from optpoline.patch.stacks import MAX_STACK_SCAN_SIZE, StackMap
-
-PAGE = 4096
-START, END = Addr(0x7F00_1000_0000), Addr(0x7F00_1040_0000)
-INSIDE = START + 0x123
-RANGES = AddressRanges([(START, END)])
-TEXT_PC = Addr(0x40_1000)
-SEGMENTS = 0x002B_0000_0000_0033
-STACK = 0x7FFC_0000_0000
-ALT_STACK = 0x7F20_0000_0000
-
-
-class FakeMemory:
-    """Ranges of zeroed memory with words in them."""
-
-    def __init__(self) -> None:
-        """Start with nothing mapped."""
-        self.parts: dict[int, bytearray] = {}
-        self.perms: dict[int, str] = {}
-        self.holes: set[int] = set()
-
-    def map(self, start: int, size: int, perms: str = "rw-p") -> None:
-        """Map zeroed memory."""
-        self.parts[start] = bytearray(size)
-        self.perms[start] = perms
-
-    @property
-    def maps(self) -> list[Mapping]:
-        """All mappings in address order."""
-        return [
-            Mapping(
-                start=Addr(start),
-                end=Addr(start + len(self.parts[start])),
-                perms=self.perms[start],
-                offset=0,
-                device="00:00",
-                inode=0,
-                path="",
-            )
-            for start in sorted(self.parts)
-        ]
-
-    def put(self, addr: int, *words: int) -> None:
-        """Store words."""
-        for i, word in enumerate(words):
-            at = addr + 8 * i
-            start = max(start for start in self.parts if start <= at)
-            struct.pack_into("<Q", self.parts[start], at - start, word)
-
-    def put_frame(self, addr: int, *, sp: int, pc: int, segments: int = SEGMENTS) -> None:
-        """Store the end of a sigcontext: rsp, rip, eflags, segments."""
-        self.put(addr, sp, pc, 0x246, segments)
-
-    def read(self, addr: int, size: int) -> bytes:
-        """Read across neighbouring mappings, or fault."""
-        if any(addr < hole + PAGE and hole < addr + size for hole in self.holes):
-            raise TargetFault(addr, size)
-        data = b""
-        while len(data) < size:
-            at = addr + len(data)
-            part = next((s for s, d in self.parts.items() if s <= at < s + len(d)), None)
-            if part is None:
-                raise TargetFault(addr, size)
-            data += self.parts[part][at - part :][: size - len(data)]
-        return bytes(data)
+from optpoline.patch.stacks import MAX_NEIGHBOUR_SCAN_SIZE, MAX_STACK_SCAN_SIZE, StackMap
+from tests.unit.patch.fake_memory import (
+    ALT_STACK,
+    END,
+    INSIDE,
+    PAGE,
+    RANGES,
+    SEGMENTS,
+    STACK,
+    START,
+    TEXT_PC,
+    FakeMemory,
+)
 
 
 @pytest.fixture
@@ -91,15 +37,23 @@ def memory() -> FakeMemory:
     return memory
 
 
-def is_quiescent(memory: FakeMemory, sp: int, pc: int = TEXT_PC) -> bool:
-    """Tell whether a thread at ``sp`` and ``pc`` is quiescent."""
-    held = find_held(
+def scan(
+    memory: FakeMemory, sp: int, pc: int = TEXT_PC, ranges: AddressRanges = RANGES
+) -> ThreadScan | None:
+    """Look at a thread at ``sp`` and ``pc``."""
+    return scan_thread(
         ThreadPosition(tid=1, pc=Addr(pc), sp=Addr(sp)),
         read=memory.read,
+        find_resident=memory.find_resident,
         stacks=StackMap(memory.maps),
-        ranges=RANGES,
+        ranges=ranges,
     )
-    return held == frozenset()
+
+
+def is_quiescent(memory: FakeMemory, sp: int, pc: int = TEXT_PC) -> bool:
+    """Tell whether a thread at ``sp`` and ``pc`` is quiescent."""
+    found = scan(memory, sp, pc)
+    return found is not None and not found.held
 
 
 SP = STACK + 4 * PAGE
@@ -246,24 +200,72 @@ def test_unreadable_stack_is_not_quiescent(memory: FakeMemory) -> None:
     assert not is_quiescent(memory, SP)
 
 
-def test_stack_too_deep_to_scan_is_not_quiescent() -> None:
-    start = 0x7E00_0000_0000
-    mapping = Mapping(
-        start=Addr(start),
-        end=Addr(start + MAX_STACK_SCAN_SIZE + PAGE),
-        perms="rw-p",
-        offset=0,
-        device="00:00",
-        inode=0,
-        path="",
+GUARDED = 0x7E00_0000_0000
+
+
+def map_guarded(memory: FakeMemory, size: int) -> int:
+    """Map a stack as pthreads do; return its end."""
+    memory.map(GUARDED - PAGE, PAGE, "---p")
+    memory.map(GUARDED, size)
+    return GUARDED + size
+
+
+def test_only_memory_that_exists_is_read(memory: FakeMemory) -> None:
+    # To read a page makes it exist; and there may be a lot of them.
+    end = map_guarded(memory, 32 << 20)
+    memory.resident = [(GUARDED + PAGE, GUARDED + 3 * PAGE), (end - PAGE, end)]
+    memory.put(end - 8, INSIDE)
+    assert not is_quiescent(memory, GUARDED + 2 * PAGE)
+    assert memory.reads == [
+        (GUARDED + 2 * PAGE - 128, PAGE + 128),
+        (end - PAGE, PAGE),
+    ]
+
+
+def test_neighbours_that_exist_are_read_as_one(memory: FakeMemory) -> None:
+    # A frame may lie across two mappings.
+    end = map_guarded(memory, 1 << 20)
+    memory.map(end, PAGE)
+    memory.resident = [(end - PAGE, end), (end, end + PAGE)]
+    memory.put(SP + 8, INSIDE)
+    memory.put_frame(end - 16, sp=SP, pc=TEXT_PC)
+    assert not is_quiescent(memory, GUARDED + PAGE)
+
+
+def test_large_allocation_above_a_stack_does_not_hide_it(memory: FakeMemory) -> None:
+    end = map_guarded(memory, 8 << 20)
+    memory.map_nothing(end, 200 << 20)
+    memory.resident = [(end - PAGE, end + (200 << 20))]
+    sp = end - PAGE // 2
+    assert is_quiescent(memory, sp)
+    assert memory.reads == [(sp - 128, MAX_NEIGHBOUR_SCAN_SIZE)]
+    found = scan(memory, sp)
+    assert found is not None
+    assert found.stacks == (ScannedStack(GUARDED, sp - 128, sp - 128 + MAX_NEIGHBOUR_SCAN_SIZE),)
+
+
+def test_scan_of_a_deep_stack_leaves_the_rest_to_the_search(memory: FakeMemory) -> None:
+    memory.map_nothing(GUARDED, MAX_STACK_SCAN_SIZE + PAGE, path="[stack]")
+    memory.resident = []
+    found = scan(memory, GUARDED + 256)
+    first = GUARDED + 128
+    assert found == ThreadScan(
+        frozenset(), (ScannedStack(GUARDED, first, first + MAX_STACK_SCAN_SIZE),)
     )
 
-    def refuse(addr: int, size: int) -> bytes:
-        raise AssertionError("nothing is to be read")
 
-    position = ThreadPosition(tid=1, pc=TEXT_PC, sp=Addr(start + 256))
-    stacks = StackMap([mapping])
-    assert find_held(position, read=refuse, stacks=stacks, ranges=RANGES) is None
+def test_stack_that_a_thread_has_not_made_is_not_noted(memory: FakeMemory) -> None:
+    found = scan(memory, SP)
+    assert found is not None
+    assert found.stacks == ()
+
+
+def test_interrupted_stack_is_noted_as_well(memory: FakeMemory) -> None:
+    end = map_guarded(memory, 4 * PAGE)
+    memory.put_frame(ALT_STACK + 0x800, sp=GUARDED + PAGE, pc=TEXT_PC)
+    found = scan(memory, ALT_STACK + 0x400)
+    assert found is not None
+    assert found.stacks == (ScannedStack(GUARDED, GUARDED + PAGE - 128, end),)
 
 
 @given(
@@ -283,110 +285,14 @@ def test_random_stacks_agree_with_a_plain_scan(words: list[int], at: int | None)
     assert is_quiescent(memory, STACK + 128) is expected
 
 
-# --- contexts that no stack leads to
-
-HEAP = 0x5555_0000_0000
-
-
-def find_contexts(
-    memory: FakeMemory, skip: tuple[tuple[int, int], ...] = (), max_size: int = 1 << 30
-) -> set[int] | None:
-    """Search all memory for contexts with a PC in the range."""
-    found = find_words(
-        read=memory.read, maps=memory.maps, skip=skip, ranges=RANGES, max_size=max_size
-    )
-    return None if found is None else set(found)
-
-
-def test_saved_context_in_the_heap(memory: FakeMemory) -> None:
-    memory.map(HEAP, 4 * PAGE)
-    assert find_contexts(memory) == set()
-    memory.put_frame(HEAP + 0x1008, sp=SP, pc=INSIDE)
-    assert find_contexts(memory) == {INSIDE}
-    memory.put_frame(HEAP + 0x2000, sp=SP, pc=END - 1)
-    memory.put_frame(HEAP + 0x2100, sp=SP, pc=END)
-    memory.put_frame(HEAP + 0x2200, sp=SP, pc=START - 1)
-    assert find_contexts(memory) == {INSIDE, END - 1}
-
-
-@pytest.mark.parametrize("off", [0x100, 0x108, PAGE - 8])
-def test_bare_word_may_be_a_saved_pc(memory: FakeMemory, off: int) -> None:
-    memory.map(HEAP, PAGE)
-    memory.put(HEAP + 0x80, START - 1, 5, END, 0x33, 0)
-    assert find_contexts(memory) == set()
-    memory.put(HEAP + off, INSIDE)
-    assert find_contexts(memory) == {INSIDE}
-
-
-def test_every_address_found_is_told_once(memory: FakeMemory) -> None:
-    memory.map(HEAP, PAGE)
-    memory.put(HEAP + 0x100, INSIDE, 5, INSIDE + 1, INSIDE)
-    memory.put(ALT_STACK, END - 1)
-    assert find_contexts(memory) == {INSIDE, INSIDE + 1, END - 1}
-
-
-def test_memory_that_cannot_be_written_is_not_searched(memory: FakeMemory) -> None:
-    memory.put_frame(START + 0x100, sp=SP, pc=INSIDE)
-    assert find_contexts(memory) == set()
-
-
-def test_skipped_ranges(memory: FakeMemory) -> None:
-    memory.map(HEAP, PAGE)
-    memory.map(HEAP + PAGE, PAGE)
-    memory.put_frame(HEAP + 0x100, sp=SP, pc=INSIDE)
-    memory.put_frame(HEAP + PAGE + 0x100, sp=SP, pc=INSIDE + 1)
-    assert find_contexts(memory) == {INSIDE, INSIDE + 1}
-    assert find_contexts(memory, skip=((HEAP, HEAP + PAGE),)) == {INSIDE + 1}
-    assert find_contexts(memory, skip=((HEAP, HEAP + 2 * PAGE),)) == set()
-
-
-def test_mapping_that_is_skipped_in_part_is_searched(memory: FakeMemory) -> None:
-    # It grew since the stack in it was looked at: it is no longer one stack alone.
-    memory.map(HEAP, 2 * PAGE)
-    memory.put(HEAP + 0x100, INSIDE)
-    assert find_contexts(memory, skip=((HEAP, HEAP + PAGE),)) == {INSIDE}
-
-
-def test_more_memory_than_may_be_searched(memory: FakeMemory) -> None:
-    memory.put_frame(ALT_STACK + 0x100, sp=SP, pc=INSIDE)
-    assert find_contexts(memory, max_size=20 * PAGE) == {INSIDE}
-    assert find_contexts(memory, max_size=20 * PAGE - 1) is None
-
-
-@pytest.mark.parametrize("pc_off", [-24, -16, -8, 0, 8])
-def test_context_across_two_reads(
-    memory: FakeMemory, monkeypatch: pytest.MonkeyPatch, pc_off: int
-) -> None:
-    monkeypatch.setattr(quiescence, "_CHUNK_SIZE", 2 * PAGE)
-    memory.map(HEAP, 4 * PAGE)
-    memory.put_frame(HEAP + 2 * PAGE + pc_off - 8, sp=SP, pc=INSIDE)
-    assert find_contexts(memory) == {INSIDE}
-
-
-def test_context_across_two_mappings(memory: FakeMemory) -> None:
-    memory.map(HEAP, PAGE)
-    memory.map(HEAP + PAGE, PAGE)
-    memory.put_frame(HEAP + PAGE - 16, sp=SP, pc=INSIDE)
-    assert find_contexts(memory) == {INSIDE}
-
-
-def test_page_that_cannot_be_read_hides_only_itself(memory: FakeMemory) -> None:
-    memory.map(HEAP, 8 * PAGE)
-    memory.holes.add(HEAP + 3 * PAGE)
-    memory.put_frame(HEAP + 5 * PAGE, sp=SP, pc=INSIDE)
-    memory.put_frame(HEAP + PAGE, sp=SP, pc=INSIDE + 1)
-    assert find_contexts(memory) == {INSIDE, INSIDE + 1}
-
-
 def test_gap_between_ranges_is_outside(memory: FakeMemory) -> None:
     """Blocks that are retired together do not lie side by side."""
     ranges = AddressRanges([(START, START + 16), (START + 64, START + 96)])
     memory.put(SP + 64, START + 16, START + 63, START + 96)
 
     def is_clear() -> bool:
-        position = ThreadPosition(tid=1, pc=Addr(START + 32), sp=Addr(SP))
-        stacks = StackMap(memory.maps)
-        return not find_held(position, read=memory.read, stacks=stacks, ranges=ranges)
+        found = scan(memory, SP, START + 32, ranges)
+        return found is not None and not found.held
 
     assert is_clear()
     memory.put(SP + 128, START + 64)

@@ -14,6 +14,8 @@ PID = 50
 
 
 def _write_threads(root: Path, states: str) -> None:
+    (root / str(PID)).mkdir()
+    (root / str(PID) / "status").write_text(f"State:\tS (sleeping)\nThreads:\t{len(states)}\n")
     for tid, state in enumerate(states, PID):
         directory = root / str(PID) / "task" / str(tid)
         directory.mkdir(parents=True)

@@ -6,12 +6,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import resource
 
 import pytest
 
-from optpoline.errors import ProcessGone, TargetFault
+from optpoline.errors import PermissionDenied, ProcessGone, TargetFault
+from optpoline.process.births import BirthWatch
 from optpoline.process.host_cpu import read_xsave_layout
 from optpoline.process.memory import RemoteMemory, store_data
+from optpoline.process.procfs import read_maps
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None)
@@ -36,6 +39,20 @@ def test_read_and_write(pages: int) -> None:
         assert memory.read(pages + PAGE - 2, 4) == b"over"
         assert memory.is_current()
         assert memory.read(pages, 0) == b""
+
+
+def test_no_descriptor_left_is_an_error_that_a_session_outlives() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(PermissionDenied, match="Too many open files"):
+            RemoteMemory(os.getpid())
+        with pytest.raises(PermissionDenied, match="Too many open files"):
+            read_maps(os.getpid())
+        with pytest.raises(PermissionDenied, match="Too many open files"):
+            BirthWatch().list_new()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("addr", [0, 1 << 63, (1 << 64) - 8, -8])

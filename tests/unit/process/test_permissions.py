@@ -11,7 +11,14 @@ import pytest
 
 from optpoline.errors import AttachError, PermissionDenied, ProcessGone, UnsupportedTarget
 from optpoline.process.checks import Check, CheckStatus, Failure
-from optpoline.process.permissions import check_attachable, diagnose, explain_denied
+from optpoline.process.permissions import (
+    check_attachable,
+    check_has_program,
+    diagnose,
+    explain_denied,
+    explain_untraceable,
+    find_tracer,
+)
 
 PID, SELF, SHELL, TRACER = 4711, 900, 800, 321
 UID = os.getuid()
@@ -187,6 +194,17 @@ def test_other_user_with_capability(proc: FakeProc) -> None:
     assert proc.failure() is None
 
 
+def test_other_user_s_memory_file_wants_a_capability_of_its_own(proc: FakeProc) -> None:
+    proc.ours = {"Uid": uids(OTHER_UID), "CapEff": f"{CAP_SYS_PTRACE:x}"}
+    proc.write()
+    (proc.root / str(PID) / "mem").touch()
+    error = proc.failure()
+    assert isinstance(error, PermissionDenied)
+    assert error.message == f"/proc/{PID}/mem belongs to uid {UID}, and we have no CAP_DAC_OVERRIDE"
+    proc.ours["CapEff"] = f"{CAP_SYS_PTRACE | 1 << 1:x}"
+    assert proc.failure() is None
+
+
 def test_the_real_uid_counts_not_the_effective(proc: FakeProc) -> None:
     proc.ours = {"Uid": f"{OTHER_UID}\t{UID}\t{UID}\t{UID}"}
     assert isinstance(proc.failure(), PermissionDenied)
@@ -286,6 +304,52 @@ def test_tracer_is_named(proc: FakeProc) -> None:
     assert f"already traced by process {TRACER} (gdb)" in error.message
 
 
+def test_who_traces_is_found(proc: FakeProc) -> None:
+    proc.write()
+    assert find_tracer(PID, proc.root) is None
+    proc.theirs = {"TracerPid": str(TRACER)}
+    proc.write()
+    assert find_tracer(PID, proc.root) == f"process {TRACER} (name unknown)"
+    assert find_tracer(5555, proc.root) is None
+
+
+def test_a_debugger_that_came_counts_before_what_kind_of_process_it_is(proc: FakeProc) -> None:
+    denied = PermissionDenied("thread 1 cannot be traced")
+    proc.write()
+    assert explain_untraceable(PID, denied, proc.root, proc.sys_root) is denied
+    proc.theirs = {"Seccomp": "2", "TracerPid": str(TRACER)}
+    assert isinstance(proc.failure(), UnsupportedTarget)
+    error = explain_untraceable(PID, denied, proc.root, proc.sys_root)
+    assert isinstance(error, PermissionDenied)
+    assert f"is already traced by process {TRACER}" in error.message
+
+
+def test_what_cannot_be_attached_to_may_be_looked_at(proc: FakeProc) -> None:
+    proc.theirs = {"Seccomp": "2", "TracerPid": str(TRACER)}
+    assert proc.failure() is not None
+    check_has_program(PID, proc.root, proc.sys_root)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"Kthread": "1"}, "kernel thread"),
+        ({"State": "Z (zombie)", "VmSize": ""}, "zombie"),
+        ({"Tgid": "77"}, "a thread of process 77"),
+    ],
+)
+def test_what_has_no_program_is_said_as_at_attach(
+    proc: FakeProc, fields: dict[str, str], words: str
+) -> None:
+    proc.theirs = fields
+    wanted = proc.failure()
+    assert wanted is not None
+    with pytest.raises(AttachError, match=words) as caught:
+        check_has_program(PID, proc.root, proc.sys_root)
+    assert str(caught.value) == str(wanted)
+    assert type(caught.value) is type(wanted)
+
+
 def test_seccomp_strict_needs_an_unfiltered_admin(proc: FakeProc) -> None:
     proc.theirs = {"Seccomp": "1"}
     assert isinstance(proc.failure(), UnsupportedTarget)
@@ -334,7 +398,7 @@ def test_tracer_of_one_thread_is_named(proc: FakeProc) -> None:
 def test_first_thread_has_exited(proc: FakeProc) -> None:
     """The process is what its other threads are; /proc/PID tells no more."""
     live = PID + 1
-    proc.theirs = {"State": "Z (zombie)", "VmSize": ""}
+    proc.theirs = {"State": "Z (zombie)", "VmSize": "", "Threads": "2"}
     proc.threads = {PID: proc.theirs, live: {}}
     proc.write()
     # Of the thread that lives there is a directory, though none is listed.

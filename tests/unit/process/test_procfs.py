@@ -11,6 +11,8 @@ import pytest
 from optpoline.errors import ProcessGone
 from optpoline.process.procfs import (
     ThreadWhere,
+    has_slept_since,
+    list_every_tid,
     list_tids,
     read_exe_path,
     read_maps,
@@ -132,6 +134,87 @@ def test_thread_state(proc: Path, text: str, where: ThreadWhere, nr: int, sp: in
     assert len(state.syscall_args) == (6 if nr >= 0 else 0)
     assert (state.tid, state.state) == (TID, "S")
     assert (state.n_voluntary, state.n_nonvoluntary) == (42, 7)
+    assert state.tracer_pid == 77
+
+
+CALL = "202 0x1 0x80 0x0 0x0 0x0 0xffffffffffffffff 0x7ffe10 0x401000\n"
+
+
+@pytest.mark.parametrize(
+    ("syscall", "old", "new", "expected"),
+    [
+        (CALL, "", "", True),
+        ("running\n", "", "", False),  # it woke, and has left its CPU for nothing yet
+        ("", "", "", False),
+        (CALL.replace("0x7ffe10", "0x7ffe18"), "", "", False),
+        (CALL.replace("0x401000", "0x401002"), "", "", False),
+        (CALL.replace("202 ", "203 "), "", "", False),
+        ("-1 0x7ffe10 0x401000\n", "", "", False),
+        (CALL, ":\t42", ":\t43", False),
+        (CALL, ":\t7\n", ":\t8\n", False),
+    ],
+)  # fmt: skip
+def test_sleep(proc: Path, syscall: str, old: str, new: str, expected: bool) -> None:
+    before = read_thread_state(PID, TID, proc_root=proc)
+    task = proc / str(PID) / "task" / str(TID)
+    (task / "syscall").write_text(syscall)
+    (task / "status").write_text((task / "status").read_text().replace(old, new))
+    assert has_slept_since(PID, before, proc_root=proc) is expected
+
+
+def test_counters_are_read_after_the_place(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may run between the two, and sleep again where it was."""
+    before = read_thread_state(PID, TID, proc_root=proc)
+    task = proc / str(PID) / "task" / str(TID)
+    open_file = os.open
+
+    def open_and_go_on(path: str, flags: int) -> int:
+        fd = open_file(path, flags)
+        if path.endswith("/syscall"):
+            status = (task / "status").read_text().replace(":\t42", ":\t43")
+            (task / "status").write_text(status)
+        return fd
+
+    monkeypatch.setattr(os, "open", open_and_go_on)
+    assert not has_slept_since(PID, before, proc_root=proc)
+
+
+def list_in_turn(monkeypatch: pytest.MonkeyPatch, *listings: list[int]) -> list[list[int]]:
+    """Let the kernel list these threads, one listing after another; return what is left."""
+    left = list(listings)
+    monkeypatch.setattr(os, "listdir", lambda _: list(map(str, left.pop(0))))
+    return left
+
+
+def set_n_threads(proc: Path, n_threads: int) -> None:
+    """Let the process have so many threads."""
+    (proc / str(PID) / "status").write_text(STATUS.replace("Threads:\t2", f"Threads:\t{n_threads}"))
+
+
+def test_listing_that_ended_early_is_made_again(
+    proc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_n_threads(proc, 3)
+    left = list_in_turn(monkeypatch, [1, 2], [1, 3], [1, 3, 4], [1, 3, 4, 5])
+    assert list_every_tid(PID, proc_root=proc) == (1, 3, 4, 5)
+    assert left == []
+
+
+def test_listing_with_one_that_exits_is_made_again(
+    proc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As many as there are, but thread 2 has exited and thread 3 is missing.
+    left = list_in_turn(monkeypatch, [1, 2], [1, 3], [1, 3])
+    assert list_every_tid(PID, proc_root=proc) == (1, 3)
+    assert left == []
+
+
+def test_listings_that_never_agree_are_put_together(
+    proc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_n_threads(proc, 100)
+    list_in_turn(monkeypatch, *([1, n] for n in range(2, 30)))
+    assert list_every_tid(PID, proc_root=proc)[:9] == (1, 2, 3, 4, 5, 6, 7, 8, 9)
 
 
 def test_exe(proc: Path) -> None:

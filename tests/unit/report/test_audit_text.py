@@ -27,19 +27,19 @@ SOUND = AuditReport(
     arenas=1,
     controller_pid=99,
     controller_alive=False,
-    patched=2,
+    promoted=2,
     baseline=1,
     gone=0,
     blocks=3,
     retired=1,
     modules=4,
     faults=(),
-    foreign=(),
+    foreign_changes=(),
     notes=("a note\x1b",),
 )
 FAULT = Fault(kind=FaultKind.FREE_MEMORY, address=0x1000, sentence="free code memory " + "x " * 60)
 CHANGE = ForeignChange(kind=ForeignKind.INT3, address=0x2000, size=1, module="/lib/l\n.so")
-BROKEN = replace(SOUND, gone=1, faults=(FAULT,), foreign=(CHANGE,))
+BROKEN = replace(SOUND, gone=1, faults=(FAULT,), foreign_changes=(CHANGE,))
 
 
 def test_sound() -> None:
@@ -70,7 +70,7 @@ def test_faults_and_foreign_changes() -> None:
 
 
 def test_many() -> None:
-    report = replace(BROKEN, faults=(FAULT,) * 50, foreign=(CHANGE,) * 30)
+    report = replace(BROKEN, faults=(FAULT,) * 50, foreign_changes=(CHANGE,) * 30)
     lines = format_audit(report, Style(width=200), with_all=False)
     assert len([line for line in lines if "free_memory" in line]) == MAX_SHOWN
     assert "  and 30 more (-v)" in lines
@@ -101,5 +101,5 @@ def test_exit_status(report: AuditReport, status: int, capsys: pytest.CaptureFix
 
 
 def test_foreign_changes_alone_are_no_failure() -> None:
-    report = replace(SOUND, foreign=(CHANGE,))
+    report = replace(SOUND, foreign_changes=(CHANGE,))
     assert main(["check", "4711", "-q"], api=FakeApi(report=report)) == 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from optpoline.controller.summary import (
+    ChildSummary,
     DetachOutcome,
     DetachResult,
     LeftBehind,
@@ -33,7 +34,13 @@ from optpoline.report.json_document import (
 )
 from tests.unit.cli.fakes import make_summary
 
-RESULT = DetachResult(outcome=DetachOutcome.CLEAN, restored=1, foreign=(0x10,), notes=("n",))
+RESULT = DetachResult(
+    outcome=DetachOutcome.CLEAN,
+    restored=1,
+    foreign=(0x10,),
+    notes=("n",),
+    children=(ChildSummary(pid=3, kept=2), ChildSummary(pid=4, kept=None, restored=1)),
+)
 LEFT = LeftBehind(
     pid=1,
     controller_pid=2,
@@ -117,6 +124,22 @@ def test_reclaiming_is_told() -> None:
         "holders": [1, 7],
         "search_refused": True,
     }
+
+
+def test_children_are_told() -> None:
+    detach = DOCUMENTS["detach"]["detach"]
+    assert isinstance(detach, Mapping)
+    assert detach["children"] == [
+        {"pid": 3, "kept": 2, "restored": 0},
+        {"pid": 4, "kept": None, "restored": 1},
+    ]
+
+
+def test_long_stops_are_told() -> None:
+    summary = replace(SUMMARY, stop_ms_limit=5.0, stops_over_limit=2)
+    document = session_document(summary, None, command="attach")
+    assert (document["stop_ms_limit"], document["stops_over_limit"]) == (5.0, 2)
+    assert DOCUMENTS["session"]["stop_ms_limit"] is None
 
 
 def test_numbers_json_does_not_have_are_refused() -> None:

@@ -199,6 +199,12 @@ def test_what_there_is_instead_of_sites(n_plain: int | None, words: str) -> None
     assert format_no_sites((module,)) == words
 
 
+def test_a_file_has_no_modules() -> None:
+    module = ModuleSummary(path="x", n_sites=0, n_refused=0, n_thunks=1, n_plain=0)
+    words = "1 thunk in it, no indirect branch at all"
+    assert format_no_sites((module,), is_file=True) == words
+
+
 def test_inline_retpolines_are_not_called_plain() -> None:
     module = ModuleSummary(path="x", n_sites=0, n_refused=0, n_thunks=0, n_plain=7, n_inline=3)
     words = "0 thunks in its modules, 3 inline retpolines (not promotable)"

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
+import struct
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -189,12 +192,106 @@ def test_mappings_are_read() -> None:
     assert gdb_script.find_arenas(mappings) == [0x7F0000000000, 0x7F0000700000]
 
 
-def test_renaming_keeps_every_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# --- the script for perf
+
+NAME = layout.ARENA_PATH.encode()
+
+
+def _mapping(name: bytes, pid: int = 1, *, version: int = 2) -> bytes:
+    """Return a PERF_RECORD_MMAP or MMAP2 as perf writes it."""
+    kind, off = {1: (1, 40), 2: (10, 72)}[version]
+    padded = name.ljust((len(name) + 8) // 8 * 8, b"\0")
+    head = struct.pack("<IHHii", kind, 2, off + len(padded), pid, pid)
+    return head.ljust(off, b"\x01") + padded
+
+
+def _profile(*records: bytes, features: int = 0, is_pipe: bool = False) -> bytes:
+    """Return a profile with these records."""
+    size = 16 if is_pipe else 104
+    header = b"PERFILE2" + size.to_bytes(8, "little")
+    return (
+        header.ljust(72, b"\1")[: min(size, 72)]
+        + (b"" if is_pipe else features.to_bytes(32, "little"))
+        + b"".join(records)
+    )
+
+
+@pytest.fixture
+def own_map() -> Iterator[Path]:
+    """Make a map of this process, as a session would."""
+    path = Path(f"/tmp/perf-{os.getpid()}.map")
+    path.write_text("1000 10 optpoline:promoted:f\n")
+    yield path
+    path.unlink()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_renaming_keeps_every_size(
+    tmp_path: Path, own_map: Path, capsys: pytest.CaptureFixture[str], version: int
+) -> None:
     path = tmp_path / "perf.data"
-    path.write_bytes(b"head" + layout.ARENA_PATH.encode() + bytes(6) + b"tail")
+    records = [_mapping(name, os.getpid(), version=version) for name in (b"//anon", NAME, b"/x")]
+    path.write_bytes(_profile(*records))
     size = path.stat().st_size
+    inode = path.stat().st_ino
     assert perf_script.main([str(path)]) == 0
-    assert path.read_bytes() == (b"head//anon".ljust(size - 4, b"\0") + b"tail")
-    assert perf_script.main([str(path)]) == 1
-    assert "no block" in capsys.readouterr().err
+    changed = path.read_bytes()
+    assert len(changed) == size
+    assert path.stat().st_ino == inode
+    assert NAME not in changed
+    assert changed.count(b"//anon") == 2
+    assert changed == _profile(*records).replace(NAME, b"//anon".ljust(len(NAME), b"\0"))
+    # Once more is no error: the names are there.
+    assert perf_script.main([str(path)]) == 0
+    assert path.read_bytes() == changed
+    assert capsys.readouterr() == ("", "")
+
+
+GONE = 1 << 22
+"""A process id that no process has."""
+
+
+@pytest.mark.parametrize(
+    ("profile", "reason"),
+    [
+        (b"", "is empty"),
+        (b"#!/bin/sh\n" + NAME, "is no profile of perf's"),
+        (_profile(_mapping(b"//anon")), "has no block in it"),
+        (_profile(_mapping(b"/x"), is_pipe=True), "has no block in it"),
+        (_profile(features=1 << 27), "is compressed"),
+        (_profile(_mapping(b"/x"), struct.pack("<IHH", 81, 0, 8), is_pipe=True), "is compressed"),
+        (_profile(_mapping(NAME, GONE)), f"is ready, but /tmp/perf-{GONE}.map is gone"),
+    ],
+)
+def test_why_there_will_be_no_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], profile: bytes, reason: str
+) -> None:
+    path = tmp_path / "perf.data"
+    path.write_bytes(profile)
+    for _ in range(2):
+        assert perf_script.main([str(path)]) == 1
+        assert capsys.readouterr().err.startswith(f"optpoline-perf.py: {path} {reason}")
+    if NAME not in profile or not profile.startswith(b"PERF"):
+        assert path.read_bytes() == profile
+    # As a filter it hands on what it gets.
+    script = [sys.executable, str(SHARE / "optpoline-perf.py")]
+    done = subprocess.run(script, input=profile, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.decode().startswith(f"optpoline-perf.py: standard input {reason}")
+    assert len(done.stdout) == len(profile)
+
+
+def test_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, reason in ((tmp_path / "nope.data", "No such file"), (tmp_path, "Is a directory")):
+        assert perf_script.main([str(path)]) == 1
+        assert capsys.readouterr().err.startswith(f"optpoline-perf.py: {path}: {reason}")
+
+
+def test_usage_of_the_script_for_perf(capsys: pytest.CaptureFixture[str]) -> None:
+    assert perf_script.main(["--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: ")
+    assert err == ""
     assert perf_script.main(["a", "b"]) == 2
+    assert perf_script.main(["--in-place"]) == 2
+    assert capsys.readouterr().err.startswith("usage: ")

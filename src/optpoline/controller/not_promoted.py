@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say why a learning window ended without a promotion, as far as that can be told.
+
+Who waits for a promotion wants to know whether to wait on: a stopped program and one
+whose sites are cold look alike from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import SiteState
+from optpoline.process.procfs import read_status
+from optpoline.promote.cost import CostModel
+
+__all__ = ["explain_not_promoted"]
+
+_STOPPED = "T"
+"""Stopped by a signal, as ps(1) has it."""
+
+
+def explain_not_promoted(pid: int, learned: Sequence[SiteRecord]) -> str:
+    """Return the reason as the rest of a sentence.
+
+    Args:
+        pid: The program.
+        learned: The sites that the window was about.
+
+    Raises:
+        ProcessGone: if the program is.
+    """
+    if not learned:
+        return "no site was learned from"
+    reached = [record for record in learned if record.counts is not None and record.counts.total]
+    if not reached:
+        if read_status(pid).state == _STOPPED:
+            return f"the process is stopped (SIGCONT lets it run: kill -CONT {pid})"
+        return "no site was reached: the program sleeps, or is busy elsewhere"
+    usable = [record for record in reached if record.state is not SiteState.REFUSED]
+    if not usable:
+        return "the sites that were reached cannot be promoted"
+    rate_hz = max(record.rate_hz or 0.0 for record in usable)
+    model = CostModel()
+    if not model.worthwhile(saved_cycles=model.retpoline_cycles, rate_hz=rate_hz):
+        return f"no site is hot: the busiest branches {rate_hz:.0f} times a second"
+    if all(record.far_targets for record in usable):
+        return "the targets of its busy sites are more than 2 GiB away, beyond any direct branch"
+    return "no target of a busy site was met often enough to be worth a guard"

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is no process id is told as that, by every function that wants one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import numpy
+import pytest
+
+import optpoline
+from optpoline.controller.arguments import validate_pid
+
+NO_PIDS = (-1, 0, None, 3.5, "x", "self", "4711", b"1", True)
+
+
+@pytest.mark.parametrize("pid", NO_PIDS, ids=repr)
+@pytest.mark.parametrize(
+    "function", [optpoline.attach, optpoline.audit, optpoline.read_status, optpoline.restore]
+)
+def test_no_process_id(function: Callable[[object], object], pid: object) -> None:
+    with pytest.raises(optpoline.UsageError) as caught:
+        function(pid)
+    assert caught.value.message == f"{pid!r} is not a process id"
+
+
+@pytest.mark.parametrize("subject", [-1, 0, None, 3.5, b"/bin/true", True], ids=repr)
+def test_neither_a_process_id_nor_a_path(subject: object) -> None:
+    with pytest.raises(optpoline.UsageError):
+        optpoline.find_sites(cast(int, subject))
+
+
+def test_whole_numbers_are_process_ids() -> None:
+    assert validate_pid(1) == 1
+    assert validate_pid(1 << 40) == 1 << 40
+    assert validate_pid(numpy.int64(4711)) == 4711
