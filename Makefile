@@ -11,10 +11,10 @@ FULL   ?=
 SEED   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo bench torture check lint types format lock clean
+.PHONY: help setup test demo bench bench-policies torture check lint types format lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with .venv/bin/optpoline in it
 
@@ -23,13 +23,17 @@ $(STAMP): requirements.lock pyproject.toml tools/setup.sh
 	@touch $@
 
 test: setup ## Run the unit tests and the live tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal src tests/unit tests/emulate
+	$(BIN)/python -m pytest tests/live
 
 demo: setup ## Build Lua twice; show plain, retpoline and promoted live side by side
 	$(BIN)/python -m bench.demo
 
 bench: setup ## Measure every workload into build/bench.json (ONLY=lua,redis ROUNDS=7)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+bench-policies: setup ## Compare the policies on traces of real programs, recorded now
+	$(BIN)/python -m bench.policies
 
 torture: setup ## Show that a target does not notice (FULL=1 ONLY=calls,kills SEED=7)
 	$(BIN)/python -m torture $(if $(FULL),--full) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))

@@ -10,11 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.adapting import (
+    measure_alternation,
+    measure_flips,
+    measure_learning,
+    measure_phases,
+    measure_watching,
+)
 from bench.build import Variant
 from bench.errors import BenchError
 from bench.figures import Figure, measure_quiet, measure_sites
 from bench.paths import RESULTS, ROOT
 from bench.programs import cxx, libxml2, lua, redis, sqlite
+from bench.programs.phases import build_phases
 from bench.results import figures_document, group_document, write_group
 from bench.tables import console, print_figures, print_measured
 from bench.verdicts import group_mean, peer_mean
@@ -25,6 +33,7 @@ __all__ = ["main"]
 _ROUNDS = 7
 _FEWEST_ROUNDS = 5
 _FIGURES = "figures"
+_ADAPTING = "adapting"
 _SITES = (50, 2000)
 
 
@@ -68,13 +77,15 @@ _GROUPS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks; returns the exit status: 1 if something could not be measured."""
     options = _parse(arguments)
-    chosen: list[str] = options.only or [*_GROUPS, _FIGURES]
+    chosen: list[str] = options.only or [*_GROUPS, _FIGURES, _ADAPTING]
     status = 0
     for name in chosen:
         begin = time.monotonic()
         try:
             if name == _FIGURES:
                 _run_figures()
+            elif name == _ADAPTING:
+                _run_adapting()
             else:
                 _run_group(name, rounds=options.rounds, promote=not options.no_promote)
         except BenchError as error:
@@ -110,13 +121,31 @@ def _run_figures() -> None:
     console.print(f"{_FIGURES}: the settled controller")
     figures += measure_quiet(lua.lua_workload("mixed"), lua.build_lua(Variant.RETPOLINE))
     write_group(RESULTS, _FIGURES, figures_document(figures))
-    print_figures(figures)
+    print_figures(_FIGURES, figures)
+
+
+def _run_adapting() -> None:
+    """Measure how promotions follow a program that changes; print and write the results."""
+    console.print(f"{_ADAPTING}: building")
+    executable = build_phases()
+    figures: list[Figure] = []
+    for measure in (
+        measure_flips,
+        measure_phases,
+        measure_alternation,
+        measure_watching,
+        measure_learning,
+    ):
+        console.print(f"{_ADAPTING}: {measure.__name__.removeprefix('measure_')}")
+        figures += measure(executable)
+        write_group(RESULTS, _ADAPTING, figures_document(figures))
+    print_figures(_ADAPTING, figures)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="bench", description="Measure the workloads.")
-    names = [*_GROUPS, _FIGURES]
+    names = [*_GROUPS, _FIGURES, _ADAPTING]
     parser.add_argument(
         "--only",
         type=_names_of(names),

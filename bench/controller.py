@@ -139,6 +139,10 @@ class Controller:
         """When it first wrote a line that begins with a word; None if never."""
         return next((at for at, line in list(self._lines) if line.startswith(word)), None)
 
+    def told_ns(self, word: str) -> list[int]:
+        """When it wrote each line that has a word in it."""
+        return [at for at, line in list(self._lines) if word in line]
+
     def said_last_ns(self, word: str, before_ns: int) -> int | None:
         """When it last wrote a line that begins with a word before some time; None if never."""
         lines = reversed(list(self._lines))

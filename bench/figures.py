@@ -42,24 +42,36 @@ _BEFORE = 7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One number with the most it may be.
+    """One number with the most, or the least, it may be.
 
     Attributes:
         name: What was measured.
         value: The number.
         unit: Its unit.
-        bar: The most it may be.
+        bar: The most it may be; None where it is only reported.
+        is_least: Whether the bar is the least it may be.
     """
 
     name: str
     value: float
     unit: str
-    bar: float
+    bar: float | None
+    is_least: bool = False
 
     @property
-    def is_met(self) -> bool:
-        """Whether it is within its bar."""
-        return self.value <= self.bar
+    def verdict(self) -> str:
+        """Whether it is within its bar, in a word."""
+        if self.bar is None:
+            return "reported"
+        is_met = self.value >= self.bar if self.is_least else self.value <= self.bar
+        return "met" if is_met else "MISSED"
+
+    @property
+    def bar_text(self) -> str:
+        """Its bar in a few characters."""
+        if self.bar is None:
+            return ""
+        return f"{'≥' if self.is_least else '≤'} {self.bar:g}"
 
 
 def measure_sites(n_sites: int) -> Iterator[Figure]:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A C program with as many retpoline sites as asked for, all of them in use."""
+"""C programs with as many retpoline sites as asked for: all of them in use, or few."""
 
 from __future__ import annotations
 
-__all__ = ["generate_sites"]
+from random import Random
+
+__all__ = ["generate_hot_sites", "generate_sites", "hot_functions"]
 
 _N_TARGETS = 8
 
@@ -50,12 +52,7 @@ def generate_sites(n_sites: int) -> str:
     site is worth promoting and none can be resolved by the compiler.
     """
     parts = [_HEAD.format(n_sites=n_sites)]
-    parts += [
-        f"KEPT static number target_{i}(number x) {{ return x * {2 * i + 1} + {i}; }}"
-        for i in range(_N_TARGETS)
-    ]
-    names = ", ".join(f"target_{i}" for i in range(_N_TARGETS))
-    parts.append(f"static target volatile targets[] = {{{names}}};")
+    parts += _target_functions()
     parts += [
         f"KEPT static number site_{i}(number x) "
         f"{{ return targets[{i % _N_TARGETS}](x + {i}) ^ {i + 1}; }}"
@@ -65,3 +62,120 @@ def generate_sites(n_sites: int) -> str:
     parts.append(f"KEPT static number all_sites(number x) {{\n{calls}\n  return x;\n}}")
     parts.append(_MAIN.format(n_passes=max(1, _CALLS // n_sites)))
     return "\n".join(parts)
+
+
+_HOT_WORKER = """
+static volatile int stopping, phase;
+static volatile unsigned long rounds;
+
+static void *work(void *unused) {{
+  number x = 1;
+  while (!stopping) {{
+    switch (phase) {{
+{cases}
+    }}
+    rounds++;
+  }}
+  printf("result %lu\\n", x);
+  return unused;
+}}
+
+int main(void) {{
+  pthread_t thread;
+  char line[64];
+  pthread_create(&thread, NULL, work, NULL);
+  setvbuf(stdout, NULL, _IOLBF, 0);
+  puts("ready");
+  while (fgets(line, sizeof line, stdin)) {{
+    phase = atoi(line);
+    printf("ok %lu\\n", rounds);
+  }}
+  stopping = 1;
+  pthread_join(thread, NULL);
+  printf("rounds %lu\\n", rounds);
+  return 0;
+}}
+"""
+
+_HOT_HEAD = """\
+/* Generated: {n_sites} indirect branches in {n_functions} functions, few of them in use. */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+typedef unsigned long number;
+typedef number (*target)(number);
+#define KEPT __attribute__((noipa, used))
+static volatile number never;
+"""
+
+_TAIL_EVERY = 7
+"""Of so many functions one ends in a jump instead of a call."""
+
+_CALLS_A_ROUND = 4096
+"""Calls in a round of a phase, so that the rarest of a few hundred functions is in it too."""
+
+
+def generate_hot_sites(n_sites: int, *, n_hot: int, n_phases: int = 2, seed: int = 1) -> str:
+    """Return the source of a program of which a small part runs, another one in each phase.
+
+    Each function has two sites (a compiler may make three of them), of which the first never
+    runs. In a phase ``hot_functions`` run, how often by Zipf's law; they lie all over the
+    text. A line on standard input sets the phase, and is answered with "ok ROUNDS"; at its
+    end the program prints "rounds N". All work is done by one thread.
+
+    Args:
+        n_sites: Indirect branches, an even number.
+        n_hot: Functions that run in each phase; the phases have none in common.
+        n_phases: Phases.
+        seed: Of the order in which they are called.
+    """
+    n_functions = n_sites // 2
+    if n_phases * n_hot > n_functions:
+        raise ValueError(f"{n_functions} functions are too few for {n_phases} times {n_hot}")
+    parts = [_HOT_HEAD.format(n_sites=n_sites, n_functions=n_functions), *_target_functions()]
+    parts += [_two_sites(number) for number in range(n_functions)]
+    random = Random(seed)
+    for phase in range(n_phases):
+        order = _zipf_order(hot_functions(n_sites, n_hot, n_phases, phase), random)
+        calls = "\n".join(f"  x = function_{number}(x);" for number in order)
+        parts.append(f"KEPT static number phase_{phase}(number x) {{\n{calls}\n  return x;\n}}")
+    cases = "\n".join(f"    case {n}: x = phase_{n}(x); break;" for n in range(n_phases))
+    parts.append(_HOT_WORKER.format(cases=cases))
+    return "\n".join(parts)
+
+
+def hot_functions(n_sites: int, n_hot: int, n_phases: int, phase: int) -> list[int]:
+    """Return the numbers of the functions that run in a phase, hottest first."""
+    stride = n_sites // 2 // (n_hot * n_phases)
+    return [(rank * n_phases + phase) * stride for rank in range(n_hot)]
+
+
+def _target_functions() -> list[str]:
+    """Return the functions that all sites lead to, and the table that names them."""
+    functions = [
+        f"KEPT static number target_{i}(number x) {{ return x * {2 * i + 1} + {i}; }}"
+        for i in range(_N_TARGETS)
+    ]
+    names = ", ".join(f"target_{i}" for i in range(_N_TARGETS))
+    return [*functions, f"static target volatile targets[] = {{{names}}};"]
+
+
+def _two_sites(number: int) -> str:
+    """Return one function of a site that never runs and one that does."""
+    cold = f"if (never) x = targets[{(number + 1) % _N_TARGETS}](x) + 1;"
+    call = f"targets[{number % _N_TARGETS}](x + {number})"
+    last = call if number % _TAIL_EVERY == 0 else f"{call} ^ {number + 1}"
+    return f"KEPT static number function_{number}(number x) {{ {cold} return {last}; }}"
+
+
+def _zipf_order(functions: list[int], random: Random) -> list[int]:
+    """Return the calls of a round: each function at least once, the n-th ~ 1/n as often."""
+    total = sum(1 / rank for rank in range(1, len(functions) + 1))
+    calls = [
+        number
+        for rank, number in enumerate(functions, 1)
+        for _ in range(max(1, round(_CALLS_A_ROUND / (rank * total))))
+    ]
+    random.shuffle(calls)
+    return calls

@@ -54,7 +54,7 @@ def figures_document(figures: Sequence[Figure]) -> JsonObject:
                 "value": figure.value,
                 "unit": figure.unit,
                 "bar": figure.bar,
-                "verdict": "met" if figure.is_met else "MISSED",
+                "verdict": figure.verdict,
             }
             for figure in figures
         ]

@@ -78,12 +78,13 @@ def print_measured(
         console.print(f"geometric mean recovered by gcc -fprofile-use instead: {percent(peer)}")
 
 
-def print_figures(figures: Sequence[Figure]) -> None:
+def print_figures(title: str, figures: Sequence[Figure]) -> None:
     """Print the figures of attaching with their bars."""
-    table = Table(title="attaching", title_justify="left")
-    for name in ("figure", "value", "at most", ""):
+    table = Table(title=title, title_justify="left")
+    for name in ("figure", "value", "bar", ""):
         table.add_column(name, justify="left" if name in ("figure", "") else "right")
     for figure in figures:
-        word = "met" if figure.is_met else "MISSED"
-        table.add_row(figure.name, f"{figure.value:.3g} {figure.unit}", f"{figure.bar:g}", word)
+        table.add_row(
+            figure.name, f"{figure.value:.3g} {figure.unit}", figure.bar_text, figure.verdict
+        )
     console.print(table)

@@ -20,7 +20,7 @@ from enum import Enum
 from typing import NoReturn
 
 import optpoline
-from optpoline.promote.policy import CostPolicy
+from optpoline.promote.policies.adaptive import AdaptivePolicy
 from torture.command import start_attach
 from torture.errors import TortureError
 
@@ -46,9 +46,12 @@ _CONFIG = optpoline.Config(
     sample_s=0.008,
     sample_every_s=0.02,
     sample_every_max_s=0.05,
+    overhead_ratio=100.0,
     poll_s=0.01,
     relink_after_s=0.05,
-    policy=CostPolicy(min_count=32, narrow_gain_cycles=0.05, narrow_gain_ratio=0.0),
+    policy=AdaptivePolicy(
+        min_count=32, narrow_gain_cycles=0.05, narrow_gain_ratio=0.0, n_free_changes=1_000_000
+    ),
 )
 
 

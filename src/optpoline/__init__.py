@@ -55,6 +55,8 @@ if TYPE_CHECKING:
         UnsupportedTarget,
         UsageError,
     )
+    from optpoline.learn.counting import SiteCounts
+    from optpoline.model import Count
 
 __all__ = [
     "ArenaError",
@@ -63,6 +65,7 @@ __all__ = [
     "ChildSummary",
     "Config",
     "ControllerActive",
+    "Count",
     "DetachOutcome",
     "DetachResult",
     "Event",
@@ -80,6 +83,7 @@ __all__ = [
     "ReclaimSummary",
     "Session",
     "SessionState",
+    "SiteCounts",
     "SiteReport",
     "SiteState",
     "SiteSummary",
@@ -101,6 +105,7 @@ _MODULES = {
     "AuditReport": "controller.audit_report",
     "Config": "controller.config",
     "ControllerActive": "errors",
+    "Count": "model",
     "Event": "controller.events",
     "EventKind": "controller.events",
     "Fault": "controller.audit_report",
@@ -112,6 +117,7 @@ _MODULES = {
     "PermissionDenied": "errors",
     "ProcessGone": "errors",
     "Session": "controller.session",
+    "SiteCounts": "learn.counting",
     "SiteReport": "controller.summaries",
     "StopTimeout": "errors",
     "UnsupportedTarget": "errors",

@@ -15,7 +15,9 @@ __all__ = [
     "ControllerActive",
     "DecodeError",
     "EncodeRangeError",
+    "ExclusionError",
     "NoSites",
+    "OperationError",
     "OptpolineError",
     "PermissionDenied",
     "ProcessGone",
@@ -153,6 +155,24 @@ class StopTimeout(OptpolineError):
         )
         self.waited_ns = waited_ns
         self.tids = tids
+
+
+class OperationError(OptpolineError):
+    """A vector of operations on counter cells cannot be run; none of it was done.
+
+    Args:
+        index: Of the operation that is at fault, counted from 0, or None.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, index: int | None, reason: str) -> None:
+        """Name the operation."""
+        super().__init__(reason if index is None else f"operation {index}: {reason}")
+        self.index = index
+
+
+class ExclusionError(OptpolineError):
+    """Counter cells cannot be had to ourselves in one way; another may do."""
 
 
 class TargetFault(OptpolineError):

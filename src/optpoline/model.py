@@ -15,20 +15,25 @@ from enum import Enum
 from typing import NewType
 
 __all__ = [
+    "CELL_SIZE",
+    "SLOT_CLAIMED",
     "Addr",
     "BlockPlan",
     "Count",
+    "CounterRows",
     "Guard",
     "Mapping",
     "Miss",
     "Module",
     "OpenSlot",
     "Refusal",
+    "RseqAbi",
     "Site",
     "SiteKind",
     "Split",
     "Thunk",
     "ThunkFlavour",
+    "TraceRing",
     "TreeNode",
     "tree_targets",
 ]
@@ -260,38 +265,129 @@ def tree_targets(node: TreeNode) -> Iterator[Addr]:
                 pass
 
 
+# --- counters: what a learning block writes ----------------------------------
+
+CELL_SIZE = 8
+"""Bytes of a counter cell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RseqAbi:
+    """Where the threads of a program have registered their ``struct rseq``.
+
+    Attributes:
+        offset: Bytes from the thread pointer (``%fs``) to the struct, signed.
+        signature: u32 that the kernel wants before every abort handler.
+    """
+
+    offset: int
+    signature: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CounterRows:
+    """One row of counter cells for all, and one for each CPU.
+
+    A cell is named by its address in row 0, the *shared* row, which is counted in
+    with ``lock``-prefixed instructions by who cannot use the row of its CPU. A count is the
+    sum over all rows. Rows are as long as a power of two, so CPUs share no cache line::
+
+        shared_addr                      row 0: shared
+        shared_addr + (1 << row_shift)   row 1: CPU 0
+        shared_addr + (2 << row_shift)   row 2: CPU 1, and so on
+
+    Attributes:
+        shared_addr: First byte of row 0.
+        row_shift: Binary logarithm of the size of a row in bytes.
+        n_cpus: CPUs that have a row: 0 to ``n_cpus - 1``.
+        rseq: How threads register restartable sequences; None where they do not.
+    """
+
+    shared_addr: Addr
+    row_shift: int
+    n_cpus: int
+    rseq: RseqAbi | None
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of one row."""
+        return 1 << self.row_shift
+
+    @property
+    def size(self) -> int:
+        """Bytes of all rows."""
+        return (1 + self.n_cpus) << self.row_shift
+
+    def cell_of_cpu(self, cell: Addr, cpu: int) -> Addr:
+        """Return where CPU ``cpu`` has the cell that row 0 has at ``cell``."""
+        return Addr(cell + ((1 + cpu) << self.row_shift))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenSlot:
-    """Two counter cells that the first unknown target to come by claims.
+    """Two adjacent counter cells that the first unknown target to come by claims.
+
+    In the shared row bit 63 of the count says that the slot is claimed; who reads the
+    count leaves it out (``SLOT_CLAIMED``).
 
     Attributes:
         target_addr: u64 in counter memory, 0 while free.
-        count_addr: u64 in counter memory, hits of that target.
+        count_addr: The cell behind it, hits of that target.
     """
 
     target_addr: Addr
     count_addr: Addr
 
 
+SLOT_CLAIMED = 1 << 63
+"""Set in the count of a slot of the shared row by who claims it, before the target is stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceRing:
+    """Where a block writes which target came by, one u32 for each hit.
+
+    Attributes:
+        head_addr: u64 in the shared row: entries ever written.
+        entries_addr: The first of ``n_entries`` u32, in counter memory.
+        n_entries: A power of two.
+        ids: (target, u32 that is written for it) for each target to be traced.
+    """
+
+    head_addr: Addr
+    entries_addr: Addr
+    n_entries: int
+    ids: tuple[tuple[Addr, int], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPlan:
     """What one block is to do; the encoder turns it into bytes.
 
-    A promoted block counts misses only. A learning block counts each hit of
-    its tree as well, and has open slots for targets nobody has seen yet.
-    Counter cells may be written by the program and never decide where a
-    branch goes.
+    A promoted block counts misses only, by a plain increment: a rate, not a count. A
+    learning block (one with ``rows``) counts each hit of its tree exactly, or writes it
+    to a trace, and has open slots for targets nobody has seen yet. Counter cells may be
+    written by the program and never decide where a branch goes. All cells are named by
+    their addresses in the shared row.
 
     Attributes:
         operand: Register holding the target.
         tree: What to compare, in which order.
         thunk_addr: The site's own thunk, where every miss goes.
         hit_count_addrs: (target, counter cell) for each target to be counted.
-        miss_count_addr: Counter cell of misses that found no slot, or None.
+        miss_count_addr: Counter cell of misses that found no slot, or None. In a learning
+            block the cell before it holds the last target that found none.
         open_slots: Claimable slots, tried in order on a miss of the tree.
         base: Subtracted from the operand first, and added again before the thunk, so that
             what is compared with fits immediates; None to leave the operand alone. Only
             where the operand is dead at every target of the tree.
+        rows: What a learning block counts in; None for a promoted block, which has
+            neither counted hits nor slots.
+        is_below_stack_free: Whether the 128 bytes below the stack pointer are dead when
+            the block is entered: a call has just pushed its return address.
+        thunk_targets: Targets in the tree that are counted but led to the thunk: too far
+            for a direct branch, or not to be guarded.
+        trace: Where hits are written instead of being counted, or None.
     """
 
     operand: str
@@ -301,3 +397,23 @@ class BlockPlan:
     miss_count_addr: Addr | None = None
     open_slots: tuple[OpenSlot, ...] = ()
     base: Addr | None = None
+    rows: CounterRows | None = None
+    is_below_stack_free: bool = False
+    thunk_targets: frozenset[Addr] = frozenset()
+    trace: TraceRing | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no block does.
+
+        Raises:
+            ValueError: if something is to be counted without rows, or rows go unused.
+        """
+        noted = {target for target, _ in self.hit_count_addrs}
+        if self.trace is not None:
+            noted |= {target for target, _ in self.trace.ids}
+        if self.rows is None and (noted or self.open_slots or self.trace is not None):
+            raise ValueError("a block without counter rows counts nothing but misses")
+        if self.rows is not None and self.miss_count_addr is None:
+            raise ValueError("a block with counter rows counts misses too")
+        if not self.thunk_targets <= noted:
+            raise ValueError("a target that is led to the thunk has to be counted or traced")

@@ -9,20 +9,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from optpoline.learn.counting import plan_counting
-from optpoline.model import Addr, BlockPlan, Guard, Miss, Split, TreeNode, tree_targets
+from optpoline.model import (
+    Addr,
+    BlockPlan,
+    CounterRows,
+    Guard,
+    Miss,
+    RseqAbi,
+    Split,
+    TraceRing,
+    TreeNode,
+    tree_targets,
+)
 from optpoline.x86.blocks import encode_block, fits_immediate
 
 __all__ = [
+    "COUNTERS_SIZE",
     "KINDS",
     "LAYOUTS",
+    "N_CPUS",
     "OPERANDS",
+    "RSEQ",
     "Image",
     "Layout",
     "LiteralTable",
+    "Way",
     "encode_image",
+    "rows_of",
 ]
+
+N_CPUS = 4
+_ROW_SHIFT = 12
+_N_TRACED = 1024
+"""Entries of a trace: a page of them, behind the rows."""
+
+COUNTERS_SIZE = (1 + N_CPUS << _ROW_SHIFT) + 4 * _N_TRACED
+"""Bytes of the counter part: rows of a page each, then a trace."""
+
+RSEQ = RseqAbi(offset=-0x160, signature=0x53053053)
 
 OPERANDS = (
     *("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi"),
@@ -39,7 +66,7 @@ class Layout:
         name: For test ids and golden files.
         block_addr: The block.
         literal_addr: Literals, one page.
-        counter_addr: Counter cells, one page.
+        counter_addr: Counter cells, ``COUNTERS_SIZE`` bytes.
         targets: Sixteen targets in address order.
         thunk_addr: The site's own thunk.
         other_addr: Where a redirected head goes.
@@ -117,19 +144,29 @@ class LiteralTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """A block's bytes and the literals they need."""
+    """A block's bytes and the literals they need.
+
+    Attributes:
+        plan: What it was encoded from.
+        layout: Where.
+        code: All its bytes.
+        text: Those that are instructions.
+        literals: What it reads.
+    """
 
     plan: BlockPlan
     layout: Layout
     code: bytes
+    text: bytes
     literals: LiteralTable
 
 
 def encode_image(plan: BlockPlan, layout: Layout) -> Image:
     """Encode a plan at its layout's block address."""
     literals = LiteralTable(layout.literal_addr)
-    code = encode_block(plan, layout.block_addr, literals)
-    return Image(plan=plan, layout=layout, code=code, literals=literals)
+    block = encode_block(plan, layout.block_addr, literals)
+    text = block.code[: block.text_size]
+    return Image(plan=plan, layout=layout, code=block.code, text=text, literals=literals)
 
 
 def chain(targets: tuple[Addr, ...]) -> TreeNode:
@@ -183,7 +220,27 @@ def _plain(tree: TreeNode, layout: Layout, operand: str, *, misses: bool = False
     )
 
 
-def _counting(tree: TreeNode, layout: Layout, operand: str, n_open: int) -> BlockPlan:
+class Way(Enum):
+    """How a learning block comes to the row it counts in."""
+
+    CALL = "restartable sequences, for unknown targets too"
+    JUMP = "restartable sequences for hits"
+    SEGMENT = "segment limit, locked"
+
+
+def rows_of(layout: Layout, way: Way) -> CounterRows:
+    """Return the counter rows of a layout."""
+    return CounterRows(
+        shared_addr=layout.counter_addr,
+        row_shift=_ROW_SHIFT,
+        n_cpus=N_CPUS,
+        rseq=None if way is Way.SEGMENT else RSEQ,
+    )
+
+
+def _counting(
+    tree: TreeNode, layout: Layout, operand: str, n_open: int, way: Way = Way.CALL
+) -> BlockPlan:
     """Return a learning block's plan."""
     return plan_counting(
         operand=operand,
@@ -191,7 +248,36 @@ def _counting(tree: TreeNode, layout: Layout, operand: str, n_open: int) -> Bloc
         tree=tree,
         n_open=n_open,
         cells_addr=layout.counter_addr,
+        rows=rows_of(layout, way),
+        is_below_stack_free=way is Way.CALL,
     )
+
+
+def _led_to_thunk(layout: Layout, operand: str, way: Way) -> BlockPlan:
+    """Return a plan with targets that are led to the thunk, one of them out of reach."""
+    far = Addr(layout.block_addr ^ 1 << 45)
+    return plan_counting(
+        operand=operand,
+        thunk_addr=layout.thunk_addr,
+        tree=chain((*layout.targets[:3], far)),
+        n_open=1,
+        cells_addr=layout.counter_addr,
+        rows=rows_of(layout, way),
+        is_below_stack_free=way is Way.CALL,
+        thunk_targets=frozenset({far, layout.targets[1]}),
+    )
+
+
+def _traced(plan: BlockPlan, layout: Layout) -> BlockPlan:
+    """Return a plan that traces every hit but those of its first target."""
+    targets = tuple(tree_targets(plan.tree))
+    ring = TraceRing(
+        head_addr=Addr(layout.counter_addr + 0x800),
+        entries_addr=Addr(layout.counter_addr + (1 + N_CPUS << _ROW_SHIFT)),
+        n_entries=_N_TRACED,
+        ids=tuple((target, 0x8000_0000 + i) for i, target in enumerate(targets[1:])),
+    )
+    return replace(plan, trace=ring)
 
 
 def _mixed(layout: Layout) -> TreeNode:
@@ -211,8 +297,10 @@ def _partly_counted(layout: Layout, operand: str) -> BlockPlan:
         tree=tree,
         thunk_addr=layout.thunk_addr,
         hit_count_addrs=tuple(
-            (target, Addr(layout.counter_addr + 8 * i)) for i, target in enumerate(counted)
+            (target, Addr(layout.counter_addr + 8 * (2 + i))) for i, target in enumerate(counted)
         ),
+        miss_count_addr=Addr(layout.counter_addr + 8),
+        rows=rows_of(layout, Way.JUMP),
     )
 
 
@@ -243,9 +331,20 @@ KINDS: dict[str, Callable[[Layout, str], BlockPlan]] = {
     "leafy-mixed": lambda a, r: _plain(turned(leafy(a.targets), every=2), a, r),
     "mixed-turned": lambda a, r: _plain(turned(_mixed(a)), a, r, misses=True),
     "learn-first": lambda a, r: _counting(Miss(), a, r, 4),
+    "learn-first-jump": lambda a, r: _counting(Miss(), a, r, 4, Way.JUMP),
+    "learn-first-segment": lambda a, r: _counting(Miss(), a, r, 4, Way.SEGMENT),
     "learn-known": lambda a, r: _counting(chain(a.targets[:2]), a, r, 0),
+    "learn-known-segment": lambda a, r: _counting(chain(a.targets[:2]), a, r, 0, Way.SEGMENT),
     "learn-more": lambda a, r: _counting(balanced(a.targets[:6]), a, r, 8),
+    "learn-more-jump": lambda a, r: _counting(balanced(a.targets[:6]), a, r, 8, Way.JUMP),
     "learn-mixed": lambda a, r: _counting(_mixed(a), a, r, 2),
     "learn-turned": lambda a, r: _counting(turned(_mixed(a)), a, r, 2),
+    "learn-far": lambda a, r: _led_to_thunk(a, r, Way.CALL),
+    "learn-far-segment": lambda a, r: _led_to_thunk(a, r, Way.SEGMENT),
     "part-counted": _partly_counted,
+    "traced": lambda a, r: _traced(_counting(balanced(a.targets[:4]), a, r, 1), a),
+    "traced-far": lambda a, r: _traced(_led_to_thunk(a, r, Way.JUMP), a),
+    "traced-segment": lambda a, r: _traced(
+        _counting(balanced(a.targets[:4]), a, r, 1, Way.SEGMENT), a
+    ),
 }

@@ -8,16 +8,19 @@ import struct
 
 from optpoline.model import BlockPlan, Guard, Split, TreeNode
 from optpoline.x86.assembler import REGISTER_NUMBERS
-from tests.emulate.block_kinds import Layout
-from tests.emulate.block_model import run_plan
-from tests.emulate.machine import ARITHMETIC_FLAGS, Machine, State
+from tests.emulate.block_kinds import COUNTERS_SIZE, Layout
+from tests.emulate.block_model import find_target, run_plan
+from tests.emulate.machine import ARITHMETIC_FLAGS, NO_CPU, STACK_ADDR, Machine, State
 
 __all__ = [
     "check_run",
     "expected_registers",
+    "expected_stack",
+    "expected_thread",
     "interesting_values",
     "pack_cells",
     "random_counters",
+    "seen_cpu",
     "unpack_cells",
 ]
 
@@ -64,18 +67,26 @@ def pack_cells(cells: dict[int, int]) -> bytes:
 
 def random_counters(plan: BlockPlan, layout: Layout, rng: random.Random) -> bytes:
     """Return counter memory with slots free, taken, or holding anything at all."""
-    cells = {layout.counter_addr + 8 * i: rng.getrandbits(rng.choice((8, 64))) for i in range(512)}
-    for slot in plan.open_slots:
-        cells[slot.target_addr] = rng.choice((0, *layout.targets, rng.getrandbits(64)))
+    words = struct.unpack(f"<{COUNTERS_SIZE // 8}Q", rng.randbytes(COUNTERS_SIZE))
+    cells = {layout.counter_addr + 8 * i: word for i, word in enumerate(words)}
+    rows = plan.rows
+    for slot in plan.open_slots if rows is not None else ():
+        assert rows is not None
+        for row in range(1 + rows.n_cpus):
+            off = row << rows.row_shift
+            cells[slot.target_addr + off] = rng.choice((0, *layout.targets, rng.getrandbits(64)))
+            # In row 0 a claimed slot may have no target yet; counts are small.
+            cells[slot.count_addr + off] = rng.getrandbits(8) | rng.getrandbits(1) << 63
     return pack_cells(cells)
 
 
 def expected_registers(plan: BlockPlan, pc: int, registers: tuple[int, ...]) -> tuple[int, ...]:
     """Return what the registers hold after a block was left for an address.
 
-    Relative to a base the operand is changed on the way to a target, where it is dead.
+    Relative to a base the operand is changed on the way to a target that is not counted,
+    where it is dead.
     """
-    if plan.base is None or pc == plan.thunk_addr:
+    if plan.base is None or pc == plan.thunk_addr or plan.rows is not None:
         return registers
     after = list(registers)
     number = REGISTER_NUMBERS[plan.operand]
@@ -83,17 +94,53 @@ def expected_registers(plan: BlockPlan, pc: int, registers: tuple[int, ...]) -> 
     return tuple(after)
 
 
+def seen_cpu(plan: BlockPlan, cpu: int) -> int:
+    """Return the CPU whose row a block counts in, on some CPU."""
+    if plan.rows is None or plan.rows.rseq is not None or cpu == NO_CPU:
+        return cpu
+    return cpu & 0xFFF
+
+
+def expected_thread(plan: BlockPlan, state: State) -> bytes:
+    """Return the thread's own memory after a block: rseq_cs is cleared if it was used."""
+    if plan.rows is None or plan.rows.rseq is None:
+        return state.thread
+    target = find_target(plan.tree, state.registers[REGISTER_NUMBERS[plan.operand]])
+    traced = {} if plan.trace is None else dict(plan.trace.ids)
+    if target is None:
+        is_used = plan.is_below_stack_free
+    else:
+        is_used = target in dict(plan.hit_count_addrs) and target not in traced
+    return state.with_rseq_cs(0).thread if is_used else state.thread
+
+
+def expected_stack(plan: BlockPlan, state: State) -> bytes:
+    """Return the stack after a block: a register may be left in what is dead of it."""
+    operand = state.registers[REGISTER_NUMBERS[plan.operand]]
+    is_registered = plan.rows is not None and plan.rows.rseq is not None
+    if (
+        not plan.is_below_stack_free
+        or not is_registered
+        or find_target(plan.tree, operand) is not None
+    ):
+        return state.stack
+    scratch = state.registers[REGISTER_NUMBERS["rcx" if plan.operand == "rax" else "rax"]]
+    off = state.registers[REGISTER_NUMBERS["rsp"]] - 8 - STACK_ADDR
+    return state.stack[:off] + scratch.to_bytes(8, "little") + state.stack[off + 8 :]
+
+
 def check_run(machine: Machine, plan: BlockPlan, layout: Layout, state: State) -> None:
     """Run a block once and compare all there is with the model."""
     operand = state.registers[REGISTER_NUMBERS[plan.operand]]
     cells = unpack_cells(state.counters, layout)
-    expected_pc = run_plan(plan, operand, cells)
+    expected_pc = run_plan(plan, operand, cells, seen_cpu(plan, state.cpu))
     after = machine.run(state)
     assert after.pc == expected_pc, f"operand {operand:#x}"
     assert after.pc in (operand, plan.thunk_addr)
     assert after.registers == expected_registers(plan, after.pc, state.registers)
     assert after.vectors == state.vectors
     assert after.flags & ~ARITHMETIC_FLAGS == state.flags & ~ARITHMETIC_FLAGS
-    assert after.stack == state.stack
+    assert after.stack == expected_stack(plan, state)
     assert after.counters == pack_cells(cells)
+    assert after.thread == expected_thread(plan, state)
     assert after.fixed == machine.fixed

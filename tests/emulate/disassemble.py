@@ -45,6 +45,7 @@ _DIRECT_FLOW = {
     iced_x86.FlowControl.CONDITIONAL_BRANCH,
     iced_x86.FlowControl.UNCONDITIONAL_BRANCH,
     iced_x86.FlowControl.INTERRUPT,
+    iced_x86.FlowControl.EXCEPTION,
 }
 _WRITES = {
     iced_x86.OpAccess.WRITE,
@@ -78,39 +79,80 @@ def _iced(code: bytes, addr: int) -> list[Insn]:
     return found
 
 
+_UD1 = b"\x0f\xb9\x3d"
+"""ud1 disp32(%rip), %edi: capstone takes the first two bytes for all of it."""
+
+
+def _undefined(code: bytes, addr: int, off: int) -> Insn:
+    """Return a ud1 with its operand, as the CPU decodes it."""
+    disp = int.from_bytes(code[off + 3 : off + 7], "little", signed=True)
+    return Insn(
+        off=off,
+        size=7,
+        mnemonic="ud1l",
+        text=f"{disp:#x}(%rip), %edi",
+        branch_addr=None,
+        memory_addr=addr + off + 7 + disp,
+        writes=(),
+        is_indirect=False,
+    )
+
+
+def _whole(name: str) -> str:
+    """Return the 64-bit register that a register of 32 bits is the low half of."""
+    if name.startswith("e") and name != "eflags":
+        return f"r{name[1:]}"
+    return name[:-1] if name.startswith("r") and name.endswith("d") else name
+
+
 def _capstone(code: bytes, addr: int) -> list[Insn]:
     """Disassemble with capstone."""
     decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
     decoder.detail = True
     decoder.syntax = capstone.CS_OPT_SYNTAX_ATT
     found: list[Insn] = []
-    for insn in decoder.disasm(code, addr):
-        branches = insn.group(capstone.CS_GRP_JUMP) or insn.group(capstone.CS_GRP_CALL)
-        direct = branches and insn.operands[0].type == capstone.x86.X86_OP_IMM
-        relative = [
-            op.mem.disp + insn.address + insn.size
-            for op in insn.operands
-            if op.type == capstone.x86.X86_OP_MEM and op.mem.base == capstone.x86.X86_REG_RIP
-        ]
-        written = [insn.reg_name(register) for register in insn.regs_access()[1]]
-        found.append(
-            Insn(
-                off=insn.address - addr,
-                size=insn.size,
-                mnemonic=insn.mnemonic,
-                text=insn.op_str,
-                branch_addr=insn.operands[0].imm if direct else None,
-                memory_addr=relative[0] if relative else None,
-                writes=tuple(name for name in written if name not in ("rflags", "rip")),
-                is_indirect=bool(branches and not direct) or insn.group(capstone.CS_GRP_RET),
-            )
-        )
+    off = 0
+    while off < len(code):
+        if code[off : off + len(_UD1)] == _UD1:
+            found.append(_undefined(code, addr, off))
+            off += found[-1].size
+        end = code.find(_UD1, off)
+        n_found = len(found)
+        part = code[off:end] if end > 0 else code[off:]
+        found += [_converted(insn, addr) for insn in decoder.disasm(part, addr + off)]
+        off += sum(insn.size for insn in found[n_found:])
+        if n_found == len(found):
+            break
     return found
 
 
-_MNEMONICS = {
-    f"{name}{size}": name for name in ("cmp", "inc", "mov", "sub", "add") for size in "lq"
-}
+def _converted(insn: capstone.CsInsn, addr: int) -> Insn:
+    """Return what capstone knows of an instruction."""
+    branches = insn.group(capstone.CS_GRP_JUMP) or insn.group(capstone.CS_GRP_CALL)
+    direct = branches and insn.operands[0].type == capstone.x86.X86_OP_IMM
+    relative = [
+        op.mem.disp + insn.address + insn.size
+        for op in insn.operands
+        if op.type == capstone.x86.X86_OP_MEM and op.mem.base == capstone.x86.X86_REG_RIP
+    ]
+    written = [_whole(insn.reg_name(register)) for register in insn.regs_access()[1]]
+    return Insn(
+        off=insn.address - addr,
+        size=insn.size,
+        mnemonic=insn.mnemonic,
+        text=insn.op_str,
+        branch_addr=insn.operands[0].imm if direct else None,
+        memory_addr=relative[0] if relative else None,
+        writes=tuple(name for name in written if name not in ("rflags", "rip", "eflags")),
+        is_indirect=bool(branches and not direct) or insn.group(capstone.CS_GRP_RET),
+    )
+
+
+_PLAIN_MNEMONICS = ("cmp", "inc", "mov", "sub", "add", "and", "lea", "lsl", "shl")
+_MNEMONICS = {f"{name}{size}": name for name in _PLAIN_MNEMONICS for size in "lq"}
+_MNEMONICS |= {"lock bts": "bts", "lock btsq": "bts", "lock xadd": "xadd", "lock xaddq": "xadd"}
+_MNEMONICS |= {"lock incq": "inc", "lock inc": "inc", "btsq": "bts", "xaddq": "xadd"}
+_MNEMONICS |= {"ud1l": "ud1"}
 
 
 def disassemble(code: bytes, addr: int) -> list[Insn]:

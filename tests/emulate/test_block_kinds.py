@@ -11,8 +11,15 @@ import random
 
 import pytest
 
-from optpoline.model import tree_targets
-from tests.emulate.block_kinds import KINDS, LAYOUTS, OPERANDS, Layout, encode_image
+from optpoline.model import SLOT_CLAIMED, tree_targets
+from tests.emulate.block_kinds import (
+    COUNTERS_SIZE,
+    KINDS,
+    LAYOUTS,
+    OPERANDS,
+    Layout,
+    encode_image,
+)
 from tests.emulate.block_model import run_plan
 from tests.emulate.block_runs import (
     check_run,
@@ -21,7 +28,7 @@ from tests.emulate.block_runs import (
     random_counters,
     unpack_cells,
 )
-from tests.emulate.machine import Machine, random_state
+from tests.emulate.machine import NO_CPU, Machine, random_state
 
 N_RUNS = int(os.environ.get("OPTPOLINE_EMULATE_RUNS", "180"))
 
@@ -61,14 +68,22 @@ def test_counting_block_learns_what_comes_by() -> None:
     rng = random.Random(5)
     plan = KINDS["learn-first"](layout, operand)
     machine = Machine(encode_image(plan, layout))
-    counters = bytes(4096)
+    counters = bytes(COUNTERS_SIZE)
     cells = unpack_cells(counters, layout)
     for _ in range(300):
         target = layout.targets[min(int(rng.expovariate(0.7)), 15)]
-        assert run_plan(plan, target, cells) == layout.thunk_addr
-        counters = machine.run(random_state(rng, operand, target, counters)).counters
+        cpu = rng.choice((0, 2, 3, NO_CPU))
+        assert run_plan(plan, target, cells, cpu) == layout.thunk_addr
+        counters = machine.run(random_state(rng, operand, target, counters, cpu)).counters
     assert counters == pack_cells(cells)
-    assert {cells[slot.target_addr] for slot in plan.open_slots} < set(layout.targets)
-    counts = [cells[slot.count_addr] for slot in plan.open_slots]
-    assert sum(counts) + cells[layout.counter_addr] == 300
-    assert min(counts) > 0
+    assert plan.rows is not None
+    assert plan.miss_count_addr is not None
+    counted = 0
+    for row in (0, 1, 3, 4):
+        off = row << plan.rows.row_shift
+        slots = [(slot.target_addr + off, slot.count_addr + off) for slot in plan.open_slots]
+        assert {cells[target_addr] for target_addr, _ in slots} < set(layout.targets)
+        counts = [cells[count_addr] & SLOT_CLAIMED - 1 for _, count_addr in slots]
+        assert min(counts) > 0
+        counted += sum(counts) + cells[plan.miss_count_addr + off]
+    assert counted == 300

@@ -12,7 +12,14 @@ from optpoline.learn.counting import plan_counting
 from optpoline.model import Addr, BlockPlan, Count
 from optpoline.promote.cost import CostModel
 from optpoline.promote.tree import plan_tree
-from tests.emulate.block_kinds import LAYOUTS, OPERANDS, Layout, encode_image
+from tests.emulate.block_kinds import (
+    LAYOUTS,
+    OPERANDS,
+    Layout,
+    Way,
+    encode_image,
+    rows_of,
+)
 from tests.emulate.block_runs import check_run, interesting_values, random_counters
 from tests.emulate.machine import Machine, random_state
 
@@ -24,7 +31,7 @@ from tests.emulate.machine import Machine, random_state
     hits=st.dictionaries(st.integers(0, 15), st.integers(0, 1 << 20), max_size=16),
     extra=st.dictionaries(st.integers(1, 1 << 16), st.integers(1, 1 << 20), max_size=60),
     n_misses=st.integers(0, 1000),
-    counting=st.booleans(),
+    way=st.sampled_from((None, *Way)),
     seed=st.integers(0, 1 << 32),
 )
 def test_planned_tree_runs_as_its_model(
@@ -33,7 +40,7 @@ def test_planned_tree_runs_as_its_model(
     hits: dict[int, int],
     extra: dict[int, int],
     n_misses: int,
-    counting: bool,
+    way: Way | None,
     seed: int,
 ) -> None:
     counts = {layout.targets[i]: n for i, n in hits.items()}
@@ -43,13 +50,15 @@ def test_planned_tree_runs_as_its_model(
         n_misses,
         CostModel(min_gain_cycles=0.0),
     )
-    if counting:
+    if way is not None:
         plan = plan_counting(
             operand=operand,
             thunk_addr=layout.thunk_addr,
             tree=planned.tree,
             n_open=2,
             cells_addr=layout.counter_addr,
+            rows=rows_of(layout, way),
+            is_below_stack_free=way is Way.CALL,
         )
     else:
         plan = BlockPlan(

@@ -20,7 +20,7 @@ from optpoline.controller.audit import audit
 from optpoline.controller.audit_report import AuditReport, FaultKind, ForeignKind
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome, SiteState
-from optpoline.model import Addr
+from optpoline.model import Addr, tree_targets
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import add_block, point_back, redirect
 from optpoline.patch.layout import (
@@ -335,11 +335,43 @@ def test_literals(start_target: StartTarget) -> None:
     with broken(target) as session:
         arena = hottest(session).arena
         first = arena.addr + arena.geometry.literal_off
-        value = arena.load_u64(Addr(first))
-        assert value
-        kinds, words = faults_with(target.pid, arena, first, bytes([value & 0xFF ^ 1]))
-        assert set(kinds) == {FaultKind.LITERAL}
-        assert "may not point" in words
+        words = {arena.load_u64(Addr(first + 8 * i)): first + 8 * i for i in range(64)}
+        row_literal = words[arena.rows.shared_addr + arena.rows.row_size]
+        home = hottest(session).home
+        assert home is not None
+        target_literal = words[next(tree_targets(home.plan.tree))]
+        for addr, said in (
+            (target_literal, "may not point"),
+            (row_literal, "outside the counters"),
+        ):
+            value = arena.load_u64(Addr(addr))
+            kinds, found = faults_with(target.pid, arena, addr, bytes([value & 0xFF ^ 1]))
+            assert set(kinds) == {FaultKind.LITERAL}, found
+            assert said in found
+
+
+def test_descriptors(start_target: StartTarget) -> None:
+    """What the kernel is told of a counting block must be true."""
+    target = start_target("promote", flags=PIE)
+    with broken(target) as session:
+        learner = hottest(session).learner
+        assert learner is not None
+        arena = learner.arena
+        (entry,) = (block for block in arena.blocks if block.addr == learner.addr)
+        assert entry.text_size < entry.size
+        at = -(-(entry.addr + entry.text_size) // 32) * 32
+        # Version, start, size and abort address of the first.
+        for off in (0, 8, 16, 24):
+            byte = arena.read(Addr(at + off), 1)[0]
+            kinds, words = faults_with(target.pid, arena, at + off, bytes([byte ^ 2]))
+            assert kinds == [FaultKind.BLOCK]
+            assert "descriptor" in words
+        size_addr = arena.addr + arena.geometry.block_off + BlockEntry.STATE_OFF + 4
+        first = arena.read(Addr(size_addr), 4)
+        for wrong in (0, 1, 1 << 24):
+            value = (int.from_bytes(first, "little") + wrong) % (1 << 32)
+            found = faults_with(target.pid, arena, size_addr, value.to_bytes(4, "little"))
+            assert bool(found[0]) == bool(wrong)
 
 
 def test_the_block_table(start_target: StartTarget) -> None:

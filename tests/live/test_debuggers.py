@@ -559,7 +559,7 @@ def _check_map(session: optpoline.Session, path: Path) -> None:
     for block in blocks:
         symbol = session.target.symbol_at(block.site_addr)
         kind = block.kind.name.lower()
-        assert lines[f"{block.addr:x}"] == f"{block.size:x} optpoline:{kind}:{symbol}"
+        assert lines[f"{block.addr:x}"] == f"{block.text_size:x} optpoline:{kind}:{symbol}"
 
 
 @pytest.mark.parametrize("leave", [False, True])

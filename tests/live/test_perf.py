@@ -74,6 +74,18 @@ def test_shares_are_those_of_the_work(start_target: StartTarget) -> None:
     assert target.finish() == "ok\n"
 
 
+def test_stacks_hold_return_addresses(start_target: StartTarget) -> None:
+    target = start_target("perf_shares", "1", "0", flags=FIXED)
+    heavy, caller = _read_range(target.pid, "heavy"), _read_range(target.pid, "work")
+    with PcSampler(target.pid, frequency_hz=2000, n_stack_words=16) as sampler:
+        samples = _sample_until(sampler, lambda found: sum(s.count for s in found) >= 200)
+    inside = [s for s in samples if share_within([s], [heavy])]
+    returning = [s for s in inside if any(caller[0] < word <= caller[1] for word in s.stack)]
+    assert all(len(sample.stack) == 16 for sample in samples)
+    assert len(returning) > 0.9 * len(inside) > 0
+    assert target.finish() == "ok\n"
+
+
 def test_every_busy_thread_is_met_and_no_sleeping_one(start_target: StartTarget) -> None:
     target = start_target("perf_shares", "4", "3", flags=FIXED)
     busy = _busy_tids(target, 4)

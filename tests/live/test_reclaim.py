@@ -10,7 +10,7 @@ from dataclasses import replace
 import optpoline
 from optpoline.controller.summary import DetachOutcome
 from optpoline.patch.layout import BlockState
-from optpoline.promote.policy import CostPolicy
+from optpoline.promote.policies.adaptive import AdaptivePolicy
 from optpoline.x86.blocks import POISON
 from tests.live.conftest import LiveTarget, StartTarget
 from tests.live.witness import Witness, arena_mappings
@@ -22,12 +22,15 @@ EAGER = optpoline.Config(
     sample_s=0.008,
     sample_every_s=0.02,
     sample_every_max_s=0.05,
+    overhead_ratio=100.0,
     poll_s=0.01,
     relink_after_s=0.1,
     reclaim_after_size=512,
     reclaim_every_s=0.02,
     reclaim_duty=1.0,
-    policy=CostPolicy(n_confirmations=1, calm_ratio=1.0, surprised_ratio=1.0),
+    policy=AdaptivePolicy(
+        n_confirmations=1, calm_ratio=1.0, followed_ratio=1.0, n_free_changes=1_000_000
+    ),
 )
 """Changes its mind as often as it can, and wants every byte back."""
 

@@ -14,13 +14,16 @@ from optpoline.errors import (
     ControllerActive,
     DecodeError,
     EncodeRangeError,
+    ExclusionError,
     NoSites,
+    OperationError,
     OptpolineError,
     PermissionDenied,
     ProcessGone,
     SiteChanged,
     StopTimeout,
     TargetFault,
+    Unsettled,
     UnsupportedTarget,
     UsageError,
 )
@@ -33,6 +36,7 @@ EXAMPLES = (
     ProcessGone(5),
     PermissionDenied("process 5 belongs to another user"),
     UnsupportedTarget("process 5 is a 32-bit program"),
+    Unsettled(),
     ArenaError("no room within reach"),
     SiteChanged(0x1000, b"\xe8\1", b"\xcc\1"),
     ControllerActive("process 9 already works on process 5"),
@@ -40,6 +44,8 @@ EXAMPLES = (
     TargetFault(0x2000, 16, "read"),
     DecodeError(0x3000, b"\x06" * 20),
     EncodeRangeError(0x1000, 0x7F00_0000_0000),
+    ExclusionError("CPU 5 is offline"),
+    OperationError(3, "0x4000 is no counter cell"),
 )
 
 

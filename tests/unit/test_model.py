@@ -9,10 +9,13 @@ import pytest
 
 from optpoline.model import (
     Addr,
+    BlockPlan,
+    CounterRows,
     Guard,
     Mapping,
     Miss,
     Module,
+    OpenSlot,
     Refusal,
     Site,
     SiteKind,
@@ -124,3 +127,25 @@ def test_refusals_read_as_clauses() -> None:
         assert refusal.value[0].islower()
         assert not refusal.value.endswith(".")
     assert len({refusal.value for refusal in Refusal}) == len(Refusal)
+
+
+def test_cells_of_counter_rows() -> None:
+    rows = CounterRows(shared_addr=Addr(0x10000), row_shift=16, n_cpus=3, rseq=None)
+    assert (rows.row_size, rows.size) == (0x10000, 0x40000)
+    cell = Addr(0x10018)
+    assert [rows.cell_of_cpu(cell, cpu) for cpu in range(3)] == [0x20018, 0x30018, 0x40018]
+
+
+def test_plans_that_no_block_carries_out() -> None:
+    rows = CounterRows(shared_addr=Addr(0x10000), row_shift=16, n_cpus=3, rseq=None)
+    slot = OpenSlot(target_addr=Addr(0x10010), count_addr=Addr(0x10018))
+    tree, thunk = Guard(Addr(8), None, Miss()), Addr(0x100)
+    hits = ((Addr(8), Addr(0x10010)),)
+    with pytest.raises(ValueError, match="without counter rows"):
+        BlockPlan(operand="rax", tree=tree, thunk_addr=thunk, hit_count_addrs=hits)
+    with pytest.raises(ValueError, match="without counter rows"):
+        BlockPlan(operand="rax", tree=tree, thunk_addr=thunk, open_slots=(slot,))
+    with pytest.raises(ValueError, match="counts misses too"):
+        BlockPlan(operand="rax", tree=tree, thunk_addr=thunk, rows=rows)
+    with pytest.raises(ValueError, match="counted or traced"):
+        BlockPlan(operand="rax", tree=tree, thunk_addr=thunk, thunk_targets=frozenset({Addr(8)}))

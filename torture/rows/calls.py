@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 
 import optpoline
-from optpoline.promote.policy import CostPolicy
+from optpoline.promote.policies.adaptive import AdaptivePolicy
 from torture.build import build_target
 from torture.errors import TortureError
 from torture.footprint import Footprint
@@ -43,14 +43,15 @@ _ENDS = (optpoline.DetachOutcome.CLEAN, optpoline.DetachOutcome.ARENA_LEFT)
 
 def churn_config() -> optpoline.Config:
     """Return settings that make a session change its mind as often as it can."""
-    policy = CostPolicy(
+    policy = AdaptivePolicy(
         min_count=32,
         clear_gain_cycles=1.0,
         narrow_gain_cycles=0.05,
         narrow_gain_ratio=0.0,
         n_confirmations=1,
         calm_ratio=1.0,
-        surprised_ratio=1.0,
+        followed_ratio=1.0,
+        n_free_changes=1_000_000,
     )
     return optpoline.Config(
         learn_s=0.3,
@@ -58,6 +59,7 @@ def churn_config() -> optpoline.Config:
         sample_s=0.016,
         sample_every_s=0.02,
         sample_every_max_s=0.05,
+        overhead_ratio=100.0,
         poll_s=0.01,
         relink_after_s=0.3,
         reclaim_after_size=4096,

@@ -27,6 +27,8 @@ from optpoline.errors import TargetFault
 
 if TYPE_CHECKING:
     import optpoline
+    from optpoline.controller.tracing import RecordPlan, RecordTotals
+    from optpoline.simulate.trace_file import TraceWriter
 
 __all__ = [
     "Api",
@@ -62,11 +64,17 @@ class SessionSettings:
         learn_s: Length of the first learning window in seconds.
         max_stop_s: How long the program's threads may stand while its text is changed.
         follow_fork: Restore its forked children at the end as well.
+        shared_counters: Count in one row that all CPUs share.
+        policy: Name of the policy.
+        policy_settings: Thresholds of it by name, each as the user wrote it.
     """
 
     learn_s: float = 1.0
     max_stop_s: float = 0.005
     follow_fork: bool = False
+    shared_counters: bool = False
+    policy: str = "adaptive"
+    policy_settings: tuple[tuple[str, str], ...] = ()
 
 
 class SessionHandle(Protocol):
@@ -77,6 +85,9 @@ class SessionHandle(Protocol):
 
     def promote(self) -> object:
         """Promote what was learned."""
+
+    def record(self, writer: TraceWriter, plan: RecordPlan, stop: threading.Event) -> RecordTotals:
+        """Record what was learned, branch by branch."""
 
     def watch(self, *, seconds: float | None, stop: threading.Event) -> SessionState:
         """Keep up until the time is over, ``stop`` is set, or the target is gone."""
@@ -131,11 +142,14 @@ class LiveApi:
     ) -> optpoline.Session:
         """Attach to a process."""
         import optpoline
+        from optpoline.promote.policies import policy_named
 
         config = optpoline.Config(
             learn_s=settings.learn_s,
             max_stop_s=settings.max_stop_s,
             follow_fork=settings.follow_fork,
+            shared_counters=settings.shared_counters,
+            policy=policy_named(settings.policy, dict(settings.policy_settings)),
         )
         return optpoline.attach(pid, config=config, on_event=on_event)
 

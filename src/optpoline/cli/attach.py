@@ -7,7 +7,6 @@ import signal
 
 import click
 
-from optpoline.cli.api import SessionSettings
 from optpoline.cli.drive import (
     EXIT_NOT_UNDONE,
     NOT_UNDONE,
@@ -16,7 +15,13 @@ from optpoline.cli.drive import (
     drive_session,
 )
 from optpoline.cli.invocation import Invocation
-from optpoline.cli.options import PID, pass_invocation, session_options, shared_options
+from optpoline.cli.options import (
+    PID,
+    make_settings,
+    pass_invocation,
+    session_options,
+    shared_options,
+)
 from optpoline.cli.signals import SignalRelay
 from optpoline.report.json_document import session_document
 from optpoline.report.session_text import format_summary
@@ -37,7 +42,10 @@ def attach_command(
     duration: float | None,
     learn_seconds: float,
     max_stop_ms: float,
+    policy: str,
+    policy_set: tuple[str, ...],
     follow_fork: bool,
+    shared_counters: bool,
     leave: bool,
     no_progress: bool,
 ) -> None:
@@ -48,8 +56,13 @@ def attach_command(
     """
     invocation.progress = not no_progress
     invocation.sink.validate_writable()
-    settings = SessionSettings(
-        learn_s=learn_seconds, max_stop_s=max_stop_ms / 1e3, follow_fork=follow_fork
+    settings = make_settings(
+        learn_seconds=learn_seconds,
+        max_stop_ms=max_stop_ms,
+        policy=policy,
+        policy_set=policy_set,
+        follow_fork=follow_fork,
+        shared_counters=shared_counters,
     )
     plan = SessionPlan(settings=settings, duration_s=duration, leave=leave)
     console = invocation.console()

@@ -32,7 +32,7 @@ EXIT_RUN_FAILED = 125
 
 _PROGRAM = "optpoline"
 _COMPLETION_VARIABLE = "_OPTPOLINE_COMPLETE"
-_VERBS = ("run", "attach", "status", "check", "detach", "sites", "doctor")
+_VERBS = ("run", "attach", "status", "check", "detach", "sites", "doctor", "record", "simulate")
 
 
 class _VerbGroup(click.Group):
@@ -73,6 +73,14 @@ class _VerbGroup(click.Group):
                 from optpoline.cli.doctor import doctor_command
 
                 return doctor_command
+            case "record":
+                from optpoline.cli.record import record_command
+
+                return record_command
+            case "simulate":
+                from optpoline.cli.simulate import simulate_command
+
+                return simulate_command
             case _:
                 return None
 

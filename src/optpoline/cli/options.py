@@ -9,10 +9,22 @@ from typing import ParamSpec, TypeVar
 
 import click
 
+from optpoline.cli.api import SessionSettings
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.output import JsonSink
+from optpoline.errors import UsageError
 
-__all__ = ["PID", "parse_pid", "pass_invocation", "session_options", "shared_options"]
+__all__ = [
+    "MILLISECONDS",
+    "MILLISECONDS_OR_NONE",
+    "PID",
+    "SECONDS",
+    "make_settings",
+    "parse_pid",
+    "pass_invocation",
+    "session_options",
+    "shared_options",
+]
 
 PID_MAX = 1 << 22
 """No process id is larger (PID_MAX_LIMIT, include/linux/threads.h)."""
@@ -86,6 +98,7 @@ PID = _PidType()
 SECONDS = _TimeType("seconds")
 SECONDS_OR_NONE = _TimeType("seconds", may_be_zero=True)
 MILLISECONDS = _TimeType("milliseconds")
+MILLISECONDS_OR_NONE = _TimeType("milliseconds", may_be_zero=True)
 
 
 def _set_json(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
@@ -206,7 +219,25 @@ def session_options(function: Callable[P, R]) -> Callable[P, R]:
             help="Longest stop while the text is changed; more sites take more stops.",
         ),
         click.option(
+            "--policy",
+            metavar="NAME",
+            default="adaptive",
+            show_default=True,
+            help="Rule that decides what is promoted: adaptive, bolt, cree, jumpswitch or llvm.",
+        ),
+        click.option(
+            "--policy-set",
+            metavar="NAME=VALUE",
+            multiple=True,
+            help="Set one of the policy's thresholds; may be given several times.",
+        ),
+        click.option(
             "--follow-fork", is_flag=True, help="Restore forked children at the end as well."
+        ),
+        click.option(
+            "--shared-counters",
+            is_flag=True,
+            help="Count in one row for all CPUs, to see what a row for each is worth.",
         ),
         click.option("--leave", is_flag=True, help="Leave the promotions working at the end."),
         click.option("--no-progress", is_flag=True, help="No progress line on a terminal."),
@@ -214,3 +245,38 @@ def session_options(function: Callable[P, R]) -> Callable[P, R]:
     for decorate in reversed(decorators):
         function = decorate(function)
     return function
+
+
+def make_settings(
+    *,
+    learn_seconds: float,
+    max_stop_ms: float,
+    policy: str,
+    policy_set: tuple[str, ...],
+    follow_fork: bool,
+    shared_counters: bool = False,
+) -> SessionSettings:
+    """Return the settings that the options of ``session_options`` ask for.
+
+    Raises:
+        UsageError: if there is no such policy, or it has no such threshold or value.
+    """
+    # Not at the top: --help must not wait for numpy.
+    from optpoline.promote.policies import policy_named
+
+    chosen: dict[str, str] = {}
+    for text in policy_set:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise UsageError(f"--policy-set wants NAME=VALUE, not {text!r}")
+        chosen[name] = value
+    # Before anything is started or attached to: it may be wrong.
+    policy_named(policy, chosen)
+    return SessionSettings(
+        learn_s=learn_seconds,
+        max_stop_s=max_stop_ms / 1e3,
+        follow_fork=follow_fork,
+        shared_counters=shared_counters,
+        policy=policy,
+        policy_settings=tuple(chosen.items()),
+    )

@@ -12,19 +12,23 @@ from dataclasses import replace
 
 import click
 
-from optpoline.cli.api import SessionSettings
 from optpoline.cli.child import Child, Image
 from optpoline.cli.console import Console
 from optpoline.cli.drive import SessionEnd, SessionPlan, describe_event, drive_session
 from optpoline.cli.invocation import Invocation
-from optpoline.cli.options import pass_invocation, session_options, shared_options
+from optpoline.cli.options import (
+    make_settings,
+    pass_invocation,
+    session_options,
+    shared_options,
+)
 from optpoline.cli.signals import SignalRelay
 from optpoline.controller.summary import SessionState, Summary
 from optpoline.errors import NoSites, OptpolineError, ProcessGone
 from optpoline.report.json_document import session_document
 from optpoline.report.session_text import format_summary
 
-__all__ = ["run_command"]
+__all__ = ["run_command", "start_child"]
 
 # As env(1), time(1) and timeout(1) do; their 125 is set where the verb is known, in main.
 EXIT_NOT_EXECUTABLE = 126
@@ -51,7 +55,10 @@ def run_command(
     duration: float | None,
     learn_seconds: float,
     max_stop_ms: float,
+    policy: str,
+    policy_set: tuple[str, ...],
     follow_fork: bool,
+    shared_counters: bool,
     leave: bool,
     no_progress: bool,
 ) -> None:
@@ -63,15 +70,20 @@ def run_command(
     """
     invocation.progress = not no_progress
     invocation.sink.validate_writable()
-    settings = SessionSettings(
-        learn_s=learn_seconds, max_stop_s=max_stop_ms / 1e3, follow_fork=follow_fork
+    settings = make_settings(
+        learn_seconds=learn_seconds,
+        max_stop_ms=max_stop_ms,
+        policy=policy,
+        policy_set=policy_set,
+        follow_fork=follow_fork,
+        shared_counters=shared_counters,
     )
     plan = SessionPlan(settings=settings, duration_s=duration, leave=leave)
     child = Child(command)
     # Caught before the child exists, so that no signal falls between; those caught are
     # back to their defaults in the child, those ignored stay ignored.
     with SignalRelay(relayed=_RELAYED, relay=child.relay) as relay:
-        _start(invocation, child, relay)
+        start_child(invocation, child, relay)
         console = invocation.console()
         promotion = _Promotion(invocation, child, relay, console)
         promotion.keep_promoted(plan)
@@ -161,7 +173,7 @@ class _Promotion:
             self._notes.append(text)
 
 
-def _start(invocation: Invocation, child: Child, relay: SignalRelay) -> None:
+def start_child(invocation: Invocation, child: Child, relay: SignalRelay) -> None:
     """Start the child, or raise with the exit code that says why not."""
     name = child.command[0]
     try:

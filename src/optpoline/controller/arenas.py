@@ -10,9 +10,12 @@ import os
 
 from optpoline.errors import ArenaError
 from optpoline.model import Addr
-from optpoline.patch.arena import Arena, ArenaGeometry
+from optpoline.patch.arena import Arena
+from optpoline.patch.geometry import ArenaGeometry
 from optpoline.patch.layout import ARENA_NAME, ArenaHeader
+from optpoline.process.memory import Memory
 from optpoline.process.procfs import read_start_time
+from optpoline.process.rseq import choose_rseq_abi
 from optpoline.process.stop import Stop
 from optpoline.x86.syscalls import SYS_CLOSE, SYS_MEMFD_CREATE, SYS_MMAP, SYS_MUNMAP
 
@@ -36,8 +39,11 @@ _F_SEAL_GROW = 4
 _F_SEAL_FUTURE_WRITE = 16
 
 
-def map_arena(pid: int, stop: Stop, addr: Addr, geometry: ArenaGeometry) -> Arena:
+def map_arena(pid: int, stop: Stop, memory: Memory, addr: Addr, geometry: ArenaGeometry) -> Arena:
     """Create an arena's memfd in the target and map it there and here.
+
+    Nothing of it is resident until it is written, but where the target locks all its
+    memory (MCL_FUTURE): there the kernel makes all pages of all parts at once.
 
     Target state: running threads stopped.
     On error: nothing of it stays mapped or open in the target.
@@ -49,7 +55,24 @@ def map_arena(pid: int, stop: Stop, addr: Addr, geometry: ArenaGeometry) -> Aren
     try:
         fd = _open_memfd(stop, target_fd)
         try:
-            arena = _map_parts(pid, stop, addr, geometry, target_fd, fd)
+            # One thread at least stands by now: that which ran the call.
+            registrations = stop.read_rseq_registrations() if geometry.n_cpus else ()
+            rseq = choose_rseq_abi(registrations, memory)
+            header = ArenaHeader(
+                size=geometry.size,
+                block_off=geometry.block_off,
+                code_off=geometry.code_off,
+                literal_off=geometry.literal_off,
+                counter_off=geometry.counter_off,
+                controller_pid=os.getpid(),
+                controller_start=read_start_time(os.getpid()),
+                target_pid=pid,
+                n_entries=0,
+                row_shift=geometry.row_shift,
+                n_cpus=geometry.n_cpus,
+                rseq=rseq,
+            )
+            arena = _map_parts(stop, addr, geometry, header, target_fd, fd)
         finally:
             os.close(fd)
     finally:
@@ -82,20 +105,14 @@ def _open_memfd(stop: Stop, target_fd: int) -> int:
 
 
 def _map_parts(
-    pid: int, stop: Stop, addr: Addr, geometry: ArenaGeometry, target_fd: int, fd: int
+    stop: Stop,
+    addr: Addr,
+    geometry: ArenaGeometry,
+    header: ArenaHeader,
+    target_fd: int,
+    fd: int,
 ) -> Arena:
     """Map the parts, counters first: the seal forbids writable mappings after it."""
-    header = ArenaHeader(
-        size=geometry.size,
-        block_off=geometry.block_off,
-        code_off=geometry.code_off,
-        literal_off=geometry.literal_off,
-        counter_off=geometry.counter_off,
-        controller_pid=os.getpid(),
-        controller_start=read_start_time(os.getpid()),
-        target_pid=pid,
-        n_entries=0,
-    )
     try:
         os.ftruncate(fd, geometry.size)
         arena = Arena(addr, fd, geometry, header)

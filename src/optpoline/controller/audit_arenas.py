@@ -25,7 +25,7 @@ from optpoline.controller.audit_scene import (
 from optpoline.controller.left_arenas import LeftArena, is_controller_alive
 from optpoline.errors import TargetFault
 from optpoline.model import Addr
-from optpoline.patch.layout import ArenaHeader, BlockEntry, BlockState
+from optpoline.patch.layout import ArenaHeader, BlockEntry, BlockKind, BlockState
 from optpoline.process.memory import Memory
 from optpoline.x86.block_rules import judge_block
 from optpoline.x86.block_verdict import BlockRule, BlockScene, BlockVerdict, decode_redirect
@@ -37,6 +37,10 @@ __all__ = ["ArenaJudge", "judge_rights", "was_killed"]
 _THUNK_SIZE = 96
 """Bytes of a thunk read to know it by its body."""
 _CELL_SIZE = 8
+_CALL32_OPCODE = b"\xe8"
+_VALUE_RULES = (BlockRule.EXIT, BlockRule.COUNTER, BlockRule.RESTORE)
+"""What a literal decides on: where the operand points, where the rows begin, and what the
+operand is to be again."""
 _HEAD_TRIES = 5
 """Times that a head is read while it keeps changing."""
 
@@ -85,6 +89,8 @@ class ArenaJudge:
         self._code_map = code_map
         self._arenas = arenas
         self._thunks: dict[Addr, set[Addr]] = defaultdict(set)
+        self._jumps: set[Addr] = set()
+        """Sites that are no call in at least one of their baselines."""
         self._blocks: dict[Addr, list[BlockEntry]] = defaultdict(list)
         self._literals: dict[int, int] = {}
         self._operands: dict[Addr, str | None] = {}
@@ -93,6 +99,8 @@ class ArenaJudge:
             for entry in contents.arena.history:
                 disp = int.from_bytes(entry.disp, "little", signed=True)
                 self._thunks[entry.addr].add(Addr(entry.end + disp))
+                if entry.code[entry.disp_off - 1 : entry.disp_off] != _CALL32_OPCODE:
+                    self._jumps.add(entry.addr)
             self._add_blocks(contents.blocks())
 
     def _add_blocks(self, blocks: Iterable[BlockEntry]) -> None:
@@ -143,7 +151,8 @@ class ArenaJudge:
         name = f"the block at {block.addr:#x} of the site at {block.site_addr:#x}"
         thunks = self._thunks.get(block.site_addr, set())
         end = contents.header.literal_off - contents.header.code_off
-        if not 0 <= off < off + block.size <= end or not thunks:
+        is_inside = 0 <= off < off + block.size <= end and block.text_size <= block.size
+        if not is_inside or not thunks:
             why = "lies outside the code" if thunks else "is of a site that no journal tells of"
             yield _finding(FaultKind.TABLE, block.addr, f"{name} {why}", slot.raw)
             return
@@ -159,7 +168,7 @@ class ArenaJudge:
         if verdict.faults or not is_as_written:
             words = () if is_as_written else ("its bytes are not those that were written",)
             # The same bytes with another literal prove another operand.
-            is_literal = is_as_written and n_literals and _has_wrong_exits_only(verdict)
+            is_literal = is_as_written and n_literals and _has_wrong_values_only(verdict)
             kind = FaultKind.LITERAL if is_literal else FaultKind.BLOCK
             sentence = f"{name}: {'; '.join((*words, *_words(verdict)))}"
             yield _finding(kind, block.addr, sentence, slot.raw)
@@ -209,6 +218,9 @@ class ArenaJudge:
             operand=self._operand_of(next(iter(thunks))) if len(thunks) == 1 else None,
             literals=(start + header.literal_off, start + header.counter_off),
             counters=(start + header.counter_off, start + header.size),
+            rows=header.rows_at(start) if block.kind is BlockKind.COUNTING else None,
+            is_below_stack_free=block.site_addr not in self._jumps,
+            text_size=block.text_size,
             read_literal=read_literal,
             is_code=self._code_map.is_code,
             is_arena=self._code_map.is_arena,
@@ -270,9 +282,9 @@ def _is_being_freed(contents: ArenaContents, block: BlockEntry, now: bytes) -> b
     return is_dead and now[: block.size] == bytes((POISON,)) * block.size
 
 
-def _has_wrong_exits_only(verdict: BlockVerdict) -> bool:
-    """Tell whether all that is wrong is what the operand is compared with."""
-    return all(fault.rule is BlockRule.EXIT for fault in verdict.faults)
+def _has_wrong_values_only(verdict: BlockVerdict) -> bool:
+    """Tell whether all that is wrong is what the operand is compared with, or made of literals."""
+    return all(fault.rule in _VALUE_RULES for fault in verdict.faults)
 
 
 def _words(verdict: BlockVerdict) -> tuple[str, ...]:

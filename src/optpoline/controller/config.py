@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from optpoline.promote.policy import CostPolicy, Policy
+from optpoline.promote.policies import DEFAULT_POLICY, policy_named
+from optpoline.promote.policy import Policy, WatchSchedule
 
-__all__ = ["Config"]
+__all__ = ["LEARN_S", "Config"]
+
+LEARN_S = 1.0
+
+
+def _default_policy() -> Policy:
+    """Return the policy of who names none."""
+    return policy_named(DEFAULT_POLICY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,15 +23,19 @@ class Config:
     """Settings of one session.
 
     Attributes:
-        learn_s: Length of the first learning window, seconds.
+        learn_s: Length of the first learning window, seconds; where only the sites that
+            run are learned, the default becomes ``hot_sites.FIRST_HOT_S``.
         relearn_s: Length of later windows over sites that were cold, seconds.
         wave_s: Time between looks at full slots within a window, seconds. A
             dispatch site with 80 targets needs four waves.
-        sample_s: Length of one re-sampling window, seconds.
-        sample_every_s: First interval between re-sampling windows of a site.
-        sample_every_max_s: Longest interval; a site that does not change backs
-            off to it by doubling, so that watching costs less than 0.1 %.
-        poll_s: Interval of looking at miss counters, seconds.
+        sample_s: Longest time that a re-sampling window counts; None: the policy's.
+        sample_every_s: Shortest interval between re-sampling windows of a site; None:
+            the policy's.
+        sample_every_max_s: Longest such interval; None: the policy's.
+        overhead_ratio: What all re-sampling windows may cost, as a share of one CPU;
+            None: the policy's.
+        poll_s: Interval of looking at miss counters, seconds. One look at 2,000 sites
+            takes some 30 us; a flip waits for it half the interval on average.
         maps_every_s: Interval of looking for new or vanished modules, seconds.
         relink_after_s: How long a re-promoted site must be quiet before its
             text is linked to its new block, which takes a stop.
@@ -35,16 +47,19 @@ class Config:
         reclaim_every_s: Interval of looking for such blocks, seconds.
         reclaim_duty: Share of one core that looking at threads for that may take.
         follow_fork: Restore the target's forked children at the end as well.
-        policy: Turns counts into decisions.
+        shared_counters: Count in one row that all CPUs share, with locked instructions,
+            instead of in a row for each CPU: to see what those are worth.
+        policy: Turns counts into decisions (``optpoline.promote.policies``).
     """
 
-    learn_s: float = 1.0
+    learn_s: float = LEARN_S
     relearn_s: float = 0.25
     wave_s: float = 0.025
-    sample_s: float = 0.020
-    sample_every_s: float = 1.0
-    sample_every_max_s: float = 16.0
-    poll_s: float = 0.1
+    sample_s: float | None = None
+    sample_every_s: float | None = None
+    sample_every_max_s: float | None = None
+    overhead_ratio: float | None = None
+    poll_s: float = 0.05
     maps_every_s: float = 1.0
     relink_after_s: float = 1.0
     stop_timeout_s: float = 2.0
@@ -53,4 +68,23 @@ class Config:
     reclaim_every_s: float = 1.0
     reclaim_duty: float = 0.01
     follow_fork: bool = False
-    policy: Policy = field(default_factory=CostPolicy)
+    shared_counters: bool = False
+    policy: Policy = field(default_factory=_default_policy)
+
+    @property
+    def schedule(self) -> WatchSchedule:
+        """The policy's schedule, with what is set here."""
+        base = self.policy.schedule
+        sample_s = base.sample_s if self.sample_s is None else self.sample_s
+        every_s = base.sample_every_s if self.sample_every_s is None else self.sample_every_s
+        max_s = self.sample_every_max_s
+        ratio = self.overhead_ratio
+        return replace(
+            base,
+            learn_s=self.learn_s,
+            sample_s=sample_s,
+            min_part_s=min(base.min_part_s, sample_s),
+            sample_every_s=every_s,
+            sample_every_max_s=max(every_s, base.sample_every_max_s if max_s is None else max_s),
+            overhead_ratio=base.overhead_ratio if ratio is None else ratio,
+        )

@@ -24,6 +24,8 @@ class EventKind(Enum):
     EXITED = "exited"
     EXECED = "execed"
     NOTE = "note"
+    OPERATION = "operation"
+    """Counters were drained, or other operations done on them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

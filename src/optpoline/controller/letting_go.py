@@ -17,6 +17,7 @@ from optpoline.controller.linker import Linker, Move
 from optpoline.controller.observer import ThreadObserver
 from optpoline.controller.poking import MAX_TRIES, TRY_EVERY_S, poke_patiently
 from optpoline.controller.records import SiteRecord
+from optpoline.controller.stale_sections import clear_stale_sections, find_stale_sections
 from optpoline.controller.summary import DetachOutcome, DetachResult, SiteState
 from optpoline.controller.target import Target
 from optpoline.errors import (
@@ -30,9 +31,12 @@ from optpoline.errors import (
 )
 from optpoline.model import Addr, Refusal
 from optpoline.patch.blocks import point_back, redirect
+from optpoline.patch.descriptors import cut_out_descriptors, find_descriptors
 from optpoline.patch.grace import GracePeriods, RetiredCode
 from optpoline.patch.text import Poke, is_same_but_disp, leads_into, read_entries
+from optpoline.process.cpus import read_n_possible_cpus
 from optpoline.process.permissions import find_tracer
+from optpoline.process.rseq import find_rseq_holders
 from optpoline.process.stop import Wake
 
 __all__ = ["let_go", "unmap_or_say_why", "unmap_when_quiescent"]
@@ -264,9 +268,10 @@ def unmap_when_quiescent(
     name = f"the arena at {min(r[0] for r in ranges):#x} stays mapped"
     space = target_space(target)
     grace = GracePeriods(ThreadObserver(lambda: (space,)), is_last=True)
-    for start, end in code_ranges:
-        if start < end:
-            grace.retire(RetiredCode(start, end))
+    # Nothing leads to any block by now: the table says all that somebody may be inside.
+    descriptors = [at for start, _ in ranges for at in find_descriptors(target.memory, start)]
+    for start, end in cut_out_descriptors(code_ranges, sorted(descriptors)):
+        grace.retire(RetiredCode(start, end))
     try:
         for _ in range(MAX_GRACE_PERIODS):
             fewest = sys.maxsize
@@ -284,17 +289,45 @@ def unmap_when_quiescent(
             if grace.holders:
                 return (f"{name}: {_name_threads(grace)} may return into it",)
             return (f"{name}: memory of the program holds an address in it, perhaps a saved PC",)
-        with target.stop(Wake.ONE_FOR_INJECTION) as stop:
-            for first, last in ranges:
-                unmap_range(stop, first, last)
+        return _unmap(target, ranges, descriptors, name)
     except (StopTimeout, ArenaError, UnsupportedTarget) as error:
         return (f"{name}: {error}",)
-    return ()
+
+
+def _unmap(
+    target: Target,
+    ranges: Sequence[tuple[Addr, Addr]],
+    descriptors: Sequence[Addr],
+    name: str,
+) -> tuple[str, ...]:
+    """Unmap ranges that nobody is in, unless a thread's ``rseq_cs`` still points there.
+
+    Blocks take it back before they leave, so none does, but in a program that a debugger
+    has taken out of a block, or that writes there itself; and what a forked child keeps of
+    its parent's threads, which is cleared here.
+    """
+    stale = find_stale_sections(target, descriptors, read_n_possible_cpus())
+    for left in reversed(range(MAX_TRIES)):
+        with target.stop(Wake.ONE_FOR_INJECTION) as stop:
+            holders = find_rseq_holders(stop.read_rseq_registrations(), target.memory, ranges)
+            if not holders:
+                clear_stale_sections(target.memory, stale, descriptors)
+                for first, last in ranges:
+                    unmap_range(stop, first, last)
+                return ()
+        if left:
+            time.sleep(TRY_EVERY_S)  # the kernel clears it when it next comes by
+    return (f"{name}: the restartable sequence of {_name_tids(holders)} is still in it",)
 
 
 def _name_threads(grace: GracePeriods) -> str:
     """Name the threads that hold up a grace period."""
-    tids = [str(tid) for _, tid in grace.holders]
+    return _name_tids([tid for _, tid in grace.holders])
+
+
+def _name_tids(holders: Sequence[int]) -> str:
+    """Name threads."""
+    tids = [str(tid) for tid in holders]
     named = ", ".join(tids[:MAX_NAMED])
     more = len(tids) - MAX_NAMED
     return f"threads {named} and {more} more" if more > 0 else f"threads {named}"

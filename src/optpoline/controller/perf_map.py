@@ -61,7 +61,7 @@ def format_map(blocks: Iterable[BlockEntry], symbol_at: SymbolAt) -> bytes:
         # A name may hold anything but the end of a line.
         symbol = (symbol_at(block.site_addr) or f"{block.site_addr:#x}").replace("\n", "?")
         kind = block.kind.name.lower()
-        lines.append(f"{block.addr:x} {block.size:x} optpoline:{kind}:{symbol}\n")
+        lines.append(f"{block.addr:x} {block.text_size:x} optpoline:{kind}:{symbol}\n")
     return "".join(lines).encode(errors="replace")
 
 

@@ -20,11 +20,18 @@ from optpoline.errors import ArenaError, EncodeRangeError
 from optpoline.learn.counting import SiteCounts
 from optpoline.model import BlockPlan
 from optpoline.patch.blocks import Block, add_block, redirect
-from optpoline.promote.policy import Action, Policy
+from optpoline.promote.policy import Action, Decision, Policy, SiteHistory
 from optpoline.promote.tree import PlannedTree
 from optpoline.x86.blocks import choose_base
 
-__all__ = ["demote", "fit_counts", "promote_again", "promote_first"]
+__all__ = [
+    "demote",
+    "fit_counts",
+    "history_of",
+    "keep_history",
+    "promote_again",
+    "promote_first",
+]
 
 
 def fit_counts(record: SiteRecord, counts: SiteCounts, may_guard: TargetFilter) -> SiteCounts:
@@ -55,15 +62,26 @@ def add_promoted_block(record: SiteRecord, plan: PlannedTree) -> Block | None:
         return None
 
 
-def _settle(record: SiteRecord, block: Block, plan: PlannedTree, now_s: float) -> None:
-    """Note that ``block`` does the site's work from now on."""
-    record.active = block
-    record.plan = plan
-    record.state = SiteState.PROMOTED
-    record.misses_seen = 0
-    record.changed_s = now_s
-    record.n_confirmed = 0
-    record.n_grown = 0
+def history_of(record: SiteRecord) -> SiteHistory:
+    """Return what a site's policy goes by."""
+    return SiteHistory(
+        current=record.plan,
+        profile=record.profile,
+        n_confirmed=record.n_confirmed,
+        n_changes=record.n_changes,
+        changed_s=record.changed_s,
+        calm_since_s=record.calm_since_s,
+    )
+
+
+def keep_history(record: SiteRecord, history: SiteHistory) -> None:
+    """Keep what a site's policy goes by next time."""
+    record.plan = history.current
+    record.profile = history.profile
+    record.n_confirmed = history.n_confirmed
+    record.n_changes = history.n_changes
+    record.changed_s = history.changed_s
+    record.calm_since_s = history.calm_since_s
 
 
 def promote_first(
@@ -80,50 +98,86 @@ def promote_first(
         How many sites were promoted.
     """
     hottest = sorted(records, key=lambda record: -(record.rate_hz or 0.0))
+    all_hz = sum(record.rate_hz or 0.0 for record in hottest)
+    hotter_hz = 0.0
     moves: list[Move] = []
     n_promoted = 0
     for record in hottest:
-        block = None
-        if record.counts is not None and record.state is not SiteState.REFUSED:
-            counts = fit_counts(record, record.counts, may_guard)
-            if not record.unsafe_targets:
-                decision = policy.decide_first(counts, record.window_s)
-                if decision.action is Action.PROMOTE and decision.plan is not None:
-                    block = add_promoted_block(record, decision.plan)
-                    if block is not None:
-                        _settle(record, block, decision.plan, now_s)
-                        record.profile = decision.profile
-                        n_promoted += 1
+        hotter_ratio = hotter_hz / all_hz if all_hz else 0.0
+        block = _promote_one(record, policy, may_guard, hotter_ratio, now_s)
+        n_promoted += block is not None
         moves.append(Move(record=record, block=block))
+        hotter_hz += record.rate_hz or 0.0
     linker.link(moves)
     return n_promoted
 
 
-def promote_again(record: SiteRecord, plan: PlannedTree, now_s: float) -> bool:
+def _promote_one(
+    record: SiteRecord,
+    policy: Policy,
+    may_guard: TargetFilter,
+    hotter_ratio: float,
+    now_s: float,
+) -> Block | None:
+    """Write the block of one site if its first window says so."""
+    if record.counts is None or record.state is SiteState.REFUSED:
+        return None
+    counts = fit_counts(record, record.counts, may_guard)
+    if record.unsafe_targets:
+        return None
+    history = replace(history_of(record), current=None, profile=None)
+    decision = policy.decide(
+        history.view(
+            counts,
+            window_s=record.window_s,
+            now_s=now_s,
+            kind=record.site.kind,
+            hotter_ratio=hotter_ratio,
+        )
+    )
+    if decision.action is not Action.PROMOTE or decision.plan is None:
+        return None
+    block = add_promoted_block(record, decision.plan)
+    if block is not None:
+        _settle(record, block)
+        keep_history(record, history.after(decision, now_s))
+    return block
+
+
+def _settle(record: SiteRecord, block: Block) -> None:
+    """Note that ``block`` does the site's work from now on."""
+    record.active = block
+    record.state = SiteState.PROMOTED
+    record.n_grown = 0
+
+
+def promote_again(record: SiteRecord, decision: Decision, now_s: float) -> bool:
     """Re-promote a site without a stop: its present block jumps to the new one.
 
     Returns:
         Whether there was room; if not, the site stays as it is.
     """
-    block = add_promoted_block(record, plan)
+    block = None if decision.plan is None else add_promoted_block(record, decision.plan)
     if block is None or record.home is None or record.active is None:
+        record.profile = decision.profile
+        record.n_confirmed = 0
         return False
     old = record.active
     redirect(old, block.addr)
     if record.home is not old:
         redirect(record.home, block.addr)
-    _settle(record, block, plan, now_s)
+    _settle(record, block)
+    keep_history(record, history_of(record).after(decision, now_s))
     record.n_relearned += 1
     return True
 
 
-def demote(record: SiteRecord, now_s: float) -> None:
+def demote(record: SiteRecord, decision: Decision, now_s: float) -> None:
     """Lead a promoted site back to its thunk without a stop; text follows later."""
     for block in (record.active, record.home):
         if block is not None:
             redirect(block, record.thunk_addr)
     record.active = None
-    record.plan = None
-    record.profile = None
     record.state = SiteState.BASELINE
-    record.changed_s = now_s
+    record.next_sample_s = 0.0
+    keep_history(record, history_of(record).after(decision, now_s))

@@ -11,7 +11,7 @@ threads: see ``patch/grace.py``.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from optpoline.controller.address_space import target_space
@@ -42,6 +42,7 @@ class _Retired:
 
     arena: Arena
     addr: Addr
+    site_addr: Addr
 
 
 class Reclaimer:
@@ -51,13 +52,21 @@ class Reclaimer:
         config: Settings.
         target: The target.
         children: Its forked children.
+        before_free: Called with a site and a block of it whose memory is about to be freed.
     """
 
-    def __init__(self, config: Config, target: Target, children: Children) -> None:
+    def __init__(
+        self,
+        config: Config,
+        target: Target,
+        children: Children,
+        before_free: Callable[[Addr, Addr], None] | None = None,
+    ) -> None:
         """Begin with nothing retired."""
         self._config = config
         self._target = target
         self._children = children
+        self._before_free = before_free
         self._space = target_space(target)
         self._grace = GracePeriods(
             ThreadObserver(
@@ -155,8 +164,9 @@ class Reclaimer:
             # freed before this one is: it does its own work again.
             arena.store_u64(block.addr, int.from_bytes(block.head, "little"))
             arena.retire_block(block.addr)
-            self._retired[block.addr] = _Retired(arena, block.addr)
-            self._grace.retire(RetiredCode(block.addr, block.end))
+            self._retired[block.addr] = _Retired(arena, block.addr, Addr(block.site_addr))
+            text_end = Addr(block.addr + block.text_size)
+            self._grace.retire(RetiredCode(block.addr, block.end, text_end))
         self._handle = self._grace.start_poll()
 
     def _find_used(self, records: Sequence[SiteRecord], spares: Sequence[Block]) -> set[Addr]:
@@ -169,6 +179,7 @@ class Reclaimer:
         for record in records:
             blocks = (record.home, record.active, record.counting, record.learner)
             todo += [block.addr for block in blocks if block is not None]
+            todo += [block.addr for block, _ in record.earlier]
         entries = [entry for arena in self._target.arenas for entry in arena.journalled]
         # The text itself has the last word: a change of it may have failed, or a record been
         # dropped because its module looked gone.
@@ -204,5 +215,7 @@ class Reclaimer:
             if retired.addr in used:
                 retired.arena.revive_block(retired.addr)
                 continue
+            if self._before_free is not None:
+                self._before_free(retired.site_addr, retired.addr)
             self._n_bytes += retired.arena.free_block(retired.addr)
             self._n_freed += 1

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from optpoline.controller.summary import SiteState
-from optpoline.learn.counting import SiteCounts
+from optpoline.learn.counting import NO_COUNTS, SiteCounts
 from optpoline.model import Addr, Refusal, Site
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, redirect
@@ -43,16 +43,35 @@ class SiteRecord:
     counting: Block | None = None
     learner: Block | None = None
     """The counting block of the first window; used again by every later one."""
+    earlier: list[tuple[Block, SiteCounts]] = field(default_factory=list)
+    """The counting blocks that ``counting`` took the place of in this window, each with what
+    it had counted when the window began: threads may still be inside."""
     n_grown: int = 0
     """Bigger counting blocks made since the site was last promoted."""
     counts_before: SiteCounts | None = None
     """What ``counting`` had counted when its window began."""
+    drained: SiteCounts = NO_COUNTS
+    """What was drained of ``counting`` in this window: a part of what the window counted."""
+    drained_earlier: SiteCounts = NO_COUNTS
+    """The same of the blocks in ``earlier``."""
+    tables: dict[Addr, Block] = field(default_factory=dict)
+    """All counting blocks of the site that there are, by address: threads may still be in those
+    that nothing leads to. For ``ExactCounts``, as is ``undrained``."""
+    undrained: SiteCounts = NO_COUNTS
+    """What was taken out of them for other reasons than ``Session.drain``, which wants it too."""
     window_start_s: float = 0.0
+    counting_start_s: float = 0.0
+    """When ``counting`` was entered, at the begin of the window or on the way."""
+    counted: SiteCounts | None = None
+    """All that the last window counted, in all its blocks: exact. ``counts`` may leave out
+    what its first blocks counted."""
+    watched_targets: int = 0
+    """Sum of the targets that a jump's slots held when they were last looked at."""
     plan: PlannedTree | None = None
     counts: SiteCounts | None = None
-    """What the last first window counted."""
+    """What the last first window counted, as far as it tells shares."""
     window_s: float = 0.0
-    """How long that window was."""
+    """In how many seconds."""
     rate_hz: float | None = None
     """Branches a second when last counted."""
     profile: SiteCounts | None = None
@@ -63,9 +82,13 @@ class SiteRecord:
     sample_every_s: float = 0.0
     next_sample_s: float = 0.0
     n_confirmed: int = 0
-    misses_seen: int = 0
+    n_changes: int = 0
+    """Re-promotions that the site has not lived down (``promote.policy.SiteHistory``)."""
+    calm_since_s: float = 0.0
+    hold_until_s: float = 0.0
+    """Before that a window of the site would change nothing."""
     miss_rate_hz: float = 0.0
-    """Misses a second of the promoted block when it was last judged fit."""
+    """Misses a second of the promoted block at the last poll."""
     changed_s: float = 0.0
     n_relearned: int = 0
     far_targets: set[Addr] = field(default_factory=set)
@@ -91,6 +114,7 @@ class SiteRecord:
             if block is not None:
                 redirect(block, self.thunk_addr)
         self.active = self.counting = self.counts_before = None
+        self.earlier.clear()
         self.plan = self.profile = None
 
     def forget_links(self) -> None:
@@ -98,7 +122,8 @@ class SiteRecord:
         self.state = SiteState.BASELINE
         self.disp = self.entry.disp
         self.home = self.active = self.counting = self.counts_before = None
-        self.plan = self.profile = self.counts = self.sampled = None
+        self.earlier.clear()
+        self.plan = self.profile = self.counts = self.counted = self.sampled = None
         self.n_parts = 0
 
     @property

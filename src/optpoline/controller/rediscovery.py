@@ -1,128 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notice sites that were cold and are hot now, without touching the target.
 
-A site on its baseline counts nothing. What it costs shows elsewhere: a
-retpoline spends nearly all of its time inside its thunk, so the share of
-sampled program counters that lie in thunks *is* the overhead left to win. When
-it is worth it, the session opens a new learning window over the sites that are
-not promoted. Where sampling is not permitted, such windows come by the clock,
-rarely.
+A site on its baseline counts nothing. What it costs shows elsewhere: in the share of
+samples that meet a thread in a thunk or at the very start of where one led it, and the
+stacks say which sites it is spent for (``site_map``). When it is worth it,
+the session opens a learning window over those, and no others.
+
+A share too small to say so at one look is remembered: a site that is met again
+and again gets its window as well.
 
 Sites that stay on their thunk for good reason (nothing dominates) keep that
-share up; the interval between windows doubles while they change nothing.
+share up; they rest, longer each time, and what they cost does not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
+from optpoline.controller.hot_sites import NEARBY_WEIGHT, HotSites
 from optpoline.controller.records import SiteRecord
+from optpoline.controller.site_map import Evidence, Weights
 from optpoline.controller.summary import SiteState
-from optpoline.errors import OptpolineError, ProcessGone
-from optpoline.model import Addr
-from optpoline.process.perf import PcSampler, share_within
+from optpoline.model import SiteKind
 
 __all__ = ["Rediscovery"]
 
 LOOK_EVERY_S = 1.0
-"""Time between looks; one takes LOOK_S at LOOK_HZ, some 50 samples a busy thread,
-each a microsecond or two: 0.01 % of a CPU."""
+"""Time between looks; one takes LOOK_S at LOOK_HZ, some 100 samples a busy thread,
+each two or three microseconds: 0.03 % of a CPU."""
 
 LOOK_S = 0.05
-LOOK_HZ = 997
+LOOK_HZ = 1993
 
-MIN_THUNK_SHARE = 0.03
-"""Share of the target's CPU time in thunks that is worth a window of learning,
-which takes two stops and slows the unpromoted sites for a quarter of a second."""
+MIN_BRANCHING_SHARE = 0.03
+"""Share of the target's CPU time for sites on their thunk that is worth a window of
+learning at once, which takes two stops and slows these sites for a quarter of a second."""
+
+MIN_TIMES_MET = 0.5
+"""Samples within FORGET_S that must have met a site branching for a window of its own: one,
+if it was named alone or as one of two. So rarely is a site met by chance, and so little
+does a window over a few sites cost, that nothing is gained by waiting for more."""
+
+FORGET_S = 60.0
 
 MISS_S = 7e-9
 """Seconds that a miss of a promoted site spends in a thunk (6.8 ns measured): known
-overhead, which no learning window will find anything new about."""
+overhead, which no learning window will find anything new about. Samples name call
+sites; only the misses of jump sites must be taken off like this."""
 
 MIN_SAMPLES = 20
 """Samples below which a share says nothing; the target is nearly idle then."""
 
-FIRST_INTERVAL_S = 2.0
-MAX_INTERVAL_S = 600.0
-"""Interval between windows: doubles from the first to the longest while they find
-nothing to promote, and starts afresh when one does."""
+AFTER_FINDS_S = 0.5
+AFTER_NOTHING_S = 2.0
+"""Time from one window to the next look: by whether the window had sites promoted."""
 
 BLIND_INTERVAL_S = 120.0
-"""First interval where program counters may not be sampled."""
-
-THUNK_SIZE = 32
-"""Bytes taken for a thunk; GCC's are 17, Clang's with its padding up to 32."""
+"""Time between looks where there is no clock: each stops the threads ten times."""
 
 
 class Rediscovery:
-    """Decides when the unpromoted sites deserve another learning window.
+    """Decides when unpromoted sites deserve a learning window, and which.
 
     Args:
-        pid: The target.
+        hot: Finds sites that run.
         now_s: CLOCK_MONOTONIC, seconds.
     """
 
-    def __init__(self, pid: int, now_s: float) -> None:
+    def __init__(self, hot: HotSites, now_s: float) -> None:
         """Begin; nothing is opened but for the length of a look."""
-        self._pid = pid
-        self._next_look_s = now_s + LOOK_EVERY_S
-        self._interval_s = FIRST_INTERVAL_S
-        self._not_before_s = now_s + FIRST_INTERVAL_S
-        self.reason_blind: str | None = None
-        """Why program counters cannot be sampled, or None."""
+        self._hot = hot
+        self._next_look_s = now_s + AFTER_NOTHING_S
+        self._met: Weights = defaultdict(float)
+        self._forget_s = now_s + FORGET_S
 
-    def is_due(self, records: Collection[SiteRecord], now_s: float) -> bool:
-        """Tell whether a learning window over the unpromoted sites is worth it now.
+    def find(self, linked: Iterable[SiteRecord], now_s: float) -> list[SiteRecord]:
+        """Return the sites for which a learning window is worth it now, hottest first.
 
         Takes ``LOOK_S`` when it looks.
+
+        Args:
+            linked: The sites that lead to blocks, or have led there.
+            now_s: CLOCK_MONOTONIC, seconds.
 
         Raises:
             ProcessGone: if the target has exited.
         """
-        if now_s < self._next_look_s or now_s < self._not_before_s:
-            return False
-        self._next_look_s = now_s + LOOK_EVERY_S
-        thunks = {r.thunk_addr for r in records if r.state is SiteState.BASELINE}
-        if not thunks:
-            return False
-        if self.reason_blind is not None:
-            return True
-        try:
-            # A clock at rest still costs its thread 0.1 us a context switch: none stays open.
-            with PcSampler(self._pid, frequency_hz=LOOK_HZ) as sampler:
-                samples = sampler.sample(LOOK_S)
-        except ProcessGone:
-            raise
-        except OptpolineError as error:
-            self._go_blind(str(error), now_s)
-            return False
-        n_samples = sum(sample.count for sample in samples)
-        if n_samples < MIN_SAMPLES:
-            return False
-        misses_hz = sum(r.miss_rate_hz for r in records if r.state is SiteState.PROMOTED)
-        n_busy_cpus = n_samples / (LOOK_S * LOOK_HZ)
-        known_share = misses_hz * MISS_S / n_busy_cpus
-        return share_within(samples, _ranges(thunks)) - known_share >= MIN_THUNK_SHARE
+        if now_s < self._next_look_s:
+            return []
+        evidence = self._hot.look(LOOK_S, LOOK_HZ)
+        is_blind = self._hot.reason_blind is not None
+        self._next_look_s = now_s + (BLIND_INTERVAL_S if is_blind else LOOK_EVERY_S)
+        if evidence.n_samples < (1 if is_blind else MIN_SAMPLES):
+            return []
+        if now_s >= self._forget_s:
+            self._met.clear()
+            self._forget_s = now_s + FORGET_S
+        for addr, weight in evidence.branching.items():
+            self._met[addr] += weight
+        return self._choose(evidence, linked, now_s)
 
-    def _go_blind(self, reason: str, now_s: float) -> None:
-        """Go by the clock from now on."""
-        self.reason_blind = reason
-        self._interval_s = BLIND_INTERVAL_S
-        self._not_before_s = now_s + self._interval_s
+    def _choose(
+        self, evidence: Evidence, linked: Iterable[SiteRecord], now_s: float
+    ) -> list[SiteRecord]:
+        """Return the sites worth a window by what was seen now and before."""
+        named = self._hot.eligible(evidence.branching, now_s)
+        unnamed = self._hot.take_unnamed(evidence)
+        branching = sum(evidence.branching[record.site.addr] for record in named)
+        if unnamed:
+            branching += sum(evidence.unnamed.values())
+        n_busy_cpus = evidence.n_samples / self._hot.samples_per_cpu(LOOK_S, LOOK_HZ)
+        known_share = _jump_misses_hz(linked) * MISS_S / n_busy_cpus
+        if branching / evidence.n_samples - known_share >= MIN_BRANCHING_SHARE:
+            nearby = {addr: NEARBY_WEIGHT * n for addr, n in evidence.nearby.items()}
+            chosen = self._hot.eligible({**nearby, **evidence.branching}, now_s)
+            return [*chosen, *(record for record in unnamed if record not in chosen)]
+        often = {addr: n for addr, n in self._met.items() if n >= MIN_TIMES_MET}
+        return self._hot.eligible(often, now_s)
 
-    def learned(self, n_promoted: int, now_s: float) -> None:
-        """Note how a window ended, to choose when the next may come."""
-        first_s = FIRST_INTERVAL_S if self.reason_blind is None else BLIND_INTERVAL_S
-        self._interval_s = first_s if n_promoted else min(MAX_INTERVAL_S, 2 * self._interval_s)
-        self._not_before_s = now_s + self._interval_s
+    def learned(self, records: Sequence[SiteRecord], now_s: float) -> None:
+        """Note that a window over some sites is over."""
+        for record in records:
+            self._met.pop(record.site.addr, None)
+        self._hot.learned(records, now_s)
+        has_promoted = any(record.state is SiteState.PROMOTED for record in records)
+        if self._hot.reason_blind is None:
+            self._next_look_s = now_s + (AFTER_FINDS_S if has_promoted else AFTER_NOTHING_S)
 
 
-def _ranges(thunks: Iterable[Addr]) -> list[tuple[Addr, Addr]]:
-    """Return the address ranges of thunks, ascending and disjoint."""
-    ranges: list[tuple[Addr, Addr]] = []
-    for start in sorted(thunks):
-        if ranges and start < ranges[-1][1]:
-            ranges[-1] = (ranges[-1][0], Addr(start + THUNK_SIZE))
-        else:
-            ranges.append((start, Addr(start + THUNK_SIZE)))
-    return ranges
+def _jump_misses_hz(linked: Iterable[SiteRecord]) -> float:
+    """Return how often promoted jump sites take their thunks, a second."""
+    return sum(
+        record.miss_rate_hz
+        for record in linked
+        if record.state is SiteState.PROMOTED and record.site.kind is not SiteKind.CALL
+    )

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep up: look at promoted sites again, and change those that changed.
 
-Misses are counted on the slow path all the time and are read every ``poll_s``:
-a target that nobody guards shows at once. A change of weights among guarded
-targets shows in no miss, so each site is also re-sampled in short windows,
-``sample_s`` long, at an interval that doubles while nothing changes. All of
-this is single stores to the arena; text is linked anew only when a re-promoted
+Misses are counted on the slow path all the time and are read every ``poll_s``
+(``controller/misses.py``): a target that nobody guards shows at once, and the site
+counts until it is known. A change of weights among guarded targets shows in no miss,
+so each site is also re-sampled in short windows, in parts, one at a poll. How often
+is the schedule's affair (``promote/schedule.py``), which bounds what all of it costs.
+
+All of this is single stores to the arena; text is linked anew only when a re-promoted
 site has been quiet for ``relink_after_s``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from optpoline.controller.config import Config
 from optpoline.controller.learning import (
@@ -20,32 +22,49 @@ from optpoline.controller.learning import (
     begin_sample,
     end_sample,
     grow_full,
+    is_last_block_telling,
+    telling_counts,
     window_counts,
 )
 from optpoline.controller.linker import Linker, Move
-from optpoline.controller.promotion import demote, fit_counts, promote_again
+from optpoline.controller.misses import MissWatch
+from optpoline.controller.promotion import (
+    demote,
+    fit_counts,
+    history_of,
+    keep_history,
+    promote_again,
+)
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
+from optpoline.learn.counting import UNKNOWN_SHARE_TO_GROW, SiteCounts
 from optpoline.model import Refusal
 from optpoline.patch.blocks import Block
+from optpoline.promote.cost import CostModel
 from optpoline.promote.policy import Action
+from optpoline.promote.schedule import next_interval, stretch_factor
+from optpoline.promote.tree import stake_cycles
 
 __all__ = ["Sampler"]
 
-MISS_RATE_FLOOR_HZ = 20_000.0
-"""Misses a second below which a site is not looked at early: at 20 cycles each
-they cost 0.01 % of a CPU."""
+LOOK_S = 0.002
+"""Time between looks at sites that count until they are known: at full slots, and whether
+it is enough. A flipped dispatch site needs four looks, and 200 ms is all that a flip may take."""
 
-MISS_RATE_GROWTH = 2.0
-"""Early look when the miss rate grows by this factor over what it was when the
-site was last judged fit; below it the next regular window is soon enough."""
+MAX_DUE = 48
+"""Sites that count at a poll because their time has come; some 0.2 ms of Python each. The
+rest waits for the next poll, first come first served. Sites that miss do not wait."""
 
-SAMPLE_PARTS = 8
-"""Parts of a window, one at each poll: spread over most of a second they meet
-more of a program's short phases than one piece of the same length would."""
+REVIEW_EVERY_S = 2.0
+"""Time between looks at all promoted sites: who is there, and what their windows cost."""
 
-WAVES = 4
-"""Looks at full slots in each part; a flipped dispatch site must be known soon."""
+RELINK_EVERY_S = 0.25
+"""Time between looks for sites whose text is to be linked anew."""
+
+GOLDEN_RATIO = 0.618033988749895
+"""Its multiples, whole parts left out, lie evenly in 0..1 however many there are."""
+
+_STAKE_MODEL = CostModel()
 
 
 class Sampler:
@@ -54,46 +73,76 @@ class Sampler:
     def __init__(self, config: Config, linker: Linker, may_guard: TargetFilter) -> None:
         """Keep what is needed."""
         self._config = config
+        self._schedule = config.schedule
         self._linker = linker
         self._may_guard = may_guard
         self._spares: dict[int, Block] = {}
+        self._watch = MissWatch()
+        self._stretch = 1.0
+        self._missing: set[int] = set()
         self._last_poll_s = time.monotonic()
+        self._next_review_s = 0.0
+        self._next_relink_s = 0.0
 
     @property
     def spares(self) -> tuple[Block, ...]:
         """The counting blocks kept for the next window of each site."""
         return tuple(self._spares.values())
 
-    def schedule(self, records: Iterable[SiteRecord], now_s: float) -> None:
-        """Put newly promoted sites on the schedule."""
-        for record in records:
-            if record.state is SiteState.PROMOTED and record.next_sample_s == 0.0:
-                record.sample_every_s = self._config.sample_every_s
-                record.next_sample_s = now_s + record.sample_every_s
+    @property
+    def stretch(self) -> float:
+        """By what the intervals are longer than they would be without a bound on overhead."""
+        return self._stretch
 
-    def poll(self, records: Iterable[SiteRecord], now_s: float) -> list[SiteRecord]:
+    def schedule(self, records: Collection[SiteRecord], now_s: float) -> None:
+        """Put newly promoted sites on the schedule, spread over their first interval."""
+        for number, record in enumerate(records):
+            if record.state is SiteState.PROMOTED and record.next_sample_s == 0.0:
+                record.sample_every_s = self._interval_s(record, now_s)
+                share = 1.0 - number * GOLDEN_RATIO % 1.0
+                record.next_sample_s = now_s + share * self._stretch * record.sample_every_s
+        self._review(records, now_s)
+
+    def _interval_s(
+        self, record: SiteRecord, now_s: float, *, action: Action = Action.KEEP, hold_s: float = 0.0
+    ) -> float:
+        """Return a site's next interval, before stretching."""
+        stake = 0.0 if record.plan is None else stake_cycles(record.plan.tree, _STAKE_MODEL)
+        return next_interval(
+            self._schedule,
+            rate_hz=record.rate_hz or 0.0,
+            stake_cycles=stake,
+            since_change_s=now_s - record.changed_s,
+            wants_confirmation=action is Action.CONFIRM,
+            hold_s=hold_s,
+        )
+
+    def _review(self, records: Iterable[SiteRecord], now_s: float) -> None:
+        """Take in which sites are promoted, and what looking at them costs."""
+        self._watch.use(records)
+        self._next_review_s = now_s + REVIEW_EVERY_S
+        self._stretch = stretch_factor(
+            self._schedule,
+            ((record.rate_hz or 0.0, record.sample_every_s) for record in self._watch.records),
+        )
+
+    def poll(self, records: Collection[SiteRecord], now_s: float) -> list[SiteRecord]:
         """Read miss counters; return promoted sites that are due for a window."""
+        if now_s >= self._next_review_s:
+            self._review(records, now_s)
         elapsed_s = max(1e-6, now_s - self._last_poll_s)
         self._last_poll_s = now_s
-        due: list[SiteRecord] = []
-        for record in records:
-            active = record.active
-            if record.state is not SiteState.PROMOTED or active is None:
-                continue
-            addr = active.plan.miss_count_addr
-            if addr is None:
-                continue
-            misses = record.arena.load_u64(addr)
-            rate_hz = (misses - record.misses_seen) / elapsed_s
-            record.misses_seen = misses
-            limit_hz = max(MISS_RATE_FLOOR_HZ, MISS_RATE_GROWTH * record.miss_rate_hz)
-            if rate_hz > limit_hz or now_s >= record.next_sample_s or record.n_parts:
-                due.append(record)
-            record.miss_rate_hz = max(rate_hz, 0.5 * record.miss_rate_hz)
-        return due
+        schedule = self._schedule
+        missing, due = self._watch.find_due(
+            now_s, elapsed_s, schedule.miss_rate_floor_hz, schedule.miss_growth
+        )
+        self._missing = {id(record) for record in missing}
+        return [*missing, *due[:MAX_DUE]]
 
     def sample(self, due: list[SiteRecord]) -> tuple[int, int]:
-        """Count for one part of a window at the due sites, and decide where it is complete.
+        """Count at the due sites, and decide where a window is complete.
+
+        A site that misses counts until it is known; others count for one part.
 
         Returns:
             (sites promoted anew, sites demoted).
@@ -101,23 +150,28 @@ class Sampler:
         for record in due:
             self._begin(record)
         counting = [record for record in due if record.counting is not None]
-        part_s = self._config.sample_s / SAMPLE_PARTS
-        self._count_for(counting, part_s)
-        surprised = [record for record in counting if self._is_surprised(record)]
+        surprised = [record for record in counting if id(record) in self._missing]
+        calm = [record for record in counting if id(record) not in self._missing]
+        surprised += self._count_parts(calm)
         if surprised:
             # Not a matter of chance which part of the program ran: see it all now.
-            self._count_for(surprised, self._config.sample_s - part_s)
-        end_s = time.monotonic()
+            self._count_until_known(surprised)
+            now_s = time.monotonic()
+            for record in surprised:
+                # What earlier parts of the window counted was before the surprise.
+                record.sampled = None
+                record.n_parts = self._schedule.n_parts
+                if record.counting is not None:
+                    end_sample(record, now_s)
         n_again = n_demoted = 0
-        for record in counting:
-            if record.counting is None:
-                continue  # refused on the way
-            end_sample(record, end_s)
-            record.n_parts = SAMPLE_PARTS if record in surprised else record.n_parts + 1
-            if record.n_parts >= SAMPLE_PARTS:
-                again, demoted = self._decide(record, end_s)
-                n_again += again
-                n_demoted += demoted
+        judged = [record for record in counting if record.n_parts >= self._schedule.n_parts]
+        for record in judged:
+            again, demoted = self._decide(record, time.monotonic())
+            n_again += again
+            n_demoted += demoted
+        self._watch.judged(judged)
+        if n_again or n_demoted:
+            self._watch.use(self._watch.records)
         return n_again, n_demoted
 
     def _begin(self, record: SiteRecord) -> None:
@@ -125,52 +179,98 @@ class Sampler:
         spare = self._spares.get(record.site.addr)
         if spare is not None and not _is_for(spare, record):
             spare = None
-        block = begin_sample(record, spare, time.monotonic())
+        block = begin_sample(record, spare, time.monotonic(), self._schedule.max_slots)
         if block is not None:
             self._spares[record.site.addr] = block
+        else:
+            # No room for it: not at the next poll again.
+            record.next_sample_s = time.monotonic() + self._schedule.sample_every_max_s
+            self._watch.judged([record])
 
-    def _count_for(self, records: list[SiteRecord], seconds: float) -> None:
-        """Let sites count, giving those whose slots fill up bigger blocks on the way."""
-        for _ in range(WAVES):
-            time.sleep(seconds / WAVES)
-            grow_full(records, self._may_guard)
+    def _count_parts(self, records: Sequence[SiteRecord]) -> list[SiteRecord]:
+        """Let sites count for a part each; return those that are surprised, still counting."""
+        begin_s = time.monotonic()
+        part_s = self._schedule.part_s
+        ends = [(begin_s + part_s(record.rate_hz or 0.0), record) for record in records]
+        ends.sort(key=lambda end: end[0])
+        surprised: list[SiteRecord] = []
+        for end_s, record in ends:
+            _sleep_until(end_s)
+            if record.counting is None:
+                continue  # refused on the way
+            if self._is_surprised(record):
+                surprised.append(record)
+                continue
+            end_sample(record, time.monotonic())
+            record.n_parts += 1
+        return surprised
+
+    def _count_until_known(self, records: Sequence[SiteRecord]) -> None:
+        """Let sites count until their targets are known, for a window's length at most."""
+        end_s = time.monotonic() + self._schedule.sample_s
+        while (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(LOOK_S, left_s))
+            grow_full(records, self._may_guard, self._schedule.max_slots)
+            if all(self._is_known(record) for record in records):
+                return
+
+    def _is_known(self, record: SiteRecord) -> bool:
+        """Tell whether a site has counted enough, and nearly all of it by target."""
+        if record.counting is None:
+            return True
+        if not is_last_block_telling(record):
+            return False
+        counts, _ = telling_counts(record, time.monotonic())
+        return (
+            counts.total >= self._schedule.enough_count
+            and counts.n_unknown <= UNKNOWN_SHARE_TO_GROW * counts.total
+        )
 
     def _is_surprised(self, record: SiteRecord) -> bool:
         """Tell whether this part alone shows that the site's tree is wrong."""
-        policy = self._config.policy
-        return record.plan is not None and policy.is_surprising(record.plan, window_counts(record))
+        view = history_of(record).view(
+            window_counts(record),
+            window_s=self._schedule.sample_s,
+            now_s=time.monotonic(),
+            kind=record.site.kind,
+        )
+        return self._config.policy.is_surprising(view)
 
     def _decide(self, record: SiteRecord, now_s: float) -> tuple[int, int]:
-        """Act on what the parts of a window counted; return (promoted anew, demoted)."""
+        """Act on what a window counted; return (promoted anew, demoted)."""
         window = record.sampled
         record.sampled = None
         record.n_parts = 0
-        record.next_sample_s = now_s + record.sample_every_s
+        record.next_sample_s = now_s + self._schedule.sample_every_max_s
         if window is None or record.plan is None or record.state is not SiteState.PROMOTED:
             return 0, 0
         counts = fit_counts(record, window, self._may_guard)
         if record.unsafe_targets:
             return 0, 1
-        decision = self._config.policy.decide_again(
-            record.plan, record.profile, counts, record.n_confirmed
-        )
-        record.profile = decision.profile
+        return self._act(record, counts, now_s)
+
+    def _act(self, record: SiteRecord, counts: SiteCounts, now_s: float) -> tuple[int, int]:
+        """Ask the policy and do what it says; return (promoted anew, demoted)."""
+        history = history_of(record)
+        window_s = counts.total / record.rate_hz if record.rate_hz else self._schedule.sample_s
+        view = history.view(counts, window_s=window_s, now_s=now_s, kind=record.site.kind)
+        decision = self._config.policy.decide(view)
         is_again = is_demoted = False
-        first_s, last_s = self._config.sample_every_s, self._config.sample_every_max_s
         match decision.action:
-            case Action.PROMOTE if decision.plan is not None:
-                is_again = promote_again(record, decision.plan, now_s)
-                record.sample_every_s = first_s
+            case Action.PROMOTE:
+                is_again = promote_again(record, decision, now_s)
             case Action.DEMOTE:
-                demote(record, now_s)
+                demote(record, decision, now_s)
                 is_demoted = True
-            case Action.CONFIRM:
-                record.n_confirmed += 1
-                record.sample_every_s = first_s
             case _:
-                record.n_confirmed = 0
-                record.sample_every_s = min(last_s, 2 * record.sample_every_s)
-        record.next_sample_s = now_s + record.sample_every_s
+                keep_history(record, history.after(decision, now_s))
+        record.hold_until_s = now_s + decision.hold_s
+        action = decision.action
+        record.sample_every_s = self._interval_s(
+            record, now_s, action=action, hold_s=decision.hold_s
+        )
+        stretch = 1.0 if action is Action.CONFIRM else self._stretch
+        record.next_sample_s = now_s + stretch * record.sample_every_s
         return int(is_again), int(is_demoted)
 
     def relink(self, records: Iterable[SiteRecord], now_s: float) -> int:
@@ -178,15 +278,25 @@ class Sampler:
 
         One stop for all of them, or none if there is nothing to do.
         """
+        if now_s < self._next_relink_s:
+            return 0
+        self._next_relink_s = now_s + min(RELINK_EVERY_S, self._config.relink_after_s)
         moves = [
             Move(record=record, block=record.active)
             for record in records
-            if record.refusal is not Refusal.FOREIGN_BYTES
+            if record.home is not record.active
+            and record.refusal is not Refusal.FOREIGN_BYTES
             and record.state is not SiteState.LEARNING
-            and record.home is not record.active
             and now_s - record.changed_s >= self._config.relink_after_s
         ]
         return self._linker.link(moves) if moves else 0
+
+
+def _sleep_until(end_s: float) -> None:
+    """Sleep until a time of CLOCK_MONOTONIC."""
+    left_s = end_s - time.monotonic()
+    if left_s > 0:
+        time.sleep(left_s)
 
 
 def _is_for(spare: Block, record: SiteRecord) -> bool:

@@ -11,24 +11,23 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import assert_never
 
 from optpoline.controller.arguments import validate_pid
 from optpoline.controller.children import Children
-from optpoline.controller.config import Config
+from optpoline.controller.collector import collector_paused
+from optpoline.controller.config import LEARN_S, Config
 from optpoline.controller.events import Event, EventKind
-from optpoline.controller.learning import (
-    MIN_FREE_CODE_SIZE,
-    begin_window,
-    end_window,
-    first_block,
-    grow_full,
-)
+from optpoline.controller.exact_counts import ExactCounts, describe_operation
+from optpoline.controller.executor import OperationEvent
+from optpoline.controller.first_window import FirstWindow
+from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S, HotSites
+from optpoline.controller.learning import MIN_FREE_CODE_SIZE
 from optpoline.controller.letting_go import let_go
-from optpoline.controller.linker import Linker, Move
+from optpoline.controller.linker import Linker
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.not_promoted import explain_not_promoted
 from optpoline.controller.perf_map import PerfMap
@@ -48,6 +47,7 @@ from optpoline.controller.summary import (
 )
 from optpoline.controller.takeover import read_status, restore_left
 from optpoline.controller.target import Target
+from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
 from optpoline.discover import count_plain_indirect
 from optpoline.errors import (
     ArenaError,
@@ -60,9 +60,11 @@ from optpoline.errors import (
     UnsupportedTarget,
     UsageError,
 )
-from optpoline.model import Module, Site
+from optpoline.learn.counting import SiteCounts
+from optpoline.model import Addr, Module, Site
 from optpoline.process.permissions import check_attachable
 from optpoline.process.procfs import read_status as read_process_status
+from optpoline.simulate.trace_file import TraceWriter
 
 __all__ = ["Session", "attach"]
 
@@ -115,15 +117,17 @@ class Session:
         self.state = SessionState.ATTACHED
         self.records: list[SiteRecord] = []
         self.notes: list[str] = []
-        self.learning_s = 0.0
         self._on_event = on_event
         self._lock: ControllerLock | None = None
         self._target: Target | None = None
         self._linker: Linker | None = None
+        self._window: FirstWindow | None = None
         self._sampler: Sampler | None = None
+        self._hot: HotSites | None = None
         self._rediscovery: Rediscovery | None = None
         self._children: Children | None = None
         self._reclaimer: Reclaimer | None = None
+        self._counts: ExactCounts | None = None
         self._perf_map: PerfMap | None = None
         self._pidfd = -1
         self._last_summary: Summary | None = None
@@ -149,13 +153,24 @@ class Session:
             self.pid,
             stop_timeout_s=self.config.stop_timeout_s,
             max_stop_s=self.config.max_stop_s,
+            has_cpu_rows=not self.config.shared_counters,
         )
         self._target = target
         self._linker = Linker(target)
         self._sampler = Sampler(self.config, self._linker, target.may_guard)
-        self._rediscovery = Rediscovery(self.pid, time.monotonic())
         self._children = Children(target, follow=self.config.follow_fork)
-        self._reclaimer = Reclaimer(self.config, target, self._children)
+        self._counts = ExactCounts(target, self._children, self._tell_operation)
+        self._window = FirstWindow(
+            self.config,
+            target,
+            self._linker,
+            sleep=self._sleep,
+            after_look=self._name_blocks,
+            empty=self._counts.empty,
+        )
+        self._hot = HotSites(target)
+        self._rediscovery = Rediscovery(self._hot, time.monotonic())
+        self._reclaimer = Reclaimer(self.config, target, self._children, self._keep_counts)
         self._perf_map = PerfMap(self.pid, target.symbol_at)
         self._add_modules()
         if not self.sites:
@@ -180,6 +195,11 @@ class Session:
 
     def _add_modules(self) -> list[SiteRecord]:
         """Take in modules that were loaded since the last look; return their records."""
+        with collector_paused():
+            return self._take_in()
+
+    def _take_in(self) -> list[SiteRecord]:
+        """Do so; thousands of objects are made that all stay."""
         added, gone = self.target.refresh_modules()
         for loaded in gone:
             self._forget(loaded.module)
@@ -191,6 +211,9 @@ class Session:
             except ArenaError as error:
                 refused.append((loaded.module, error))
         self.records += fresh
+        if fresh or gone:
+            assert self._hot is not None
+            self._hot.use(self.records)
         for why in self.target.unread.values():
             if why not in self.notes:
                 self._note(why)
@@ -205,6 +228,7 @@ class Session:
         kept = [r for r in self.records if not module.start <= r.site.addr < module.end]
         if len(kept) != len(self.records):
             self.records = kept
+            self._first_window.forget(module.start, module.end)
             self._tell(EventKind.MODULE_GONE, f"{module.path} was unloaded")
 
     # --- properties
@@ -221,6 +245,17 @@ class Session:
         _ = self.target
 
     @property
+    def _first_window(self) -> FirstWindow:
+        """The first windows; from ``open`` on."""
+        assert self._window is not None
+        return self._window
+
+    @property
+    def learning_s(self) -> float:
+        """Seconds during which any site led to a learning block."""
+        return 0.0 if self._window is None else self._window.learning_s
+
+    @property
     def modules(self) -> tuple[Module, ...]:
         """Modules mapped in the target."""
         return tuple(loaded.module for loaded in self.target.modules.values())
@@ -235,6 +270,13 @@ class Session:
         if self._on_event is not None:
             self._on_event(Event(kind=kind, message=message, time_ns=time.monotonic_ns()))
 
+    def _tell_operation(self, event: OperationEvent) -> None:
+        """Tell that counters were drained."""
+        self._tell(EventKind.OPERATION, describe_operation(event))
+        note = "counts may be inexact: somebody came between while they were drained"
+        if not event.is_exclusive and note not in self.notes:
+            self._note(note)
+
     def _note(self, message: str) -> None:
         """Keep a sentence for the summary, and tell it."""
         self.notes.append(message)
@@ -243,10 +285,14 @@ class Session:
     # --- learning and promoting
 
     def learn(self, seconds: float | None = None, stop: threading.Event | None = None) -> None:
-        """Count the targets of every site that is not promoted, for a while.
+        """Count the targets of the sites that are not promoted, for a while.
+
+        Where there are more than ``ALL_AT_ONCE_SITES`` of them, of those that run: more
+        windows follow while the session watches.
 
         Args:
-            seconds: Length of the window; None for ``Config.learn_s``.
+            seconds: Length of the window; None for ``Config.learn_s``. Its default becomes
+                ``FIRST_HOT_S`` where only those that run are learned.
             stop: Ends the window early when set.
 
         Raises:
@@ -256,38 +302,40 @@ class Session:
         self._check_open()
         length_s = self.config.learn_s if seconds is None else seconds
         baseline = [r for r in self.records if r.state is SiteState.BASELINE]
+        if length_s == LEARN_S and len(baseline) > ALL_AT_ONCE_SITES:
+            length_s = FIRST_HOT_S
         self._learn(baseline, length_s, stop)
 
     def _learn(
         self, records: list[SiteRecord], length_s: float, stop: threading.Event | None
     ) -> None:
-        """Run one first window over baseline sites."""
-        moves: list[Move] = []
-        for record in records:
-            record.arena.journal(record.site)
-            record.active = None
-            moves.append(Move(record=record, block=first_block(record)))
-        assert self._linker is not None
-        self._linker.link(moves)
-        begin_s = time.monotonic()
-        linked = [record for record in records if record.home is not None]
-        for record in linked:
-            record.state = SiteState.LEARNING
-        begin_window(linked, begin_s)
+        """Run one first window over baseline sites: all of them, or those that run."""
+        if len(records) > ALL_AT_ONCE_SITES:
+            self._learn_hot([], length_s, stop)
+            return
+        linked = self._first_window.link(records)
+        self._tell_learning(_count(len(linked), "site"), length_s)
+        self._first_window.run(linked, length_s, stop)
+
+    def _learn_hot(
+        self, records: list[SiteRecord], length_s: float, stop: threading.Event | None
+    ) -> None:
+        """Run one first window over some sites, and those that are met in it."""
+        assert self._hot is not None
+        with self._hot.watch() as lookout:
+            linked = self._first_window.link(records)
+            what = _count(len(linked), "site") if linked else "the sites that run"
+            self._tell_learning(what, length_s)
+            try:
+                self._first_window.run(linked, length_s, stop, lookout)
+            except ProcessGone:
+                self._sleep(0.0)  # notes that it has exited
+                raise
+
+    def _tell_learning(self, what: str, length_s: float) -> None:
+        """Say that a window begins."""
         self.state = SessionState.LEARNING
-        self._tell(EventKind.LEARNING, f"learning {_count(len(linked), 'site')} for {length_s:g} s")
-        try:
-            while (left_s := begin_s + length_s - time.monotonic()) > 0:
-                if stop is not None and stop.is_set():
-                    break
-                self._sleep(min(left_s, self.config.wave_s))
-                grow_full(linked, self.target.may_guard)
-                self._name_blocks()
-        finally:
-            end_s = time.monotonic()
-            for record in linked:
-                end_window(record, end_s)
-            self.learning_s += end_s - begin_s
+        self._tell(EventKind.LEARNING, f"learning {what} for {length_s:g} s")
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, or raise ``ProcessGone`` as soon as the target exits."""
@@ -295,6 +343,36 @@ class Session:
         if readable:
             self.state = SessionState.EXITED
             raise ProcessGone(self.pid)
+
+    def drain(self) -> Mapping[Addr, SiteCounts]:
+        """Return what each site has counted since the last drain, exactly, and begin anew.
+
+        After ``learn`` sites go on counting until ``promote``, each branch once, at full
+        speed but for the counting: a profile of any stretch of time, as often as wanted,
+        also where the hardware records no branches. Forked children count with the program.
+        Promoted sites count only while they are re-sampled.
+
+        Nothing stops for it where our threads may run on the CPUs that the program's do
+        (docs/operations.md); what could not be had this time comes with a later drain.
+
+        Returns:
+            For the address of each site that has counted anything: its targets, hottest
+            first, and how many branches found no slot.
+
+        Raises:
+            OptpolineError: if the session is over.
+            ProcessGone: if the target has to be stopped for it, and is gone.
+            StopTimeout: if it has to be stopped, and its threads do not in time.
+        """
+        if self._counts is None:
+            raise OptpolineError(f"the session with process {self.pid} is over")
+        return self._counts.drain(list(self._first_window.ever_linked.values()))
+
+    def _keep_counts(self, site_addr: Addr, block_addr: Addr) -> None:
+        """Keep what a block has counted whose memory is about to be given back."""
+        record = self._first_window.ever_linked.get(site_addr)
+        if record is not None and self._counts is not None:
+            self._counts.keep(record, block_addr)
 
     def promote(self) -> int:
         """Promote what the last window found worth it; the rest gets its baseline back.
@@ -312,7 +390,9 @@ class Session:
             raise UsageError(f"nothing was learned yet of process {self.pid}", hint=hint)
         assert self._linker is not None
         assert self._sampler is not None
-        learned = [r for r in self.records if r.home is not None and r.active is None]
+        assert self._rediscovery is not None
+        linked = list(self._first_window.ever_linked.values())
+        learned = [r for r in linked if r.home is not None and r.active is None]
         begin_s = time.monotonic()
         n_promoted = promote_first(
             learned,
@@ -324,7 +404,8 @@ class Session:
         for record in learned:
             if record.state is SiteState.LEARNING:
                 record.state = SiteState.BASELINE
-        self._sampler.schedule(self.records, time.monotonic())
+        self._sampler.schedule(linked, time.monotonic())
+        self._rediscovery.learned(learned, time.monotonic())
         self._name_blocks(at_once=True)
         self.state = SessionState.PROMOTED
         took_s = time.monotonic() - begin_s
@@ -337,6 +418,14 @@ class Session:
             message = f"nothing {'more ' if more else ''}to promote yet: {why}"
             self._tell(EventKind.NOT_PROMOTED, message)
         return n_promoted
+
+    def record(
+        self, writer: TraceWriter, plan: RecordPlan, stop: threading.Event | None = None
+    ) -> RecordTotals:
+        """Record what the sites that were learned do, branch by branch, in bursts."""
+        return record_trace(
+            self.records, writer, plan, target=self.target, pause=self._sleep, stop=stop
+        )
 
     def _name_blocks(self, *, at_once: bool = False) -> None:
         """Let profilers know the blocks by name."""
@@ -416,15 +505,16 @@ class Session:
         assert self._sampler is not None
         assert self._reclaimer is not None
         # First, so that an arena that is used up gets room again whatever fails below.
-        self._reclaimer.step(self.records, self._sampler.spares, now_s)
-        due = self._sampler.poll(self.records, now_s)
+        linked = list(self._first_window.ever_linked.values())
+        self._reclaimer.step(linked, self._sampler.spares, now_s)
+        due = self._sampler.poll(linked, now_s)
         if due:
             n_again, n_demoted = self._sampler.sample(due)
             if n_again:
                 self._tell(EventKind.RELEARNED, f"{_count(n_again, 'site')} promoted anew")
             if n_demoted:
                 self._tell(EventKind.DEMOTED, f"{_count(n_demoted, 'site')} back on the thunk")
-        self._sampler.relink(self.records, now_s)
+        self._sampler.relink(linked, now_s)
         self._rediscover(time.monotonic(), stop)
         self._name_blocks()
         if now_s >= self._next_maps_s:
@@ -444,14 +534,14 @@ class Session:
                 self._note(note)
 
     def _rediscover(self, now_s: float, stop: threading.Event | None) -> None:
-        """Learn the unpromoted sites anew where time is spent in their thunks."""
+        """Learn the sites anew that time is spent for in thunks."""
         assert self._rediscovery is not None
-        if not self._rediscovery.is_due(self.records, now_s):
+        found = self._rediscovery.find(self._first_window.ever_linked.values(), now_s)
+        if not found:
             return
-        self.learn(self.config.relearn_s, stop)
-        n_promoted = self.promote()
+        self._learn_hot(found, self.config.relearn_s, stop)
+        self.promote()
         self.state = SessionState.WATCHING
-        self._rediscovery.learned(n_promoted, time.monotonic())
 
     def _check_maps(self, stop: threading.Event | None) -> bool:
         """Notice exec and new modules; tell whether the program is still the same."""
@@ -535,6 +625,9 @@ class Session:
 
     def close(self) -> None:
         """Release what this process holds; the target is not touched."""
+        if self._counts is not None:
+            self._counts.close()
+            self._counts = None
         if self._children is not None:
             self._children.close()
         if self._perf_map is not None:

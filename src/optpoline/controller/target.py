@@ -15,10 +15,12 @@ from optpoline.controller.summary import SiteState
 from optpoline.discover import ModuleImage, SiteScan, find_sites, flags_dead_at, operand_dead_at
 from optpoline.errors import ArenaError, OptpolineError, PermissionDenied, ProcessGone
 from optpoline.model import Addr, Mapping, Module, Refusal, Site, SiteKind
-from optpoline.patch.arena import Arena, ArenaGeometry
+from optpoline.patch.arena import Arena
+from optpoline.patch.geometry import ArenaGeometry
 from optpoline.patch.layout import ARENA_NAME, JournalEntry
 from optpoline.patch.placement import choose_arena_addr, is_within_reach
 from optpoline.patch.text import is_same_but_disp, leads_into, read_entries
+from optpoline.process.cpus import read_n_possible_cpus
 from optpoline.process.inject import InjectionCode, find_injection_code
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import is_anonymous, list_modules, open_module
@@ -88,9 +90,17 @@ class Target:
         pid: Its id.
         stop_timeout_s: How long its threads may take to stop.
         max_stop_s: How long they may stand for one batch of changes to its text.
+        has_cpu_rows: Whether each CPU has a row of counters, or all share one.
     """
 
-    def __init__(self, pid: int, *, stop_timeout_s: float, max_stop_s: float = 0.005) -> None:
+    def __init__(
+        self,
+        pid: int,
+        *,
+        stop_timeout_s: float,
+        max_stop_s: float = 0.005,
+        has_cpu_rows: bool = True,
+    ) -> None:
         """Open its memory and read what it has mapped."""
         self.pid = pid
         self.start_time = read_start_time(pid)
@@ -103,6 +113,7 @@ class Target:
         self.unread: dict[ModuleKey, str] = {}
         """Modules that could not be read, and why."""
         self.stop_timeout_ns = int(stop_timeout_s * 1e9)
+        self._has_cpu_rows = has_cpu_rows
         self._injection_code: InjectionCode | None = None
         self._flags_dead: dict[int, bool] = {}
         self._operand_dead: dict[tuple[int, str], bool] = {}
@@ -263,7 +274,7 @@ class Target:
         """
         if not self.is_code(target):
             return False
-        far = max(abs(target - record.arena.addr), abs(target - record.arena.end))
+        far = max(abs(target - record.arena.addr), abs(target - record.arena.near_end))
         if not is_within_reach(0, far):
             record.far_targets.add(target)
             return False
@@ -305,20 +316,22 @@ class Target:
         """
         module = loaded.module
         for arena in self.arenas:
-            span = max(arena.end, module.end) - min(arena.addr, module.start)
+            span = max(arena.near_end, module.end) - min(arena.addr, module.start)
             if is_within_reach(0, span) and arena.has_room_for(n_sites):
                 return arena
-        geometry = ArenaGeometry.for_sites(n_sites)
+        n_cpus = read_n_possible_cpus() if self._has_cpu_rows else 0
+        geometry = ArenaGeometry.for_sites(n_sites, n_cpus)
+        size, near_size = geometry.size, geometry.near_size
         start, end = self._reach_of(module)
-        addr = choose_arena_addr(self.read_maps(), start, end, geometry.size)
+        addr = choose_arena_addr(self.read_maps(), start, end, size, near_size)
         if addr is None:
-            addr = choose_arena_addr(self._maps, module.start, module.end, geometry.size)
+            addr = choose_arena_addr(self._maps, module.start, module.end, size, near_size)
         if addr is None:
             raise ArenaError(
                 f"no room for an arena of {geometry.size >> 10} KiB within reach of {module.path}"
             )
         with self.stop(Wake.ONE_FOR_INJECTION) as stop:
-            arena = map_arena(self.pid, stop, addr, geometry)
+            arena = map_arena(self.pid, stop, self.memory, addr, geometry)
         self.arenas.append(arena)
         self.read_maps()
         return arena

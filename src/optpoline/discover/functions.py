@@ -135,10 +135,11 @@ class FunctionIndex:
         spans = (self.named.find(addr), self.unwound.find(addr))
         return any(span is not None and span.is_exact for span in spans)
 
-    def boundary_before(self, addr: int) -> Addr | None:
-        """Return the last known instruction boundary at or below an address."""
-        index = bisect_right(self._boundaries, addr) - 1
-        return Addr(self._boundaries[index]) if index >= 0 else None
+    def boundaries_before(self, addrs: AddrArray) -> AddrArray:
+        """Return the last known instruction boundary at or below each address, 0 if none."""
+        known = np.array([0, *self._boundaries], dtype=np.int64)
+        before: AddrArray = known[np.searchsorted(known, addrs, side="right") - 1]
+        return before
 
 
 def read_unwind_ranges(memory: Memory, hdr: Span) -> tuple[AddrArray, AddrArray]:

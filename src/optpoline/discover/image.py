@@ -190,6 +190,13 @@ class ModuleImage:
         """Say whether an address is in its executable memory."""
         return any(addr in span for span in self.code_ranges)
 
+    def plt_spans(self) -> tuple[Span, ...]:
+        """Return its PLT sections."""
+        bias = self.module.load_bias
+        return tuple(
+            Span(Addr(start + bias), Addr(end + bias)) for start, end in self.facts.plt_sections
+        )
+
     def is_in_plt(self, addr: int) -> bool:
         """Say whether an address is in one of its PLT sections."""
         file_addr = addr - self.module.load_bias

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optpoline.discover.critical_sections import find_critical_sections
 from optpoline.discover.flags import FlagsAnalysis
@@ -25,6 +26,7 @@ from optpoline.discover.relocations import read_relocations
 from optpoline.discover.text import Text
 from optpoline.model import Addr, Refusal, Site, SiteKind, Thunk
 from optpoline.x86.decode import (
+    AddrArray,
     Flow,
     Insn,
     count_indirect_branches,
@@ -141,27 +143,33 @@ class _SiteFinder:
 
     def find_in(self, text: Text) -> Iterator[Site]:
         """Yield the sites of one text in address order."""
-        ends = scan_branches(text.array, text.addr, self._image.thunks.addrs).tolist()
-        by_boundary: dict[int, set[int]] = {}
-        for end in ends:
-            if self._is_excluded(end - 1):
-                continue
-            boundary = self._image.functions.boundary_before(end - _DISP_SIZE - 1)
-            start = max(int(boundary or 0), text.addr)
-            by_boundary.setdefault(start, set()).add(end)
-        for start, wanted in sorted(by_boundary.items()):
-            code = text.code_at(start, max(wanted) - start)
-            insns = decode_ending_at(code, Addr(start), wanted)
-            found = [(insn, self._find_thunk(insn, text)) for insn in insns]
-            sites = [self._site(insn, thunk, text) for insn, thunk in found if thunk is not None]
-            self.n_unverified += len(wanted) - len(sites)
-            yield from sites
+        ends = scan_branches(text.array, text.addr, self._image.thunks.addrs)
+        ends = ends[~self._is_excluded(ends - 1)]
+        if ends.size == 0:
+            return
+        boundaries = self._image.functions.boundaries_before(ends - _DISP_SIZE - 1)
+        starts = np.maximum(boundaries, text.addr)
+        # Both ascend: what has the same boundary lies side by side.
+        firsts = np.flatnonzero(np.diff(starts, prepend=-1))
+        groups = np.split(ends, firsts[1:])
+        for start, group in zip(starts[firsts].tolist(), groups, strict=True):
+            wanted = group.tolist()
+            code = text.code_at(start, wanted[-1] - start)
+            n_sites = 0
+            for insn in decode_ending_at(code, Addr(start), set(wanted)):
+                thunk = self._find_thunk(insn, text)
+                if thunk is not None:
+                    n_sites += 1
+                    yield self._site(insn, thunk, text)
+            self.n_unverified += len(wanted) - n_sites
 
-    def _is_excluded(self, addr: int) -> bool:
-        """Say whether code at an address is a thunk's own or the PLT's."""
-        return self._image.is_in_plt(addr) or any(
-            addr in body for body in self._image.thunks.bodies
-        )
+    def _is_excluded(self, addrs: AddrArray) -> NDArray[np.bool_]:
+        """Say of each address whether it is in a thunk's own code, or in the PLT's."""
+        spans = (*self._image.plt_spans(), *self._image.thunks.bodies)
+        excluded = np.zeros(addrs.size, dtype=np.bool_)
+        for span in spans:
+            excluded |= (addrs >= span.start) & (addrs < span.end)
+        return excluded
 
     def _find_thunk(self, insn: Insn, text: Text) -> Thunk | None:
         """Return the thunk an instruction branches to in a form we know, or None."""
@@ -174,10 +182,11 @@ class _SiteFinder:
         off = insn.addr - text.addr
         code = text.baseline[off : off + insn.size]
         name = self._image.symbols.name_at(insn.addr)
-        span = self._image.functions.find(insn.addr)
-        function_addr = span.start if span else None
         if name is not None:
-            function_addr = Addr(insn.addr - name[1])
+            function_addr: Addr | None = Addr(insn.addr - name[1])
+        else:
+            span = self._image.functions.find(insn.addr)
+            function_addr = span.start if span else None
         if code != text.code_at(insn.addr, insn.size):
             refusal: Refusal | None = Refusal.FOREIGN_BYTES
         else:

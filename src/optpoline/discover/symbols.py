@@ -86,6 +86,12 @@ class SymbolTable:
         values: list[int] = (np.where(has_size, ends, following) + self._load_bias).tolist()
         return values
 
+    @cached_property
+    def _name_offs(self) -> list[int]:
+        """Where the name of each code symbol begins."""
+        values: list[int] = self._code["name_off"].tolist()
+        return values
+
     def function_ranges(self) -> tuple[AddrArray, AddrArray]:
         """Return start and size of each function (labels left out), size 0 if not known."""
         functions = self._code[self._code["info"] & 0xF != _STT_NOTYPE]
@@ -96,7 +102,7 @@ class SymbolTable:
         index = bisect_right(self._starts, addr) - 1
         if index < 0 or addr >= self._ends[index]:
             return None
-        return self._name(int(self._code["name_off"][index])), addr - self._starts[index]
+        return self._name(self._name_offs[index]), addr - self._starts[index]
 
     def find_containing(self, marks: tuple[bytes, ...]) -> list[tuple[str, Addr, int]]:
         """Find defined symbols whose name contains one of some strings.

@@ -6,15 +6,17 @@ slots that unknown targets claim. Targets already known are branched to
 directly even while they are counted, so a second look at a promoted site is
 nearly as fast as its promoted block; only what is new takes the thunk.
 
-Cells of one block are adjacent u64 in counter memory::
+Cells of one block are adjacent u64 in each counter row (``model.CounterRows``)::
 
-    +0                 misses that found no slot
-    +8 * (1 + i)       hits of known target i
+    +0                 the last target that found no slot
+    +8                 misses that found no slot
+    +8 * (2 + i)       hits of known target i
     then, per slot     the claimed target (0 while free), its hits
 
-Counters are shared by all threads and not atomic: two CPUs that count at the
-same moment lose one of the counts. Shares are what matters here, and both
-CPUs lose alike.
+Each CPU counts in its own row and claims its own slots, so one target may have a slot in
+every row; a count is the sum of a column, a target's the sum of its slots. Nothing is
+lost and nothing is counted twice: a thread that is disturbed while it counts starts again,
+or counts in the shared row with a locked instruction.
 """
 
 from __future__ import annotations
@@ -22,21 +24,36 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from optpoline.model import Addr, BlockPlan, Count, OpenSlot, TreeNode, tree_targets
+import numpy as np
+from numpy.typing import NDArray
+
+from optpoline.model import (
+    CELL_SIZE,
+    SLOT_CLAIMED,
+    Addr,
+    BlockPlan,
+    Count,
+    CounterRows,
+    OpenSlot,
+    TreeNode,
+    tree_targets,
+)
 
 __all__ = [
     "FIRST_OPEN_SLOTS",
+    "NO_COUNTS",
+    "ReadColumns",
     "SiteCounts",
     "add",
     "blend",
+    "cells_of",
     "n_cells",
     "next_open_slots",
     "plan_counting",
     "read_counts",
+    "spread_unknown",
     "subtract",
 ]
-
-_CELL_SIZE = 8
 
 FIRST_OPEN_SLOTS = 2
 """Slots of a site nobody has looked at. Most sites have one or two targets, and
@@ -77,17 +94,34 @@ class SiteCounts:
         return {c.target: c.hit_count / total for c in self.counts} if total else {}
 
 
+NO_COUNTS = SiteCounts(counts=(), n_unknown=0)
+"""What a block has counted that was never entered."""
+
+ReadColumns = Callable[[Addr, int], NDArray[np.uint64]]
+"""Returns adjacent cells of all rows: address in row 0, how many; u64[1 + n_cpus][n]."""
+
+_COUNT_MASK = SLOT_CLAIMED - 1
+
+
 def n_cells(n_known: int, n_open: int) -> int:
     """Return how many counter cells a counting block takes.
 
     >>> n_cells(2, 4)
-    11
+    12
     """
-    return 1 + n_known + 2 * n_open
+    return 2 + n_known + 2 * n_open
 
 
 def plan_counting(
-    *, operand: str, thunk_addr: Addr, tree: TreeNode, n_open: int, cells_addr: Addr
+    *,
+    operand: str,
+    thunk_addr: Addr,
+    tree: TreeNode,
+    n_open: int,
+    cells_addr: Addr,
+    rows: CounterRows,
+    is_below_stack_free: bool = False,
+    thunk_targets: frozenset[Addr] = frozenset(),
 ) -> BlockPlan:
     """Return the plan of a block that counts all targets of ``tree`` and new ones.
 
@@ -97,42 +131,65 @@ def plan_counting(
         tree: Known targets, ``Miss()`` for none.
         n_open: Slots for unknown targets.
         cells_addr: ``n_cells`` zeroed counter cells.
+        rows: What they are part of.
+        is_below_stack_free: Whether memory below the stack pointer is dead at the site.
+        thunk_targets: Targets of the tree that are counted but led to the thunk.
     """
     known = tuple(tree_targets(tree))
-    slots_addr = cells_addr + _CELL_SIZE * (1 + len(known))
+    hits_addr = cells_addr + 2 * CELL_SIZE
+    slots_addr = hits_addr + CELL_SIZE * len(known)
     return BlockPlan(
         operand=operand,
         tree=tree,
         thunk_addr=thunk_addr,
         hit_count_addrs=tuple(
-            (target, Addr(cells_addr + _CELL_SIZE * (1 + i))) for i, target in enumerate(known)
+            (target, Addr(hits_addr + CELL_SIZE * i)) for i, target in enumerate(known)
         ),
-        miss_count_addr=cells_addr,
+        miss_count_addr=Addr(cells_addr + CELL_SIZE),
         open_slots=tuple(
             OpenSlot(
-                target_addr=Addr(slots_addr + 2 * _CELL_SIZE * i),
-                count_addr=Addr(slots_addr + 2 * _CELL_SIZE * i + _CELL_SIZE),
+                target_addr=Addr(slots_addr + 2 * CELL_SIZE * i),
+                count_addr=Addr(slots_addr + 2 * CELL_SIZE * i + CELL_SIZE),
             )
             for i in range(n_open)
         ),
+        rows=rows,
+        is_below_stack_free=is_below_stack_free,
+        thunk_targets=thunk_targets,
     )
 
 
-def read_counts(plan: BlockPlan, load: Callable[[Addr], int]) -> SiteCounts:
+def cells_of(plan: BlockPlan) -> tuple[Addr, int]:
+    """Return the first cell of a counting block, and how many it has."""
+    if plan.miss_count_addr is None:
+        raise ValueError("a block that counts no misses is no counting block")
+    first = Addr(plan.miss_count_addr - CELL_SIZE)
+    return first, n_cells(len(plan.hit_count_addrs), len(plan.open_slots))
+
+
+def read_counts(plan: BlockPlan, read_columns: ReadColumns) -> SiteCounts:
     """Return what a counting block has counted so far.
 
     Args:
         plan: The block's plan.
-        load: Reads one u64 of counter memory.
+        read_columns: Reads counter memory.
     """
-    hits = {target: load(addr) for target, addr in plan.hit_count_addrs}
-    for slot in plan.open_slots:
-        target = load(slot.target_addr)
-        if target:
-            hits[Addr(target)] = hits.get(Addr(target), 0) + load(slot.count_addr)
+    columns = read_columns(*cells_of(plan))
+    rows: list[list[int]] = columns[columns.any(axis=1)].tolist()
+    targets = [target for target, _ in plan.hit_count_addrs]
+    first_slot = 2 + len(targets)
+    hits: dict[Addr, int] = {}
+    unknown = 0
+    for row in rows:  # of a few CPUs, most often
+        unknown += row[1]
+        for target, count in zip(targets, row[2:first_slot], strict=True):
+            hits[target] = hits.get(target, 0) + count
+        # A target is stored before it is counted the first time.
+        for slot, count in zip(row[first_slot::2], row[first_slot + 1 :: 2], strict=True):
+            if slot:
+                hits[Addr(slot)] = hits.get(Addr(slot), 0) + (count & _COUNT_MASK)
     counts = [Count(target=target, hit_count=n) for target, n in hits.items() if n]
     counts.sort(key=lambda count: (-count.hit_count, count.target))
-    unknown = load(plan.miss_count_addr) if plan.miss_count_addr is not None else 0
     return SiteCounts(counts=tuple(counts), n_unknown=unknown)
 
 
@@ -162,7 +219,44 @@ def next_open_slots(counts: SiteCounts) -> int:
 
 def add(one: SiteCounts, other: SiteCounts) -> SiteCounts:
     """Return what two windows counted together."""
-    return _weighted(((one, 1.0), (other, 1.0)))
+    hits = {count.target: count.hit_count for count in one.counts}
+    for count in other.counts:
+        hits[count.target] = hits.get(count.target, 0) + count.hit_count
+    total = [Count(target=target, hit_count=n) for target, n in hits.items()]
+    total.sort(key=lambda count: (-count.hit_count, count.target))
+    return SiteCounts(counts=tuple(total), n_unknown=one.n_unknown + other.n_unknown)
+
+
+def spread_unknown(first: SiteCounts, later: SiteCounts) -> SiteCounts:
+    """Return what two blocks counted together, one after the other, by target.
+
+    The first named only the targets that came first. Its unknown branches went to those
+    that it did not name: in the proportions in which the later one has counted them, what
+    is still unknown there included. Where that has counted none, they stay unknown.
+
+    >>> def counted(n_unknown, **hits):
+    ...     counts = tuple(Count(target=ord(t), hit_count=n) for t, n in hits.items())
+    ...     return SiteCounts(counts=counts, n_unknown=n_unknown)
+    >>> total = spread_unknown(counted(90, a=10), counted(1, a=3, b=6, c=2))
+    >>> [(chr(c.target), c.hit_count) for c in total.counts], total.n_unknown
+    ([('b', 66), ('c', 22), ('a', 13)], 11)
+    """
+    named = {count.target for count in first.counts}
+    missed = [count for count in later.counts if count.target not in named]
+    n_later = later.n_unknown + sum(count.hit_count for count in missed)
+    if not n_later:
+        return add(first, later)
+    spread = tuple(
+        Count(target=c.target, hit_count=first.n_unknown * c.hit_count // n_later) for c in missed
+    )
+    n_left = first.n_unknown * later.n_unknown // n_later
+    # Rounded down so far: the rest, one a target at most, is of the hottest.
+    n_lost = first.n_unknown - n_left - sum(count.hit_count for count in spread)
+    if spread:
+        hottest = Count(target=spread[0].target, hit_count=spread[0].hit_count + n_lost)
+        spread = (hottest, *spread[1:])
+    found = SiteCounts(counts=(*first.counts, *spread), n_unknown=n_left)
+    return add(found, later)
 
 
 PROFILE_TOTAL = 1_000_000

@@ -22,11 +22,16 @@ import mmap
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from optpoline.errors import ArenaError
-from optpoline.model import Addr, Site
+from optpoline.model import CELL_SIZE, Addr, CounterRows, Site
+from optpoline.patch.counters import CounterTable
 from optpoline.patch.extents import Extent, FreeExtents
+from optpoline.patch.geometry import CODE_PER_SITE_SIZE, ArenaGeometry
 from optpoline.patch.layout import (
     BLOCK_ENTRY_SIZE,
     ENTRY_SIZE,
@@ -37,60 +42,10 @@ from optpoline.patch.layout import (
     BlockState,
     JournalEntry,
 )
+from optpoline.x86.assembler import BlockCode
 from optpoline.x86.blocks import BLOCK_ALIGNMENT, HEAD_SIZE, POISON
 
-__all__ = ["Arena", "ArenaGeometry"]
-
-_PAGE_SIZE = 4096
-_CELL_SIZE = 8
-
-CODE_PER_SITE_SIZE = 2048
-"""Bytes of code reserved a site: a first learning block is some 250 bytes, a
-promoted one 40 to 1,500, and a site that changes needs both again. Pages that
-are never used cost address space, not memory."""
-
-MIN_CODE_SIZE = 4 << 20
-LITERAL_RATIO = 8
-"""Code bytes per literal byte: one 8-byte literal for a 13-byte guard, shared."""
-COUNTER_RATIO = 2
-"""Code bytes per counter byte: an open slot is 55 bytes of code and 16 of counters."""
-CODE_PER_BLOCK_SIZE = 64
-"""Bytes of code per entry of the block table: a block of one guard takes 32."""
-JOURNAL_SPARE_ENTRIES = 4096
-"""Entries kept for sites of modules that are loaded later."""
-
-
-def _round_up(size: int) -> int:
-    """Round up to whole pages."""
-    return -(-size // _PAGE_SIZE) * _PAGE_SIZE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArenaGeometry:
-    """Sizes and offsets of an arena's parts, in bytes, all whole pages."""
-
-    block_off: int
-    code_off: int
-    literal_off: int
-    counter_off: int
-    size: int
-
-    @classmethod
-    def for_sites(cls, n_sites: int) -> ArenaGeometry:
-        """Return what ``n_sites`` sites may need over a long session."""
-        journal = _round_up((n_sites + JOURNAL_SPARE_ENTRIES) * ENTRY_SIZE)
-        code = _round_up(max(MIN_CODE_SIZE, n_sites * CODE_PER_SITE_SIZE))
-        block_off = HEADER_SIZE + journal
-        code_off = block_off + _round_up(code // CODE_PER_BLOCK_SIZE * BLOCK_ENTRY_SIZE)
-        literal_off = code_off + code
-        counter_off = literal_off + _round_up(code // LITERAL_RATIO)
-        return cls(
-            block_off=block_off,
-            code_off=code_off,
-            literal_off=literal_off,
-            counter_off=counter_off,
-            size=counter_off + _round_up(code // COUNTER_RATIO),
-        )
+__all__ = ["Arena"]
 
 
 class Arena:
@@ -115,7 +70,7 @@ class Arena:
         self._memory[:HEADER_SIZE] = header.pack().ljust(HEADER_SIZE, b"\0")
         self._journal: dict[int, JournalEntry] = {}
         self._code = FreeExtents(geometry.code_off, geometry.literal_off)
-        self._counters = FreeExtents(geometry.counter_off, geometry.size)
+        self._counters = CounterTable(self._memory, fd, geometry.counter_off, header.rows_at(addr))
         self._used_code_end = geometry.code_off
         self._next_literal = geometry.literal_off
         self._literals: dict[int, Addr] = {}
@@ -133,6 +88,16 @@ class Arena:
     def end(self) -> Addr:
         """Address after the arena in the program."""
         return Addr(self.addr + self.geometry.size)
+
+    @property
+    def near_end(self) -> Addr:
+        """Address after what must be within reach of its code, and of code it leads to."""
+        return Addr(self.addr + self.geometry.near_size)
+
+    @property
+    def rows(self) -> CounterRows:
+        """What counting blocks count in."""
+        return self._counters.rows
 
     @property
     def code_start(self) -> Addr:
@@ -172,6 +137,7 @@ class Arena:
     def close(self) -> None:
         """Unmap our view; the program's stays, and says that nobody works on it."""
         self.store_u64(Addr(self.addr + ArenaHeader.CONTROLLER_START_OFF), 0)
+        self._counters.close()
         self._words.release()
         self._view.release()
         self._memory.close()
@@ -200,7 +166,7 @@ class Arena:
     def put_block(
         self,
         room: Extent,
-        code: bytes,
+        code: BlockCode,
         *,
         site_addr: Addr,
         kind: BlockKind,
@@ -210,7 +176,7 @@ class Arena:
 
         Args:
             room: Where.
-            code: Its bytes.
+            code: Its bytes, and how many of them are instructions.
             site_addr: The site it is for.
             kind: What it is for.
             cells: Its counter cells, first and how many; freed with it.
@@ -222,7 +188,7 @@ class Arena:
         slot = self._free_slots.pop() if self._free_slots else self._new_slot()
         self._code.take(room)
         poison = bytes((POISON,))
-        padded = code.ljust(room.end - room.at, poison)
+        padded = code.code.ljust(room.end - room.at, poison)
         # Below the highest end so far all that is free was freed.
         self.n_reused += room.at < self._used_code_end
         self.n_put += 1
@@ -232,8 +198,9 @@ class Arena:
         self._slots[addr] = slot
         entry = BlockEntry(
             addr=addr,
-            size=len(code),
-            crc=zlib.crc32(code),
+            size=len(code.code),
+            text_size=code.text_size,
+            crc=zlib.crc32(code.code),
             site_addr=site_addr,
             head=padded[:HEAD_SIZE],
             kind=kind,
@@ -298,38 +265,50 @@ class Arena:
         if known is not None:
             return known
         off = self._next_literal
-        if off + _CELL_SIZE > self.geometry.counter_off:
+        if off + CELL_SIZE > self.geometry.counter_off:
             raise ArenaError(f"the literals of the arena at {self.addr:#x} are used up")
-        self._words[off // _CELL_SIZE] = value
-        self._next_literal = off + _CELL_SIZE
+        self._words[off // CELL_SIZE] = value
+        self._next_literal = off + CELL_SIZE
         self._literals[value] = addr = Addr(self.addr + off)
         return addr
 
+    # --- counters
+
     def add_counters(self, n_cells: int) -> Addr:
-        """Return the address of ``n_cells`` adjacent u64 counter cells, all 0.
+        """Return the address in row 0 of ``n_cells`` adjacent cells, 0 in every row.
 
         Raises:
             ArenaError: if the counter part is used up.
         """
-        found = self._counters.find(n_cells * _CELL_SIZE, lambda off: off)
-        if found is None:
-            raise ArenaError(f"the counters of the arena at {self.addr:#x} are used up")
-        self._counters.take(found)
-        return Addr(self.addr + found.at)
+        return self._counters.add(n_cells)
 
     def free_counters(self, addr: Addr, n_cells: int) -> None:
         """Take back what ``add_counters`` gave; nobody may count there any more."""
-        if not n_cells:
-            return
-        off, size = addr - self.addr, n_cells * _CELL_SIZE
-        self._memory[off : off + size] = bytes(size)
-        self._counters.give(Extent(start=off, at=off, end=off + size))
+        if n_cells:
+            self._counters.give(addr, n_cells)
+
+    @property
+    def own_rows_addr(self) -> int:
+        """Where row 0 of the counters is in this process."""
+        return self._counters.own_addr
+
+    def columns(self, addr: Addr, n_cells: int) -> NDArray[np.uint64]:
+        """Return adjacent cells of all rows as they are: u64[1 + n_cpus][n_cells], a copy."""
+        return self._counters.columns(addr, n_cells)
+
+    def sum_cells(self, addrs: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return the sums over all rows of some cells, claims of slots left out."""
+        return self._counters.sum_cells(addrs)
+
+    def sum_ranges(self, addrs: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return the sums over all rows and cells of ranges of ``sizes`` cells each."""
+        return self._counters.sum_ranges(addrs, sizes)
 
     # --- access while the program runs
 
     def load_u64(self, addr: Addr) -> int:
         """Return the u64 at an aligned address of the arena."""
-        return self._words[(addr - self.addr) // _CELL_SIZE]
+        return self._words[(addr - self.addr) // CELL_SIZE]
 
     def store_u64(self, addr: Addr, value: int) -> None:
         """Store the u64 at an aligned address of the arena in one store.
@@ -337,12 +316,16 @@ class Arena:
         A native-order ``memoryview.cast("Q")`` item store is one 8-byte move:
         never torn in the feasibility study (``struct`` with ``">Q"`` was).
         """
-        self._words[(addr - self.addr) // _CELL_SIZE] = value
+        self._words[(addr - self.addr) // CELL_SIZE] = value
 
     def read(self, addr: Addr, size: int) -> bytes:
         """Return bytes of the arena as they are now."""
         off = addr - self.addr
         return self._memory[off : off + size]
+
+    def view_u32(self, addr: Addr, n_words: int) -> NDArray[np.uint32]:
+        """Return words of the arena themselves, not a copy; let go of them before ``close``."""
+        return np.frombuffer(self._memory, np.uint32, n_words, addr - self.addr)
 
     def head_of(self, block_addr: Addr) -> bytes:
         """Return the first ``HEAD_SIZE`` bytes of a block."""

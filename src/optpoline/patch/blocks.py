@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from optpoline.errors import ArenaError, EncodeRangeError
-from optpoline.model import Addr, BlockPlan
+from optpoline.model import CELL_SIZE, Addr, BlockPlan
 from optpoline.patch.arena import Arena
 from optpoline.patch.extents import Extent
 from optpoline.patch.layout import BlockKind
@@ -64,30 +64,38 @@ def add_block(arena: Arena, plan: BlockPlan, *, site_addr: Addr) -> Block:
 
 def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr) -> Block:
     """Encode a plan and write it."""
-    # Only displacements out of the block depend on its place, so its size does not; most
-    # blocks with slots or counters start a line, so try that first.
-    is_counting = bool(plan.open_slots or plan.hit_count_addrs)
-    room = _find_room(arena, LINE_SIZE + 1 if is_counting else 1)
+    # Descriptors at a block's end are aligned, so its place decides on some bytes of its size:
+    # not where it starts a line, as every counting block does.
+    is_counting = plan.rows is not None
+    room = _find_room(arena, LINE_SIZE + 1 if is_counting else 1, is_counting)
     guess = Addr(arena.addr + room.at)
     code = encode_block(plan, guess, arena)
-    room = _find_room(arena, len(code))
+    room = _find_room(arena, len(code.code), is_counting)
     if arena.addr + room.at != guess:
         code = encode_block(plan, Addr(arena.addr + room.at), arena)
     kind = BlockKind.COUNTING if is_counting else BlockKind.PROMOTED
     addr = arena.put_block(room, code, site_addr=site_addr, kind=kind, cells=counter_cells(plan))
-    return Block(arena=arena, addr=addr, size=len(code), plan=plan, head=arena.head_of(addr))
+    size = len(code.code)
+    return Block(arena=arena, addr=addr, size=size, plan=plan, head=arena.head_of(addr))
 
 
-def _find_room(arena: Arena, size: int) -> Extent:
-    """Return where a block of ``size`` bytes would go."""
-    return arena.find_room(size, lambda addr: place_block(addr, size))
+def _find_room(arena: Arena, size: int, is_counting: bool) -> Extent:
+    """Return where a block of ``size`` bytes would go; a counting block starts a line."""
+    # One that fits no line starts one.
+    least = LINE_SIZE + 1 if is_counting else 1
+    return arena.find_room(size, lambda addr: place_block(addr, max(size, least)))
 
 
 def counter_cells(plan: BlockPlan) -> tuple[Addr, int]:
-    """Return where a plan's counter cells begin, and how many there are, adjacent."""
+    """Return where a plan's counter cells begin, and how many there are, adjacent.
+
+    The cells of a trace are not among them: blocks share those.
+    """
     cells = [addr for _, addr in plan.hit_count_addrs]
     cells += [addr for slot in plan.open_slots for addr in (slot.target_addr, slot.count_addr)]
     cells += [] if plan.miss_count_addr is None else [plan.miss_count_addr]
+    if plan.rows is not None and plan.miss_count_addr is not None:
+        cells.append(Addr(plan.miss_count_addr - CELL_SIZE))  # the last that found no slot
     return min(cells, default=Addr(0)), len(cells)
 
 

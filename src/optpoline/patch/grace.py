@@ -34,8 +34,13 @@ look or a search. A signal frame is neither: its words stay where they are for a
 the code that they point to can be resumed, and until other code has run on that stack. So
 the search finds it, whichever threads have run it since they were looked at.
 
-rseq descriptors are not for this module: the kernel reads ``rseq_cs`` lazily, so they
-need every thread's ``rseq_cs`` to have been seen elsewhere as well.
+An rseq descriptor of a block lies behind its code and lives as long: ``rseq_cs`` points
+there only while a thread is inside, since every way out of the block clears it. One that
+does all the same, which the kernel would follow later (a forked child has those of threads
+that it has not), is a word on a thread's stack or in the rest of the memory like any other:
+it keeps its block back. But no PC is there, so it does not show that stacks are switched.
+Before an arena is unmapped the threads that stand are asked as well, and what a child keeps
+is cleared (``controller/letting_go.py``).
 """
 
 from __future__ import annotations
@@ -68,10 +73,13 @@ class RetiredCode:
     Attributes:
         start: First address.
         end: Address after the last.
+        text_end: Address after its instructions, if data lies behind them: rseq descriptors.
+            Who points there keeps the code back, but is not inside it.
     """
 
     start: Addr
     end: Addr
+    text_end: Addr | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,7 +251,8 @@ class GracePeriods:
     def _begin(self) -> None:
         """Begin a grace period for what waits."""
         code, self._waiting = tuple(sorted(self._waiting, key=lambda one: one.start)), []
-        ranges = AddressRanges((one.start, one.end) for one in code)
+        data = [(one.text_end, one.end) for one in code if one.text_end is not None]
+        ranges = AddressRanges(((one.start, one.end) for one in code), data)
         self._period = _Period(code=code, ranges=ranges)
         self._n_begun += 1
 

@@ -9,7 +9,21 @@ and writable, into the controller. In address order::
     +block_off    block table   r--   one entry per block
     +code_off     code          r-x   blocks
     +literal_off  literals      r-x   u64 compare operands
-    +counter_off  counters      rw-   u64 cells; data only, steers nothing
+    +counter_off  counters      rw-   rows of u64 cells; data only, steers nothing
+
+The counters are ``1 + n_cpus`` rows of ``1 << row_shift`` bytes each::
+
+    row 0         shared by all: counted in with locked instructions by whoever
+                  cannot use its CPU's row
+    row 1 + cpu   of that CPU alone: counted in without a lock, by threads that run there
+                  and start again when they are moved away (restartable sequences), or
+                  with one where the C library registers none
+
+A cell has one address, its address in row 0; the cell of a CPU lies ``(1 + cpu) <<
+row_shift`` bytes behind it. So the cells of different sites lie close together, CPUs
+share no cache line, and memory is used only where a CPU has counted: 8 bytes a cell and
+CPU, in whole pages. A count is the sum over all rows. In row 0, bit 63 of a slot's count
+says that the slot is taken; it is no part of the count.
 
 The header and the journal are all that is needed to put the program's text
 back: an entry is complete before ``n_entries`` counts it, and ``n_entries``
@@ -25,7 +39,7 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-from optpoline.model import Addr
+from optpoline.model import Addr, CounterRows, RseqAbi
 
 __all__ = [
     "ARENA_NAME",
@@ -49,15 +63,20 @@ ARENA_PATH = f"/memfd:{ARENA_NAME} (deleted)"
 """How its mappings and descriptors are named in /proc."""
 
 MAGIC = b"OPTPOLIN"
-VERSION = 2
+VERSION = 3
 HEADER_SIZE = 4096
 ENTRY_SIZE = 32
 
 BLOCK_ENTRY_SIZE = 40
 
-_HEADER = struct.Struct("<8sIIQQQQQQQQQQ")
+MIN_ROW_SHIFT, MAX_ROW_SHIFT = 12, 40
+"""A row is whole pages; more than a TiB of them is damage."""
+
+_HEADER = struct.Struct("<8sIIQQQQQQQQQQIIiII4x")
 _ENTRY = struct.Struct("<QBB6x16s")
-_BLOCK = struct.Struct("<QIIQ8sBB6x")
+_BLOCK = struct.Struct("<QIIQ8sBB2xI")
+_HAS_RSEQ = 1
+"""In the header's flags: blocks use the program's restartable sequences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +94,9 @@ class ArenaHeader:
             it has let go of what it left here. The u64 at ``CONTROLLER_START_OFF``.
         target_pid: For whom it was made; a forked child finds its parent's pid.
         n_entries: Journal entries that are complete; the u64 at ``N_ENTRIES_OFF``.
+        row_shift: Binary logarithm of the bytes of a counter row.
+        n_cpus: CPUs that have a row.
+        rseq: Where blocks find a thread's ``struct rseq``; None where they use none.
         n_blocks: Entries of the block table that were ever used; the u64 at ``N_BLOCKS_OFF``.
         version: Format version.
     """
@@ -88,12 +110,24 @@ class ArenaHeader:
     controller_start: int
     target_pid: int
     n_entries: int
+    row_shift: int
+    n_cpus: int
+    rseq: RseqAbi | None = None
     n_blocks: int = 0
     version: int = VERSION
 
     CONTROLLER_START_OFF = 8 + 8 + 6 * 8
     N_ENTRIES_OFF = 8 + 8 + 8 * 8
     N_BLOCKS_OFF = 8 + 8 + 9 * 8
+
+    def rows_at(self, start: Addr) -> CounterRows:
+        """Return the counter rows of the arena that is mapped at ``start``."""
+        return CounterRows(
+            shared_addr=Addr(start + self.counter_off),
+            row_shift=self.row_shift,
+            n_cpus=self.n_cpus,
+            rseq=self.rseq,
+        )
 
     def pack(self) -> bytes:
         """Return the header's bytes."""
@@ -111,14 +145,19 @@ class ArenaHeader:
             self.target_pid,
             self.n_entries,
             self.n_blocks,
+            self.row_shift,
+            self.n_cpus,
+            self.rseq.offset if self.rseq is not None else 0,
+            self.rseq.signature if self.rseq is not None else 0,
+            _HAS_RSEQ if self.rseq is not None else 0,
         )
 
     @classmethod
     def unpack(cls, data: bytes) -> ArenaHeader | None:
         """Return the header in ``data``, or None if it is none of this version.
 
-        A header whose parts do not lie in order, or whose journal would not end
-        before the code, is damaged and is none either.
+        A header whose parts do not lie in order, whose journal would not end before the
+        code, or whose counters are not whole rows, is damaged and is none either.
         """
         if len(data) < _HEADER.size:
             return None
@@ -126,13 +165,19 @@ class ArenaHeader:
         if magic != MAGIC or version != VERSION or header_size != HEADER_SIZE:
             return None
         size, block_off, code_off, literal_off, counter_off, *others = numbers
-        pid, start, target, n_entries, n_blocks = others
+        pid, start, target, n_entries, n_blocks, *counting = others
+        row_shift, n_cpus, rseq_offset, signature, flags = counting
         if not HEADER_SIZE <= block_off <= code_off <= literal_off <= counter_off <= size:
             return None
         if n_entries > (block_off - HEADER_SIZE) // ENTRY_SIZE:
             return None
         if n_blocks > (code_off - block_off) // BLOCK_ENTRY_SIZE:
             return None
+        if not MIN_ROW_SHIFT <= row_shift <= MAX_ROW_SHIFT:
+            return None
+        if size - counter_off != 1 + n_cpus << row_shift:
+            return None
+        has_rseq = bool(flags & _HAS_RSEQ)
         return cls(
             size=size,
             block_off=block_off,
@@ -144,6 +189,9 @@ class ArenaHeader:
             target_pid=target,
             n_entries=n_entries,
             n_blocks=n_blocks,
+            row_shift=row_shift,
+            n_cpus=n_cpus,
+            rseq=RseqAbi(offset=rseq_offset, signature=signature) if has_rseq else None,
         )
 
 
@@ -213,7 +261,8 @@ class BlockEntry:
 
     Attributes:
         addr: First byte.
-        size: Bytes.
+        size: Bytes, its text and behind that its rseq descriptors.
+        text_size: Bytes of instructions, at its begin; what follows is never executed.
         crc: CRC-32 (zlib) of all its bytes as encoded.
         site_addr: The site it was made for.
         head: Its first 8 bytes as encoded; in memory they may be a redirection.
@@ -223,6 +272,7 @@ class BlockEntry:
 
     addr: Addr
     size: int
+    text_size: int
     crc: int
     site_addr: Addr
     head: bytes
@@ -239,23 +289,31 @@ class BlockEntry:
     @property
     def state_word(self) -> int:
         """The last word of the entry, stored at once to change the state."""
-        return self.kind | self.state << 8
+        return self.kind | self.state << 8 | self.text_size << 32
 
     def pack(self) -> bytes:
         """Return the entry's bytes."""
         return _BLOCK.pack(
-            self.addr, self.size, self.crc, self.site_addr, self.head, self.kind, self.state
+            self.addr,
+            self.size,
+            self.crc,
+            self.site_addr,
+            self.head,
+            self.kind,
+            self.state,
+            self.text_size,
         )
 
     @classmethod
     def unpack(cls, data: bytes) -> BlockEntry | None:
         """Return the entry in ``data`` (``BLOCK_ENTRY_SIZE`` bytes); None if it is free."""
-        addr, size, crc, site_addr, head, kind, state = _BLOCK.unpack(data)
+        addr, size, crc, site_addr, head, kind, state, text_size = _BLOCK.unpack(data)
         if state == BlockState.FREE or kind not in (1, 2) or state not in (1, 2):
             return None
         return cls(
             addr=Addr(addr),
             size=size,
+            text_size=text_size,
             crc=crc,
             site_addr=Addr(site_addr),
             head=head,

@@ -10,8 +10,12 @@ in an array of ``main``. But where a word is tells what it says of the program::
                         there since: proof that threads switch stacks
           sp - 128 ---
     low   [below)       a frame of another stack, or one that a signal left long ago, as every
-                        signal does: a suspicion
+                        signal does. Who is to come back to the first has its stack pointer,
+                        below that frame, saved somewhere: if any word elsewhere points there,
+                        it is a suspicion, else nothing
     elsewhere           proof
+
+(A stack pointer that was mangled, as by ``setjmp``, is not found: limits.md.)
 
 While the program stands, what was scanned in the same stop need not be read again.
 """
@@ -33,6 +37,10 @@ __all__ = ["Found", "cut_out", "search_memory"]
 Range = tuple[int, int]
 
 _CHUNK_SIZE = 4 << 20
+
+HANDLER_REACH = 16 << 10
+"""Bytes below a saved PC in which the frames of the handler are looked for that switched stacks.
+A handler that does so is a scheduler's: a few hundred bytes deep, and its frame of 1 to 3 KiB."""
 _PAGE_SIZE = 4096
 
 
@@ -75,6 +83,7 @@ def search_memory(
     Returns:
         What was found, or None if there is more memory than ``max_size``.
     """
+    memory = tuple(memory)
     stacks = [stack for scan in scans for stack in scan.stacks]
     scanned = _union((stack.first, stack.end) for stack in stacks)
     todo: list[Range] = []
@@ -88,20 +97,35 @@ def search_memory(
     below = _union([*((stack.start, stack.first) for stack in stacks), *dead])
     proof: set[int] = set()
     unclear: set[int] = set()
+    left: list[int] = []
     known: set[int] = set()
     for at, word in _find_words(read, todo, ranges):
-        if _is_in(at, scanned):
+        if ranges.is_data(word):
+            known.add(word)  # what a forked child keeps of another thread's rseq_cs: no saved PC
+        elif _is_in(at, scanned):
             over = [scan for scan in scans if any(one.first <= at < one.end for one in scan.stacks)]
             (known if any(word in scan.held for scan in over) else proof).add(word)
         elif _is_in(at, below):
             unclear.add(word)
+            left.append(at)
         else:
             proof.add(word)
+    if left and not _is_any_saved(read, memory, below, left):
+        unclear.clear()
     return Found(
         addrs=frozenset(proof | unclear | known),
         is_proof=bool(proof),
         is_suspicious=bool(unclear),
     )
+
+
+def _is_any_saved(
+    read: ReadMemory, memory: Iterable[Range], below: Sequence[Range], left: Iterable[int]
+) -> bool:
+    """Tell whether a stack pointer is saved that frames left below a thread's may be for."""
+    handlers = AddressRanges((at - HANDLER_REACH, at) for at in left)
+    parts = [part for one in memory for part in cut_out(one, below)]
+    return any(True for _ in _find_words(read, parts, handlers))
 
 
 def _find_words(

@@ -48,7 +48,9 @@ def is_within_reach(one_addr: int, other_addr: int) -> bool:
     return abs(one_addr - other_addr) < REACH_SIZE
 
 
-def choose_arena_addr(maps: Sequence[Mapping], start: int, end: int, size: int) -> Addr | None:
+def choose_arena_addr(
+    maps: Sequence[Mapping], start: int, end: int, size: int, near_size: int | None = None
+) -> Addr | None:
     """Return an address for an arena of ``size`` bytes, or None if there is no room.
 
     Args:
@@ -56,9 +58,11 @@ def choose_arena_addr(maps: Sequence[Mapping], start: int, end: int, size: int) 
         start: First address the arena must reach.
         end: Address after the last it must reach.
         size: Bytes, a multiple of the page size.
+        near_size: How many of them, from the first on, must be within reach; None for all.
     """
+    near_size = size if near_size is None else near_size
     lowest = max(MIN_ADDR, end - REACH_SIZE)
-    highest = start + REACH_SIZE - size
+    highest = start + REACH_SIZE - near_size
     below: list[int] = []
     above: list[int] = []
     for gap_start, gap_end in _gaps(maps):

@@ -18,14 +18,18 @@ class AddressRanges:
 
     Args:
         ranges: (first, after the last) of each; they may overlap, and be empty.
+        data: The parts of them that are never executed; likewise.
 
     >>> ranges = AddressRanges([(0x10, 0x20), (0x40, 0x50)])
     >>> 0x10 in ranges, 0x20 in ranges, 0x4F in ranges
     (True, False, True)
     """
 
-    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+    def __init__(
+        self, ranges: Iterable[tuple[int, int]], data: Iterable[tuple[int, int]] = ()
+    ) -> None:
         """Sort the ranges and join those that touch."""
+        self._data = tuple(sorted(one for one in data if one[0] < one[1]))
         starts: list[int] = []
         ends: list[int] = []
         for start, end in sorted(one for one in ranges if one[0] < one[1]):
@@ -44,6 +48,10 @@ class AddressRanges:
     def __contains__(self, addr: int) -> bool:
         """Tell whether an address is in one of them."""
         return bool(self.pointing_into(np.array([addr], dtype=np.uint64)).size)
+
+    def is_data(self, addr: int) -> bool:
+        """Tell whether no PC can be at an address: it is in data, not in code."""
+        return any(start <= addr < end for start, end in self._data)
 
     def pointing_into(self, words: Words) -> Words:
         """Return those of ``words`` that are addresses in a range."""

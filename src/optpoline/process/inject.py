@@ -53,6 +53,7 @@ from optpoline.process.memory import RemoteMemory, store_data
 from optpoline.process.own_stack import is_own_stack
 from optpoline.process.procfs import read_maps, read_state_char, read_status
 from optpoline.process.ptrace import StopCode, Tracer
+from optpoline.process.rseq import RSEQ_CS_OFF
 from optpoline.x86.registers import USER_CODE_SELECTOR, Registers
 from optpoline.x86.signal_frame import encode_signal_frame
 from optpoline.x86.syscalls import (
@@ -75,7 +76,6 @@ __all__ = [
 _ALL_SIGNALS = (1 << 64) - 1
 _SEARCH_CHUNK_SIZE = 1 << 20
 _MAX_SEARCH_SIZE = 1 << 28  # libc is searched first; this bounds a target without one
-_RSEQ_CS_OFF = 8  # struct rseq, include/uapi/linux/rseq.h
 _RSEQ_DESCRIPTOR = struct.Struct("<IIQQQ")
 _FIRST_POLL_S = 10e-6
 _MAX_POLL_S = 200e-6
@@ -381,11 +381,11 @@ def _is_in_rseq(tracer: Tracer, memory: RemoteMemory, tid: int, pc: int) -> bool
     Running anything else there makes the kernel forget the sequence, and the
     thread would go on in it unprotected.
     """
-    area = tracer.find_rseq_area(tid)
+    area, _ = tracer.read_rseq_area(tid)
     if not area:
         return False
     try:
-        (descriptor_addr,) = struct.unpack("<Q", memory.read(area + _RSEQ_CS_OFF, 8))
+        (descriptor_addr,) = struct.unpack("<Q", memory.read(area + RSEQ_CS_OFF, 8))
         if not descriptor_addr:
             return False
         data = memory.read(descriptor_addr, _RSEQ_DESCRIPTOR.size)

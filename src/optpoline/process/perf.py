@@ -2,7 +2,8 @@
 """Sample where the threads of a process spend their time, without ptrace.
 
 A software clock event per thread (see ``perf_event``) is switched on for a
-window and notes the user program counter once per millisecond of CPU time.
+window and notes the user program counter once per millisecond of CPU time, and
+the first words of the stack with it where the caller wants them.
 
 One event and one ring per thread, on whatever CPU it runs. Events that new
 threads inherit would need one per thread and CPU; one event per CPU would need
@@ -53,7 +54,7 @@ from optpoline.errors import (
     UsageError,
 )
 from optpoline.model import Addr
-from optpoline.process.perf_event import ThreadClock
+from optpoline.process.perf_event import MAX_STACK_WORDS, ThreadClock
 from optpoline.process.procfs import list_tids
 
 __all__ = ["MAX_FREQUENCY_HZ", "MAX_THREADS", "PcSample", "PcSampler", "share_within"]
@@ -77,11 +78,13 @@ class PcSample:
         tid: The thread.
         pc: The instruction it was about to execute.
         count: How often it was met there in the window.
+        stack: The words on its stack, from the stack pointer up; none if not asked for.
     """
 
     tid: int
     pc: Addr
     count: int = 1
+    stack: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that it was met at all."""
@@ -120,19 +123,26 @@ class PcSampler:
         pid: The process.
         frequency_hz: Samples per second of CPU time of each thread, 1 to
             ``MAX_FREQUENCY_HZ``; fewer where the kernel's limit is low.
+        n_stack_words: Words of the stack that each sample shall have, up to
+            ``MAX_STACK_WORDS``.
 
     Raises:
         ProcessGone: if the process does not exist.
-        UsageError: if the frequency is out of range.
+        UsageError: if the frequency or the number of words is out of range.
     """
 
-    def __init__(self, pid: int, *, frequency_hz: int = _DEFAULT_FREQUENCY_HZ) -> None:
+    def __init__(
+        self, pid: int, *, frequency_hz: int = _DEFAULT_FREQUENCY_HZ, n_stack_words: int = 0
+    ) -> None:
         """Remember which process it is; clocks are opened by the first window."""
         if not 1 <= frequency_hz <= MAX_FREQUENCY_HZ:
             raise UsageError(
                 f"a sampling frequency of {frequency_hz} Hz is not from 1 to {MAX_FREQUENCY_HZ}"
             )
+        if not 0 <= n_stack_words <= MAX_STACK_WORDS:
+            raise UsageError(f"{n_stack_words} words of stack are not from 0 to {MAX_STACK_WORDS}")
         self.pid = pid
+        self._n_stack_words = n_stack_words
         self._frequency_hz = max(1, min(frequency_hz, _read_max_sample_rate() // _RATE_MARGIN))
         self._clocks: dict[int, ThreadClock] = {}
         self._cpu_ticks: dict[int, int] = {}
@@ -186,6 +196,14 @@ class PcSampler:
             self._poll.unregister(fd)
             os.close(fd)
 
+    def open(self) -> None:
+        """Open the clocks, to see whether they are to be had; else the first window does.
+
+        Raises:
+            ProcessGone, PermissionDenied, UnsupportedTarget, OptpolineError: as ``sample``.
+        """
+        self._refresh()
+
     def sample(self, seconds: float) -> tuple[PcSample, ...]:
         """Watch for a while and return where the threads were met, most often first.
 
@@ -205,7 +223,7 @@ class PcSampler:
         if self._pidfd < 0 or not seconds > 0:
             raise UsageError("a sampler needs a window longer than 0 s and not to be closed")
         self._refresh()
-        counts: Counter[tuple[int, int]] = Counter()
+        counts: Counter[tuple[int, ...]] = Counter()
         try:
             for clock in self._clocks.values():
                 clock.drain()  # what a window that was broken off has left
@@ -217,15 +235,16 @@ class PcSampler:
         for clock in self._clocks.values():
             self._take(clock, counts)
         return tuple(
-            PcSample(tid=tid, pc=Addr(pc), count=count) for (tid, pc), count in counts.most_common()
+            PcSample(tid=key[0], pc=Addr(key[1]), stack=key[2:], count=count)
+            for key, count in counts.most_common()
         )
 
-    def _collect(self, deadline: float, counts: Counter[tuple[int, int]]) -> None:
+    def _collect(self, deadline: float, counts: Counter[tuple[int, ...]]) -> None:
         """Empty rings that are half full, until the deadline or the end of the process."""
         while (left_s := deadline - time.monotonic()) > 0:
             self._serve(left_s, counts)
 
-    def _serve(self, timeout_s: float, counts: Counter[tuple[int, int]]) -> None:
+    def _serve(self, timeout_s: float, counts: Counter[tuple[int, ...]]) -> None:
         """Wait until a ring is half full or something has exited, and see to it."""
         for fd, events in self._poll.poll(timeout_s * 1000):
             if fd == self._pidfd:
@@ -235,7 +254,7 @@ class PcSampler:
             if events & ~select.POLLIN:
                 self._drop(clock.tid)  # its number may soon be another thread's
 
-    def _take(self, clock: ThreadClock, counts: Counter[tuple[int, int]]) -> None:
+    def _take(self, clock: ThreadClock, counts: Counter[tuple[int, ...]]) -> None:
         """Move a clock's samples to the counts."""
         records = clock.drain()
         counts.update(records.samples)
@@ -256,7 +275,11 @@ class PcSampler:
         n_exited = 0
         for tid in sorted(chosen - self._clocks.keys()):
             try:
-                clock = ThreadClock(tid, period_ns=_NS_PER_S // self._frequency_hz)
+                clock = ThreadClock(
+                    tid,
+                    period_ns=_NS_PER_S // self._frequency_hz,
+                    n_stack_words=self._n_stack_words,
+                )
             except ProcessGone:
                 n_exited += 1
                 continue

@@ -4,7 +4,8 @@
 A thin layer over perf_event_open(2), for one use: a software clock that ticks
 while a thread runs and notes where it is in user code. The kernel's timer does
 the work, so it needs no performance counter and runs on virtual machines. The
-thread is not stopped and cannot tell.
+thread is not stopped and cannot tell. With each place come, if wanted, the first
+words of its stack: what is called from where says more than the place alone.
 
 The ring as mapped, in pages (struct perf_event_mmap_page)::
 
@@ -32,7 +33,7 @@ from pathlib import Path
 
 from optpoline.errors import OptpolineError, PermissionDenied, ProcessGone, UnsupportedTarget
 
-__all__ = ["RECORD_SIZE", "RingRecords", "SampleRing", "ThreadClock"]
+__all__ = ["MAX_STACK_WORDS", "RECORD_SIZE", "RingRecords", "SampleRing", "ThreadClock"]
 
 _SYS_PERF_EVENT_OPEN = 298  # arch/x86/entry/syscalls/syscall_64.tbl
 _PERF_FLAG_FD_CLOEXEC = 1 << 3
@@ -43,6 +44,9 @@ _PERF_TYPE_SOFTWARE = 1
 _PERF_COUNT_SW_TASK_CLOCK = 1
 _PERF_SAMPLE_IP = 1 << 0
 _PERF_SAMPLE_TID = 1 << 1
+_PERF_SAMPLE_REGS_USER = 1 << 12
+_PERF_SAMPLE_STACK_USER = 1 << 13
+_PERF_REG_X86_SP = 7  # arch/x86/include/uapi/asm/perf_regs.h
 # Bits of the flag word of struct perf_event_attr.
 _ATTR_DISABLED = 1 << 0
 _ATTR_EXCLUDE_KERNEL = 1 << 5
@@ -51,6 +55,10 @@ _ATTR_WATERMARK = 1 << 14
 # type, size, config, sample_period, sample_type, read_format, flags, wakeup_watermark,
 # bp_type, config1: the first 64 bytes, PERF_ATTR_SIZE_VER0, which every kernel knows.
 _ATTR = struct.Struct("=IIQQQQQIIQ")
+# config2, branch_sample_type, sample_regs_user, sample_stack_user, clockid: up to 96 bytes,
+# PERF_ATTR_SIZE_VER3 of Linux 3.7 (4018994f3d87, "perf: Add ability to attach user stack dump
+# to sample"; 3.4 had 72 bytes).
+_ATTR_STACK = struct.Struct("=QQQIi")
 
 # Places in struct perf_event_mmap_page, as indices of 8-byte words.
 _DATA_HEAD = 1024 // 8
@@ -62,9 +70,16 @@ _PERF_RECORD_MISC_CPUMODE_MASK = 7
 _PERF_RECORD_MISC_USER = 2
 _HEADER = struct.Struct("=IHH")  # type, misc, size
 _SAMPLE = struct.Struct("=QII")  # ip, pid, tid
+# Behind it, with a stack: abi and, unless that is 0, the stack pointer; then the size asked
+# for, so many bytes, and how many of them are the stack's.
+_ABI = _SIZE = struct.Struct("=Q")
+_WORD_SIZE = 8
 _LOST = struct.Struct("=QQ")  # id, lost
 RECORD_SIZE = _HEADER.size + _SAMPLE.size
-"""Bytes that a sample takes in the ring."""
+"""Bytes that a sample without a stack takes in the ring."""
+
+MAX_STACK_WORDS = 64
+"""Words of stack that a sample can have: with them it takes 560 bytes of the ring."""
 
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -75,11 +90,12 @@ class RingRecords:
     """What was taken out of a ring.
 
     Attributes:
-        samples: Thread id and user program counter of each sample, oldest first.
+        samples: Thread id and user program counter of each sample, oldest first; then the
+            words of its stack, lowest address first, as many as were wanted and are there.
         n_lost: Samples that the kernel says it dropped because the ring was full.
     """
 
-    samples: tuple[tuple[int, int], ...]
+    samples: tuple[tuple[int, ...], ...]
     n_lost: int
 
 
@@ -137,7 +153,8 @@ class SampleRing:
 
 def _decode_records(records: bytes) -> RingRecords:
     """Pick the user samples and the losses out of whole records."""
-    samples, n_lost, off = [], 0, 0
+    samples: list[tuple[int, ...]] = []
+    n_lost = off = 0
     try:
         while off < len(records):
             kind, misc, size = _HEADER.unpack_from(records, off)
@@ -148,13 +165,30 @@ def _decode_records(records: bytes) -> RingRecords:
                 # Not all that is outside the kernel is the program: a guest's PC is not.
                 if misc & _PERF_RECORD_MISC_CPUMODE_MASK == _PERF_RECORD_MISC_USER:
                     pc, _, tid = _SAMPLE.unpack_from(records, body)
-                    samples.append((tid, pc))
+                    stack = _decode_stack(records, body + _SAMPLE.size, off + size)
+                    samples.append((tid, pc, *stack))
             elif kind == _PERF_RECORD_LOST:
                 n_lost += _LOST.unpack_from(records, body)[1]
             off += size
     except struct.error as error:
         raise OptpolineError("a perf ring ends in the middle of a record") from error
     return RingRecords(samples=tuple(samples), n_lost=n_lost)
+
+
+def _decode_stack(records: bytes, off: int, end: int) -> tuple[int, ...]:
+    """Return the words of the stack that a sample carries, none if it carries none."""
+    if off == end:
+        return ()
+    (abi,) = _ABI.unpack_from(records, off)
+    off += _ABI.size + (_WORD_SIZE if abi else 0)
+    (size,) = _SIZE.unpack_from(records, off)
+    off += _SIZE.size
+    if not size:
+        return ()
+    if off + size + _SIZE.size != end:
+        raise OptpolineError(f"a perf ring holds a stack of {size} bytes in too short a record")
+    (n_valid,) = _SIZE.unpack_from(records, off + size)
+    return struct.unpack_from(f"={min(n_valid, size) // _WORD_SIZE}Q", records, off)
 
 
 class ThreadClock:
@@ -168,6 +202,8 @@ class ThreadClock:
         tid: The thread.
         period_ns: CPU time from one sample to the next.
         n_pages: Size of the ring's data, a power of two.
+        n_stack_words: Words of the stack that come with each sample, at most
+            ``MAX_STACK_WORDS``.
 
     Raises:
         ProcessGone: if the thread does not exist or has exited.
@@ -176,10 +212,13 @@ class ThreadClock:
         OptpolineError: if descriptors or lockable memory have run out.
     """
 
-    def __init__(self, tid: int, *, period_ns: int, n_pages: int = 1) -> None:
+    def __init__(
+        self, tid: int, *, period_ns: int, n_pages: int = 1, n_stack_words: int = 0
+    ) -> None:
         """Open the event and map its ring."""
         self.tid = tid
-        self._fd = _open_event(tid, period_ns, wakeup_size=n_pages * mmap.PAGESIZE // 2)
+        wakeup_size = n_pages * mmap.PAGESIZE // 2
+        self._fd = _open_event(tid, _attr(period_ns, wakeup_size, n_stack_words))
         try:
             self._map = mmap.mmap(self._fd, (1 + n_pages) * mmap.PAGESIZE)
         except OSError as error:
@@ -223,20 +262,30 @@ class ThreadClock:
                 ) from error
 
 
-def _open_event(tid: int, period_ns: int, wakeup_size: int) -> int:
-    """Return the descriptor of a disabled task clock that samples one thread."""
-    attr = _ATTR.pack(
+def _attr(period_ns: int, wakeup_size: int, n_stack_words: int) -> bytes:
+    """Return the struct perf_event_attr of a disabled task clock."""
+    stack = b""
+    fields = _PERF_SAMPLE_IP | _PERF_SAMPLE_TID
+    if n_stack_words:
+        fields |= _PERF_SAMPLE_REGS_USER | _PERF_SAMPLE_STACK_USER
+        stack = _ATTR_STACK.pack(0, 0, 1 << _PERF_REG_X86_SP, n_stack_words * _WORD_SIZE, 0)
+    head = _ATTR.pack(
         _PERF_TYPE_SOFTWARE,
-        _ATTR.size,
+        _ATTR.size + len(stack),
         _PERF_COUNT_SW_TASK_CLOCK,
         period_ns,
-        _PERF_SAMPLE_IP | _PERF_SAMPLE_TID,
+        fields,
         0,
         _ATTR_DISABLED | _ATTR_EXCLUDE_KERNEL | _ATTR_EXCLUDE_HV | _ATTR_WATERMARK,
         wakeup_size,
         0,
         0,
     )
+    return head + stack
+
+
+def _open_event(tid: int, attr: bytes) -> int:
+    """Return the descriptor of an event that samples one thread."""
     any_cpu = no_group = ctypes.c_long(-1)
     fd = int(
         _libc.syscall(

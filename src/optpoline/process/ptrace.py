@@ -200,8 +200,8 @@ class Tracer:
         value = ctypes.c_uint64(mask)
         self._request(_PTRACE_SETSIGMASK, tid, _SIGSET_SIZE, ctypes.addressof(value))
 
-    def find_rseq_area(self, tid: int) -> int:
-        """Return the address of a stopped thread's struct rseq, 0 where it has none."""
+    def read_rseq_area(self, tid: int) -> tuple[int, int]:
+        """Return where a stopped thread's struct rseq is, and its signature; (0, 0) for none."""
         config = _RseqConfiguration()
         size = ctypes.sizeof(config)
         try:
@@ -209,8 +209,8 @@ class Tracer:
         except ProcessGone:
             raise
         except OptpolineError:
-            return 0  # before Linux 5.13, or built without rseq
-        return int(config.rseq_abi_pointer)
+            return 0, 0  # before Linux 5.13, or built without rseq
+        return int(config.rseq_abi_pointer), int(config.signature)
 
     def poll(self, tid: int) -> StopCode | None:
         """Return why a tracee has stopped, or None while it has not.

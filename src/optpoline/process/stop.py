@@ -26,10 +26,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
-from optpoline.errors import OptpolineError
+from optpoline.errors import OptpolineError, ProcessGone
 from optpoline.model import Addr
 from optpoline.process.inject import InjectionCode, find_injection_code
 from optpoline.process.memory import RemoteMemory
+from optpoline.process.ptrace import Tracer
+from optpoline.process.rseq import RseqRegistration
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stopper import Stopper
 from optpoline.process.tracer_thread import TracerThread
@@ -114,6 +116,28 @@ class Stop:
     def sleepers(self) -> tuple[tuple[int, int], ...]:
         """The same with their processes: (pid, tid), those that share the memory included."""
         return tuple(sorted((pid, tid) for tid, pid in self._stopper.asleep.items()))
+
+    def read_rseq_registrations(self) -> tuple[RseqRegistration, ...]:
+        """Return what each thread that stands has told the kernel about rseq."""
+        return self._thread.call(self._read_rseq_registrations)
+
+    def _read_rseq_registrations(self, tracer: Tracer) -> tuple[RseqRegistration, ...]:
+        """Ask for all; on the tracer thread."""
+        registrations: list[RseqRegistration] = []
+        for tracee in self._stopper.tracees.values():
+            try:
+                area_addr, signature = tracer.read_rseq_area(tracee.tid)
+            except ProcessGone:
+                continue  # killed meanwhile
+            registrations.append(
+                RseqRegistration(
+                    tid=tracee.tid,
+                    thread_pointer=tracee.regs.fs_base,
+                    area_addr=area_addr,
+                    signature=signature,
+                )
+            )
+        return tuple(registrations)
 
     def sweep(self) -> None:
         """Stop threads that have woken since.

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CostModel"]
+__all__ = ["CPU_HZ", "CostModel"]
+
+CPU_HZ = 3.0e9
+"""Cycles a second of the cores that the numbers are for, to turn rates into shares of a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class CostModel:
     mispredict_cycles: float = 16.0
     mispredict_ratio: float = 0.05
     min_gain_cycles: float = 0.005
-    cpu_hz: float = 3.0e9
+    cpu_hz: float = CPU_HZ
     min_cpu_ratio: float = 0.00001
     max_targets: int = 128
 

@@ -1,23 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From counts to decisions: what a site's block should be after a window.
+"""From counts to decisions: the interface of policies, and what is kept between decisions.
 
 A policy is a pure function of counts; it knows no clock, no block and no
 address of ours, so that policies can be replayed against recorded counts and
-compared. ``CostPolicy`` is the default: it promotes where the cost model says
-cycles are saved, and changes its mind only where that saves clearly more.
+compared. Whoever asks one (the controller, the simulator) keeps a
+``SiteHistory`` for each site::
+
+    view = history.view(window, window_s=..., now_s=...)
+    decision = policy.decide(view)
+    history = history.after(decision, now_s)
+
+The policies themselves are in ``promote/policies/``; ``policy_named`` there
+makes one from its name and settings.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
-from optpoline.learn.counting import SiteCounts, blend
-from optpoline.promote.cost import CostModel
-from optpoline.promote.tree import PlannedTree, plan_tree, tree_cost
+from optpoline.learn.counting import SiteCounts
+from optpoline.model import SiteKind
+from optpoline.promote.schedule import WatchSchedule
+from optpoline.promote.tree import PlannedTree
 
-__all__ = ["Action", "CostPolicy", "Decision", "Policy"]
+__all__ = ["Action", "Decision", "Policy", "SiteHistory", "SiteView", "WatchSchedule"]
+
+CALM_S = 2.0
+"""A site whose tree was found fit for so long, without a break, has lived down one of
+its changes. Phases longer than this are followed for ever, shorter ones ever more rarely."""
 
 
 class Action(Enum):
@@ -26,7 +38,9 @@ class Action(Enum):
     PROMOTE = "promote"
     """Build a block from the plan: the first one, or a better one."""
     CONFIRM = "confirm"
-    """A better plan exists by a narrow margin: look again soon."""
+    """A better plan exists by a narrow margin: look again at once."""
+    HOLD = "hold"
+    """A better plan exists, but the site has changed too often lately: leave it for now."""
     KEEP = "keep"
     """Leave it as it is."""
     DEMOTE = "demote"
@@ -40,108 +54,136 @@ class Decision:
     Attributes:
         action: What to do.
         plan: The tree it is about, where there is one.
-        profile: What is known of the site's targets by now, the window included.
+        profile: What the policy keeps of the site's counts, handed back to it next
+            time; a blend of windows or a sum, as it likes.
+        hold_s: How long nothing would be changed anyway; no window is wanted before.
     """
 
     action: Action
     plan: PlannedTree | None = None
     profile: SiteCounts | None = None
-
-
-class Policy(Protocol):
-    """When to promote, re-promote and demote."""
-
-    def decide_first(self, counts: SiteCounts, window_s: float) -> Decision:
-        """Decide about a site that leads to its thunk (PROMOTE or KEEP)."""
-
-    def decide_again(
-        self,
-        current: PlannedTree,
-        profile: SiteCounts | None,
-        window: SiteCounts,
-        n_confirmed: int,
-    ) -> Decision:
-        """Decide about a promoted site.
-
-        Args:
-            current: The tree it has.
-            profile: What was known before, or None.
-            window: What the last window counted.
-            n_confirmed: CONFIRMs before, in a row.
-        """
-
-    def is_surprising(self, current: PlannedTree, window: SiteCounts) -> bool:
-        """Tell whether a window alone shows that the tree is wrong."""
+    hold_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostPolicy:
-    """Promote what saves cycles; change what saves clearly more, twice in a row.
+class SiteView:
+    """All that a policy is told about a site.
 
     Attributes:
-        model: Cycles of everything.
-        min_count: Branches below which a window says nothing about weights:
-            shares are then known to about one part in sixteen (1/sqrt(n)).
-        clear_gain_cycles: Cost per branch of unguarded targets that makes a window
-            surprising and is acted on at once; a flipped target costs a whole
-            retpoline, far above it.
-        narrow_gain_cycles: Gain per branch below which nothing is done.
-        narrow_gain_ratio: The same as a share of the present cost; hysteresis
-            against trees that differ only in the noise of the window.
-        n_confirmations: Windows in a row that must agree on a narrow gain.
-        calm_ratio: Weight of a window in the profile. Programs have phases far
-            shorter than the time between windows (an interpreter's inner loops):
-            one window of 20 ms is a poor picture of what comes next.
-        surprised_ratio: The same for a window that shows unguarded targets; the
-            old ones keep some weight, so that phases in turn settle on both.
+        current: The tree it has, None if it leads to its thunk.
+        profile: What the last decision kept, or None.
+        window: What the last window counted, over all CPUs.
+        window_s: How long that window was, seconds.
+        n_confirmed: CONFIRMs before, in a row.
+        n_changes: Re-promotions that the site has not lived down yet.
+        since_change_s: Seconds since it was promoted, first or anew.
+        kind: What the site's instruction does.
+        hotter_ratio: Share of all branches of the program that hotter sites take, 0..1.
     """
 
-    model: CostModel = field(default_factory=CostModel)
-    min_count: int = 256
-    clear_gain_cycles: float = 3.0
-    narrow_gain_cycles: float = 0.3
-    narrow_gain_ratio: float = 0.1
-    n_confirmations: int = 2
-    calm_ratio: float = 0.2
-    surprised_ratio: float = 0.5
+    current: PlannedTree | None
+    profile: SiteCounts | None
+    window: SiteCounts
+    window_s: float
+    n_confirmed: int = 0
+    n_changes: int = 0
+    since_change_s: float = 0.0
+    kind: SiteKind = SiteKind.CALL
+    hotter_ratio: float = 0.0
 
-    def decide_first(self, counts: SiteCounts, window_s: float) -> Decision:
-        """See ``Policy``."""
-        plan = plan_tree(counts.counts, counts.n_unknown, self.model)
-        saved = self.model.retpoline_cycles - plan.cycles
-        rate_hz = counts.total / window_s if window_s > 0 else 0.0
-        if plan.targets and self.model.worthwhile(saved_cycles=saved, rate_hz=rate_hz):
-            return Decision(action=Action.PROMOTE, plan=plan, profile=blend(None, counts, 1.0))
-        return Decision(action=Action.KEEP)
 
-    def is_surprising(self, current: PlannedTree, window: SiteCounts) -> bool:
-        """See ``Policy``: unguarded targets cost more than a clear gain."""
-        if window.total < self.min_count:
-            return False
-        shares = window.shares()
-        guarded = sum(shares.get(target, 0.0) for target in current.targets)
-        return (1.0 - guarded) * self.model.retpoline_cycles >= self.clear_gain_cycles
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteHistory:
+    """What is kept of a site between decisions.
 
-    def decide_again(
+    Attributes:
+        current: The tree it has, None if it leads to its thunk.
+        profile: What the last decision kept.
+        n_confirmed: CONFIRMs in a row.
+        n_changes: Re-promotions not lived down.
+        changed_s: When it was promoted, first or anew; the caller's clock.
+        calm_since_s: Since when its tree has been found fit, or one change was lived down.
+    """
+
+    current: PlannedTree | None = None
+    profile: SiteCounts | None = None
+    n_confirmed: int = 0
+    n_changes: int = 0
+    changed_s: float = 0.0
+    calm_since_s: float = 0.0
+
+    def view(
         self,
-        current: PlannedTree,
-        profile: SiteCounts | None,
         window: SiteCounts,
-        n_confirmed: int,
-    ) -> Decision:
-        """See ``Policy``."""
-        if window.total < self.min_count:
-            return Decision(action=Action.KEEP, profile=profile)
-        is_surprised = self.is_surprising(current, window)
-        ratio = self.surprised_ratio if is_surprised else self.calm_ratio
-        known = blend(profile, window, ratio)
-        now_cycles = tree_cost(current.tree, known.shares(), self.model)
-        best = plan_tree(known.counts, known.n_unknown, self.model)
-        if min(now_cycles, best.cycles) >= self.model.retpoline_cycles:
-            return Decision(action=Action.DEMOTE, profile=known)
-        gain = now_cycles - best.cycles
-        if gain < max(self.narrow_gain_cycles, self.narrow_gain_ratio * now_cycles):
-            return Decision(action=Action.KEEP, profile=known)
-        if is_surprised or n_confirmed + 1 >= self.n_confirmations:
-            return Decision(action=Action.PROMOTE, plan=best, profile=known)
-        return Decision(action=Action.CONFIRM, plan=best, profile=known)
+        *,
+        window_s: float,
+        now_s: float,
+        kind: SiteKind = SiteKind.CALL,
+        hotter_ratio: float = 0.0,
+    ) -> SiteView:
+        """Return what a policy is told about the site after a window."""
+        return SiteView(
+            current=self.current,
+            profile=self.profile,
+            window=window,
+            window_s=window_s,
+            n_confirmed=self.n_confirmed,
+            n_changes=self.n_changes,
+            since_change_s=max(0.0, now_s - self.changed_s),
+            kind=kind,
+            hotter_ratio=hotter_ratio,
+        )
+
+    def after(self, decision: Decision, now_s: float) -> SiteHistory:
+        """Return the history once a decision was carried out.
+
+        Who cannot carry out a promotion (no room) keeps its history with the new profile.
+        """
+        kept = replace(self, profile=decision.profile, n_confirmed=0)
+        match decision.action:
+            case Action.PROMOTE if decision.plan is not None:
+                return SiteHistory(
+                    current=decision.plan,
+                    profile=decision.profile,
+                    n_changes=self.n_changes + (self.current is not None),
+                    changed_s=now_s,
+                    calm_since_s=now_s,
+                )
+            case Action.CONFIRM:
+                return replace(kept, n_confirmed=self.n_confirmed + 1, calm_since_s=now_s)
+            case Action.HOLD:
+                return replace(kept, calm_since_s=now_s)
+            case Action.DEMOTE:
+                return SiteHistory(n_changes=self.n_changes, changed_s=now_s, calm_since_s=now_s)
+            case _:
+                n_lived_down = int((now_s - self.calm_since_s) / CALM_S)
+                return replace(
+                    kept,
+                    n_changes=max(0, self.n_changes - n_lived_down),
+                    calm_since_s=self.calm_since_s + n_lived_down * CALM_S,
+                )
+
+
+class Policy(Protocol):
+    """When to promote, re-promote and demote; implemented in ``promote/policies/``."""
+
+    @property
+    def name(self) -> str:
+        """What it is called on the command line."""
+
+    @property
+    def schedule(self) -> WatchSchedule:
+        """When it wants to be shown windows, and how long they are."""
+
+    def decide(self, view: SiteView) -> Decision:
+        """Decide about a site after a window.
+
+        A site without a tree is promoted or kept; only one that has a tree is
+        confirmed, held or demoted.
+        """
+
+    def is_surprising(self, view: SiteView) -> bool:
+        """Tell whether the window alone shows that a promoted site's tree is wrong.
+
+        Asked after a part of a window; if so the rest of it is counted at once.
+        """

@@ -32,12 +32,12 @@ with contextlib.suppress(ModuleNotFoundError):
 
 __all__ = ["Arena", "Block", "Site", "decode_site", "find_arenas", "find_block", "read_arena"]
 
-# The format of arenas, version 2, as in optpoline's patch/layout.py.
+# The format of arenas, version 3, as in optpoline's patch/layout.py.
 ARENA_NAME = "/memfd:optpoline"
 MAGIC = b"OPTPOLIN"
-VERSION = 2
-HEADER = "<8sIIQQQQQQQQQQ"
-BLOCK = "<QIIQ8sBB6x"
+VERSION = 3
+HEADER = "<8sIIQQQQQQQQQQIIiII4x"
+BLOCK = "<QIIQ8sBB2xI"
 KINDS = {1: "counting", 2: "promoted"}
 LIVE, RETIRED = 1, 2
 
@@ -115,7 +115,7 @@ def find_block(arena: Arena, pc: int, read: Read) -> Block | None:
     if not arena.code_start <= pc < arena.code_end or not arena.n_blocks:
         return None
     table = read(arena.table, arena.n_blocks * struct.calcsize(BLOCK))
-    for addr, size, _, site_addr, _, kind, state in struct.iter_unpack(BLOCK, table):
+    for addr, size, _, site_addr, _, kind, state, _ in struct.iter_unpack(BLOCK, table):
         if addr <= pc < addr + size and state in (LIVE, RETIRED) and kind in KINDS:
             return Block(addr, size, site_addr, KINDS[kind], state == RETIRED)
     return None

@@ -9,6 +9,9 @@ each unconditional jump, against straight-line speculation.
 
 Layout is found by growing: all internal branches start short, those that do
 not reach become long, until nothing changes. Lengths only grow, so it ends.
+
+Behind the instructions may lie *records*, data that is never executed: padding of
+``int3`` up to their alignment, then each record's words.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ __all__ = [
     "INT3",
     "JMP32_OPCODE",
     "JMP32_SIZE",
+    "RECORD_ALIGNMENT",
     "REGISTER_NUMBERS",
     "Assembler",
+    "BlockCode",
     "Condition",
     "Label",
     "encode_disp32",
@@ -33,9 +38,13 @@ __all__ = [
 ]
 
 DISP32_SIZE = 4
+WORD_SIZE = 8
 JMP32_OPCODE = b"\xe9"
 JMP32_SIZE = 5
 INT3 = 0xCC
+
+RECORD_ALIGNMENT = 32
+"""Of records in bytes: what ``struct rseq_cs`` wants (include/uapi/linux/rseq.h)."""
 
 REGISTER_NUMBERS = {
     name: number
@@ -61,9 +70,26 @@ class Condition(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A place in the block, bound once with ``Assembler.bind``."""
+    """A place in the block, bound once with ``Assembler.bind``, or a record."""
 
     number: int
+
+
+Word = int | Label | tuple[Label, Label]
+"""A u64 of a record: a value, a label's address, or the distance from one to another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCode:
+    """A block's bytes.
+
+    Attributes:
+        code: Instructions, then padding and records if there are any.
+        text_size: Bytes of the instructions.
+    """
+
+    code: bytes
+    text_size: int
 
 
 @dataclass(slots=True)
@@ -71,7 +97,7 @@ class _Bytes:
     """Fixed bytes; ``data_addr`` is what a trailing rip-relative operand points to."""
 
     code: bytes
-    data_addr: int | None = None
+    data_addr: int | Label | None = None
     disp_off: int = 0
 
 
@@ -133,9 +159,24 @@ class Assembler:
         """Start a block at ``addr``."""
         self._addr = addr
         self._items: list[_Bytes | _Branch | _Bind] = []
+        self._records: list[tuple[Label, tuple[Word, ...]]] = []
         self._n_labels = 0
 
-    # --- data instructions
+    # --- instructions without a branch
+
+    def emit(self, code: bytes) -> None:
+        """Add an instruction that is the same wherever it is."""
+        self._items.append(_Bytes(code))
+
+    def emit_relative(self, code: bytes, disp_off: int, data: int | Label) -> None:
+        """Add an instruction with a rip-relative operand.
+
+        Args:
+            code: Its bytes with any displacement.
+            disp_off: Where in them the displacement is.
+            data: The address that the operand means, or the label.
+        """
+        self._items.append(_Bytes(code, data, disp_off))
 
     def cmp_imm32(self, register: str, value: int) -> None:
         """Compare a register with a value that fits a sign-extended imm32."""
@@ -143,11 +184,11 @@ class Assembler:
         imm = value.to_bytes(4, "little", signed=True)
         if number == 0:
             # cmp $imm32, %rax
-            self._items.append(_Bytes(b"\x48\x3d" + imm))
+            self.emit(b"\x48\x3d" + imm)
         else:
             # cmp $imm32, %reg     REX.W+B 81 /7
             rex = 0x48 | number >> 3
-            self._items.append(_Bytes(bytes((rex, 0x81, 0xF8 | number & 7)) + imm))
+            self.emit(bytes((rex, 0x81, 0xF8 | number & 7)) + imm)
 
     def cmp_low32(self, register: str, value: int) -> None:
         """Compare the low half of a register with a value of 32 bits.
@@ -159,44 +200,44 @@ class Assembler:
         imm = value.to_bytes(4, "little")
         # cmp $imm32, %reg32       [REX.B] 81 /7
         rex = b"\x41" if number >> 3 else b""
-        self._items.append(_Bytes(rex + bytes((0x81, 0xF8 | number & 7)) + imm))
+        self.emit(rex + bytes((0x81, 0xF8 | number & 7)) + imm)
 
     def cmp_mem(self, register: str, data_addr: int) -> None:
         """Compare a register with the u64 at ``data_addr``."""
         # cmp disp32(%rip), %reg   REX.W+R 3b /r
-        self._rip_relative(register, 0x3B, data_addr)
+        self.relative(register, 0x3B, data_addr)
 
     def sub_mem(self, register: str, data_addr: int) -> None:
         """Subtract the u64 at ``data_addr`` from a register."""
         # sub disp32(%rip), %reg   REX.W+R 2b /r
-        self._rip_relative(register, 0x2B, data_addr)
+        self.relative(register, 0x2B, data_addr)
 
     def add_mem(self, register: str, data_addr: int) -> None:
         """Add the u64 at ``data_addr`` to a register."""
         # add disp32(%rip), %reg   REX.W+R 03 /r
-        self._rip_relative(register, 0x03, data_addr)
+        self.relative(register, 0x03, data_addr)
 
     def cmp_mem_zero(self, data_addr: int) -> None:
         """Compare the u64 at ``data_addr`` with 0."""
         # cmpq $0, disp32(%rip)    REX.W 83 /7 ib
-        self._items.append(_Bytes(b"\x48\x83\x3d" + bytes(4) + b"\x00", data_addr, 3))
+        self.emit_relative(b"\x48\x83\x3d" + bytes(4) + b"\x00", 3, data_addr)
 
     def mov_to_mem(self, data_addr: int, register: str) -> None:
         """Store a register to the u64 at ``data_addr``."""
         # mov %reg, disp32(%rip)   REX.W+R 89 /r
-        self._rip_relative(register, 0x89, data_addr)
+        self.relative(register, 0x89, data_addr)
 
     def inc_mem(self, data_addr: int) -> None:
         """Add one to the u64 at ``data_addr``; not atomic between CPUs."""
         # incq disp32(%rip)        REX.W ff /0
-        self._items.append(_Bytes(b"\x48\xff\x05" + bytes(4), data_addr, 3))
+        self.emit_relative(b"\x48\xff\x05" + bytes(4), 3, data_addr)
 
-    def _rip_relative(self, register: str, opcode: int, data_addr: int) -> None:
-        """Add ``op reg, disp32(%rip)``."""
+    def relative(self, register: str, opcode: int, data: int | Label) -> None:
+        """Add an instruction of one opcode byte with a 64-bit register and disp32(%rip)."""
         number = REGISTER_NUMBERS[register]
         rex = 0x48 | (number >> 3) << 2
         modrm = (number & 7) << 3 | 0b101
-        self._items.append(_Bytes(bytes((rex, opcode, modrm)) + bytes(4), data_addr, 3))
+        self.emit_relative(bytes((rex, opcode, modrm)) + bytes(4), 3, data)
 
     # --- branches
 
@@ -228,10 +269,22 @@ class Assembler:
         """Branch forward inside the block on a condition."""
         self._items.append(_Branch(condition, label, 0, False))
 
+    # --- records
+
+    def record(self, *words: Word) -> Label:
+        """Add four words behind the instructions, aligned; return where they will be."""
+        label = self.label()
+        self._records.append((label, words))
+        return label
+
     # --- layout
 
     def finish(self) -> bytes:
-        """Return the bytes of the block.
+        """Return the bytes of the block, records and all."""
+        return self.finish_block().code
+
+    def finish_block(self) -> BlockCode:
+        """Return the block.
 
         Raises:
             EncodeRangeError: if something outside the block is out of reach.
@@ -255,6 +308,10 @@ class Assembler:
                     off += item.size()
                 case _Bind(label):
                     labels[label] = off
+        for label, words in self._records:
+            off += -(self._addr + off) % RECORD_ALIGNMENT
+            labels[label] = off
+            off += WORD_SIZE * len(words)
         return offsets, labels
 
     def _widen(self, offsets: list[int], labels: dict[Label, int]) -> bool:
@@ -267,21 +324,37 @@ class Assembler:
                 item.is_long = changed = True
         return changed
 
-    def _emit(self, offsets: list[int], labels: dict[Label, int]) -> bytes:
+    def _emit(self, offsets: list[int], labels: dict[Label, int]) -> BlockCode:
         """Return the bytes, all lengths being settled."""
         out = bytearray()
         for item, off in zip(self._items, offsets, strict=True):
             match item:
                 case _Bytes(code, None):
                     out += code
-                case _Bytes(code, data_addr, disp_off) if data_addr is not None:
+                case _Bytes(code, data, disp_off) if data is not None:
+                    data_addr = self._addr + labels[data] if isinstance(data, Label) else data
                     disp = encode_disp32(self._addr + off + len(code), data_addr)
                     out += code[:disp_off] + disp + code[disp_off + DISP32_SIZE :]
                 case _Branch():
                     out += self._emit_branch(item, off, labels)
                 case _:
                     pass
-        return bytes(out)
+        text_size = len(out)
+        for label, words in self._records:
+            out += bytes((INT3,)) * (labels[label] - len(out))
+            for word in words:
+                out += self._word(word, labels).to_bytes(WORD_SIZE, "little")
+        return BlockCode(code=bytes(out), text_size=text_size)
+
+    def _word(self, word: Word, labels: dict[Label, int]) -> int:
+        """Return the value of a record's word."""
+        match word:
+            case int():
+                return word
+            case Label():
+                return self._addr + labels[word]
+            case (start, end):
+                return labels[end] - labels[start]
 
     def _emit_branch(self, item: _Branch, off: int, labels: dict[Label, int]) -> bytes:
         """Return one branch, with its int3 where it is unconditional."""

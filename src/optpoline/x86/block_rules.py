@@ -11,12 +11,19 @@ So a block without a fault goes where the operand points or to the thunk, whatev
 is given: no promise of the controller is needed for that but the literals, which are
 read as well. Branches inside a block only lead forward, which makes one pass enough.
 
+A block that counts in rows may do more (``block_data_rules``). Of it is proved besides
+that the memory it writes is counters, ``rseq_cs``, and what is dead; that ``rseq_cs`` is 0 and
+every register what it was, wherever it is left; and the same where the kernel leads a
+thread from any instruction of a restartable sequence to its abort handler.
+
 Non-goals: whether a block is fast, or counts what it should.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from dataclasses import replace
+from functools import cached_property
 
 from iced_x86 import (
     Code,
@@ -27,20 +34,18 @@ from iced_x86 import (
     InstructionInfoFactory,
     OpAccess,
     OpKind,
-    Register,
-    RegisterExt,
 )
 
 from optpoline.model import Addr
 from optpoline.x86.assembler import JMP32_SIZE, REGISTER_NUMBERS
+from optpoline.x86.block_data_rules import DataRules
+from optpoline.x86.block_sections import Section, is_mark, read_sections
+from optpoline.x86.block_state import ENTRY, Constant, Entry, Number, State, Value, join
 from optpoline.x86.block_verdict import BlockFault, BlockRule, BlockScene, BlockVerdict
 from optpoline.x86.blocks import BLOCK_ALIGNMENT
 
 __all__ = ["judge_block"]
 
-_CELL_SIZE = 8
-_WORD_MASK = (1 << 64) - 1
-_REGISTER_NAMES = {number: name for name, number in REGISTER_NUMBERS.items()}
 _WRITES = (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
 
 
@@ -48,28 +53,11 @@ def judge_block(code: bytes, addr: Addr, scene: BlockScene) -> BlockVerdict:
     """Follow a block from its head, as encoded, and return what is wrong with it.
 
     Args:
-        code: Its bytes, a redirection of the head undone.
+        code: Its bytes, a redirection of the head undone, descriptors included.
         addr: Where it is.
         scene: What is around it.
     """
     return _Judge(code, addr, scene).judge()
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    """What is known before an instruction, on every way to it.
-
-    Attributes:
-        base_addr: Literal that was subtracted from the operand, or None.
-        known: What the operand was on entry, or None.
-        compared: What a zero flag would prove the operand to have been on entry, or None.
-        has_flags: Whether a compare has set the flags.
-    """
-
-    base_addr: int | None = None
-    known: int | None = None
-    compared: int | None = None
-    has_flags: bool = False
 
 
 class _Judge:
@@ -77,16 +65,32 @@ class _Judge:
 
     def __init__(self, code: bytes, addr: Addr, scene: BlockScene) -> None:
         """Decode it."""
-        self._insns = list(Decoder(64, code, ip=addr))
+        text_size = len(code) if scene.text_size is None else scene.text_size
+        self._insns = list(Decoder(64, code[:text_size], ip=addr))
         self._addr = addr
-        self._end = addr + len(code)
+        self._end = addr + text_size
         self._scene = scene
-        self._operand = scene.operand
         self._faults: list[BlockFault] = []
         self._stale: list[Addr] = []
         self._starts = {insn.ip for insn in self._insns}
-        self._ways: dict[int, _State] = {addr: _State()}
-        self._info = InstructionInfoFactory()
+        self._ways: dict[int, State] = {addr: State()}
+        self._sections = self._read_sections(code[text_size:], text_size <= len(code))
+        self._data = DataRules(
+            addr=addr,
+            scene=scene,
+            operand=scene.operand,
+            armable={section.start: section for section in self._sections},
+            fault=self._fault,
+        )
+
+    def _read_sections(self, tail: bytes, is_whole: bool) -> tuple[Section, ...]:
+        """Return the restartable sequences that it has."""
+        rseq = None if self._scene.rows is None else self._scene.rows.rseq
+        signature = None if rseq is None else rseq.signature
+        sections, faults = read_sections(tail, self._end, self._insns, signature)
+        for at in faults if is_whole else (self._addr,):
+            self._fault(BlockRule.DESCRIPTOR, at)
+        return sections
 
     def judge(self) -> BlockVerdict:
         """Look at each instruction once, in address order."""
@@ -96,8 +100,9 @@ class _Judge:
             if insn.code == Code.INT3:
                 self._judge_int3(number, is_reached=state is not None)
             elif state is None:
-                self._judge_stray(insn)
+                self._judge_stray(number)
             else:
+                self._judge_section(insn, state)
                 following = self._step(insn, state)
                 if following is not None:
                     self._lead(insn.ip, insn.next_ip, following)
@@ -112,6 +117,8 @@ class _Judge:
 
     def _judge_head(self) -> None:
         """Check that a redirection moves no boundary inside the head."""
+        if not self._insns:
+            self._fault(BlockRule.FALL_OUT, self._addr)
         is_jump = bool(self._insns) and self._insns[0].code == Code.JMP_REL32_64
         inside = {self._addr + off for off in range(1, JMP32_SIZE + 1)} & self._starts
         if is_jump:
@@ -133,32 +140,56 @@ class _Judge:
         if following is None or following.code != Code.INT3:
             self._fault(BlockRule.SPECULATION, self._insns[number].ip)
 
-    def _judge_stray(self, insn: Instruction) -> None:
-        """Name code that nothing leads to by the worst it is."""
+    def _judge_stray(self, number: int) -> None:
+        """Name code that nothing leads to by the worst it is; a signature's place is there."""
+        insn = self._insns[number]
+        before = self._insns[number - 1] if number else None
+        is_behind_jump = before is not None and before.code == Code.INT3
+        if is_behind_jump and is_mark(insn) and insn.next_ip in self._abort_addrs:
+            return
         rule = self._forbidden_rule(insn)
         is_odd = rule is BlockRule.UNKNOWN_INSN or insn.flow_control == FlowControl.NEXT
         self._fault(BlockRule.STRAY if is_odd else rule, insn.ip)
 
+    @cached_property
+    def _abort_addrs(self) -> frozenset[int]:
+        """Where abort handlers begin."""
+        return frozenset(section.abort for section in self._sections)
+
+    def _judge_section(self, insn: Instruction, state: State) -> None:
+        """Follow the kernel from an instruction of a restartable sequence to the handler."""
+        number = bisect_right(self._sections, insn.ip, key=lambda section: section.start)
+        section = self._sections[number - 1] if number else None
+        if section is not None and insn.ip < section.end:
+            if state.armed != section.descriptor:
+                self._fault(BlockRule.SECTION, insn.ip)
+            self._lead(insn.ip, section.abort, state.aborted())
+
     # --- ways
 
-    def _lead(self, src: int, dst: int, state: _State) -> None:
+    def _lead(self, src: int, dst: int, state: State) -> None:
         """Note that control may come to ``dst`` in a state."""
         if dst >= self._end:
             self._fault(BlockRule.FALL_OUT, src)
             return
         other = self._ways.get(dst, state)
-        if other.base_addr != state.base_addr:
+        if self._base_of(other) != self._base_of(state):
             self._fault(BlockRule.REBASE, dst)
-        self._ways[dst] = _State(
-            base_addr=state.base_addr,
-            known=state.known if state.known == other.known else None,
-            compared=state.compared if state.compared == other.compared else None,
-            has_flags=state.has_flags and other.has_flags,
-        )
+        self._ways[dst] = join(state, other)
 
-    def _step(self, insn: Instruction, state: _State) -> _State | None:
+    def _base_of(self, state: State) -> int | None:
+        """Return the literal that was taken from the operand; None if it holds anything else."""
+        value = self._operand_value(state)
+        return value.base_addr if isinstance(value, Entry) else None
+
+    def _operand_value(self, state: State) -> Value:
+        """Return what the operand's register holds."""
+        operand = self._data.operand
+        return ENTRY if operand is None else state.value_of(REGISTER_NUMBERS[operand])
+
+    def _step(self, insn: Instruction, state: State) -> State | None:
         """Follow one instruction; return the state behind it, None if nothing comes there."""
-        if _has_odd_prefix(insn):
+        if self._has_odd_prefix(insn):
             self._fault(BlockRule.UNKNOWN_INSN, insn.ip)
             return None
         match insn.flow_control:
@@ -167,14 +198,14 @@ class _Judge:
                 return None
             case FlowControl.CONDITIONAL_BRANCH if _is_near(insn):
                 self._branch(insn, state)
-                return state
+                return _not_taken(insn, state)
             case FlowControl.NEXT:
                 return self._step_data(insn, state)
             case _:
                 self._fault(self._forbidden_rule(insn), insn.ip)
                 return None
 
-    def _jump(self, insn: Instruction, state: _State) -> None:
+    def _jump(self, insn: Instruction, state: State) -> None:
         """Follow a jump."""
         dst = insn.near_branch_target
         if self._is_inside(dst):
@@ -182,9 +213,9 @@ class _Judge:
         elif dst != state.known:
             self._leave_to_thunk(insn, state)
         else:
-            self._leave(insn)
+            self._leave(insn, state)
 
-    def _branch(self, insn: Instruction, state: _State) -> None:
+    def _branch(self, insn: Instruction, state: State) -> None:
         """Follow a conditional branch the way where it is taken."""
         if not state.has_flags:
             self._fault(BlockRule.FLAGS, insn.ip)
@@ -195,13 +226,13 @@ class _Judge:
         elif known is None or insn.near_branch_target != known:
             self._fault(BlockRule.EXIT, insn.ip)
         else:
-            self._leave(insn)
+            self._leave(insn, replace(state, known=known))
 
     def _is_inside(self, dst: int) -> bool:
         """Tell whether a branch stays in the block."""
         return self._addr <= dst < self._end
 
-    def _lead_inside(self, insn: Instruction, state: _State) -> None:
+    def _lead_inside(self, insn: Instruction, state: State) -> None:
         """Follow a branch that stays in the block."""
         dst = insn.near_branch_target
         if dst <= insn.ip or dst not in self._starts:
@@ -209,19 +240,26 @@ class _Judge:
         else:
             self._lead(insn.ip, dst, state)
 
-    def _leave_to_thunk(self, insn: Instruction, state: _State) -> None:
+    def _leave_to_thunk(self, insn: Instruction, state: State) -> None:
         """Check a jump that proves nothing about the operand."""
         dst = insn.near_branch_target
         if dst not in self._scene.thunk_addrs:
             self._fault(BlockRule.EXIT, insn.ip)
-        elif state.base_addr is not None:
+        elif self._base_of(state) is not None:
             self._fault(BlockRule.REBASE, insn.ip)
         else:
-            self._leave(insn)
+            self._leave(insn, state)
 
-    def _leave(self, insn: Instruction) -> None:
-        """Check that a branch out of the block leads to code of the program."""
+    def _leave(self, insn: Instruction, state: State) -> None:
+        """Check that a branch out of the block leads to code of the program, all put back."""
         dst = insn.near_branch_target
+        operand = None if self._data.operand is None else REGISTER_NUMBERS[self._data.operand]
+        for register, value in state.values.items():
+            is_entry = value == Constant(state.known) if state.known is not None else False
+            if register != operand or not (is_entry or isinstance(value, Entry)):
+                self._fault(BlockRule.RESTORE, insn.ip)
+        if state.armed is not None:
+            self._fault(BlockRule.RESTORE, insn.ip)
         if self._scene.is_arena(dst):
             self._fault(BlockRule.ARENA, insn.ip)
         elif not self._scene.is_code(dst):
@@ -229,75 +267,22 @@ class _Judge:
 
     # --- instructions that do not branch
 
-    def _step_data(self, insn: Instruction, state: _State) -> _State | None:
+    def _step_data(self, insn: Instruction, state: State) -> State:
         """Follow an instruction that does not branch."""
-        behind = replace(state, compared=None, has_flags=False)
-        match insn.code:
-            case Code.CMP_RAX_IMM32 | Code.CMP_RM64_IMM32 if insn.op0_kind == OpKind.REGISTER:
-                self._judge_operand(insn, 0)
-                value = insn.immediate32to64 & _WORD_MASK
-                return self._compared(insn, behind, value)
-            case Code.CMP_RM32_IMM32 if insn.op0_kind == OpKind.REGISTER:
-                self._judge_operand(insn, 0)
-                return replace(behind, has_flags=True)  # the low half proves nothing
-            case Code.CMP_R64_RM64 if _is_rip_relative(insn):
-                self._judge_operand(insn, 0)
-                return self._compared_with_cell(insn, behind)
-            case Code.CMP_RM64_IMM8 if _is_rip_relative(insn):
-                self._judge_counter(insn)
-                return replace(behind, has_flags=True)
-            case Code.INC_RM64 if _is_rip_relative(insn):
-                self._judge_counter(insn)
-                return behind
-            case Code.MOV_RM64_R64 if _is_rip_relative(insn):
-                self._judge_operand(insn, 1)
-                self._judge_counter(insn)
-                return state  # flags are as they were
-            case Code.SUB_R64_RM64 if _is_rip_relative(insn) and insn.ip == self._addr:
-                self._judge_operand(insn, 0)
-                self._judge_literal(insn)
-                return replace(behind, base_addr=insn.ip_rel_memory_address)
-            case Code.ADD_R64_RM64 if _is_rip_relative(insn):
-                self._judge_operand(insn, 0)
-                if insn.ip_rel_memory_address != state.base_addr:
-                    self._fault(BlockRule.REBASE, insn.ip)
-                return replace(behind, base_addr=None)
-            case _:
-                self._fault(self._forbidden_rule(insn), insn.ip)
-                return behind
+        behind = self._data.step(insn, state)
+        if behind is None:
+            self._fault(self._forbidden_rule(insn), insn.ip)
+            return state.without_flags()
+        return behind
 
-    def _compared(self, insn: Instruction, behind: _State, value: int) -> _State:
-        """Return the state behind a compare of the whole operand with a value."""
-        if behind.base_addr is not None and _is_cell(behind.base_addr, self._scene.literals):
-            value = value + self._scene.read_literal(behind.base_addr) & _WORD_MASK
-        return replace(behind, compared=value, has_flags=True)
-
-    def _compared_with_cell(self, insn: Instruction, behind: _State) -> _State:
-        """Return the state behind a compare with memory; counters prove nothing."""
-        cell = insn.ip_rel_memory_address
-        if _is_cell(cell, self._scene.literals):
-            return self._compared(insn, behind, self._scene.read_literal(cell))
-        if not _is_cell(cell, self._scene.counters):
-            self._fault(BlockRule.LITERAL, insn.ip)
-        return replace(behind, has_flags=True)
-
-    def _judge_operand(self, insn: Instruction, number: int) -> None:
-        """Check that every instruction means the register that the thunk branches to."""
-        name = _REGISTER_NAMES[RegisterExt.number(insn.op_register(number))]
-        if self._operand is None:
-            self._operand = name
-        if name != self._operand:
-            self._fault(BlockRule.OPERAND, insn.ip)
-
-    def _judge_literal(self, insn: Instruction) -> None:
-        """Check that an instruction reads a literal."""
-        if not _is_cell(insn.ip_rel_memory_address, self._scene.literals):
-            self._fault(BlockRule.LITERAL, insn.ip)
-
-    def _judge_counter(self, insn: Instruction) -> None:
-        """Check that an instruction uses a counter cell."""
-        if not _is_cell(insn.ip_rel_memory_address, self._scene.counters):
-            self._fault(BlockRule.COUNTER, insn.ip)
+    def _has_odd_prefix(self, insn: Instruction) -> bool:
+        """Tell whether an instruction has a prefix that those of the block have not."""
+        is_counting = self._scene.rows is not None and insn.flow_control == FlowControl.NEXT
+        return (
+            insn.has_rep_prefix
+            or insn.has_repne_prefix
+            or (not is_counting and (insn.has_segment_prefix or insn.has_lock_prefix))
+        )
 
     def _forbidden_rule(self, insn: Instruction) -> BlockRule:
         """Name what is wrong with an instruction that no block has."""
@@ -308,15 +293,10 @@ class _Judge:
                 return BlockRule.INDIRECT_BRANCH
         if insn.is_stack_instruction:
             return BlockRule.STACK
-        used = self._info.info(insn).used_registers()
+        used = InstructionInfoFactory().info(insn).used_registers()
         if any(one.access in _WRITES for one in used):
             return BlockRule.REGISTER_WRITE
         return BlockRule.UNKNOWN_INSN
-
-
-def _is_cell(addr: int, part: tuple[int, int]) -> bool:
-    """Tell whether an address is an aligned cell of a part of the arena."""
-    return part[0] <= addr <= part[1] - _CELL_SIZE and addr % _CELL_SIZE == 0
 
 
 def _is_near(insn: Instruction) -> bool:
@@ -327,17 +307,12 @@ def _is_near(insn: Instruction) -> bool:
     )
 
 
-def _is_rip_relative(insn: Instruction) -> bool:
-    """Tell whether an instruction's memory operand is at a fixed distance from it."""
-    kinds = (insn.op0_kind, insn.op1_kind)
-    return OpKind.MEMORY in kinds and insn.memory_base == Register.RIP
-
-
-def _has_odd_prefix(insn: Instruction) -> bool:
-    """Tell whether an instruction has a prefix, which those of blocks have not."""
-    return (
-        insn.segment_prefix != Register.NONE
-        or insn.has_lock_prefix
-        or insn.has_rep_prefix
-        or insn.has_repne_prefix
-    )
+def _not_taken(insn: Instruction, state: State) -> State:
+    """Return the state behind a conditional branch: a number may be proved to be below a limit."""
+    if insn.condition_code != ConditionCode.AE or state.bound is None:
+        return state
+    register, limit = state.bound
+    value = state.value_of(register)
+    if not isinstance(value, Number):
+        return state
+    return state.with_value(register, replace(value, limit=min(value.limit, limit)))

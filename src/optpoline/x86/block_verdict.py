@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from optpoline.model import Addr
+from optpoline.model import Addr, CounterRows
 from optpoline.x86.assembler import INT3, JMP32_OPCODE, JMP32_SIZE
 from optpoline.x86.blocks import HEAD_SIZE
 
@@ -36,6 +36,9 @@ class BlockRule(Enum):
     SPECULATION = "it has no int3 behind a jump"
     FALL_OUT = "control runs out of it, or into an int3"
     STRAY = "it has code that nothing leads to"
+    DESCRIPTOR = "what is behind its code is no descriptor of a restartable sequence in it"
+    SECTION = "it is not disturbed only where its restartable sequences say"
+    RESTORE = "it leaves a register or rseq_cs changed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,11 @@ class BlockScene:
         read_literal: Returns the u64 at an aligned address of the literals.
         is_code: Tells whether the program can execute an address, arenas left out.
         is_arena: Tells whether an address is in an arena.
+        text_size: Bytes of instructions, at its begin; None if it is nothing else.
+        rows: What it counts in; None for a block that counts nothing but misses, which
+            may do less.
+        is_below_stack_free: Whether what lies below the stack pointer is dead where the
+            block is entered: its site is a call.
     """
 
     thunk_addrs: frozenset[Addr]
@@ -68,6 +76,9 @@ class BlockScene:
     read_literal: Callable[[int], int]
     is_code: Callable[[int], bool]
     is_arena: Callable[[int], bool]
+    text_size: int | None = None
+    rows: CounterRows | None = None
+    is_below_stack_free: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,21 +2,30 @@
 """Turn a block plan into x86-64 bytes.
 
 One encoder serves every kind of block; kinds differ only in what the plan asks
-to count::
+to count. A promoted block::
 
     head    [sub reg, base]
             cmp reg, target1 ; je target1        guards: hottest first
             cmp reg, target2 ; je target2 ; jb or ja other half
             ...                                  weighted binary tree
     miss    [add reg, base]
-            [open slots: compare, claim, count]
             [inc miss_count]
             jmp thunk ; int3                     the site's own thunk
+
+A learning block has the same tree, but a guard leads to a *hit* behind it that counts
+before it branches on, and the miss counts too (``counting_code``)::
+
+    head    the tree
+    miss    [add reg, base] ; find or claim a slot, count ; jmp thunk ; int3
+    hits    count ; jmp target ; int3
+            ...
+    records descriptors of restartable sequences, 32-aligned, never executed
 
 Invariants:
   * Nothing is pushed, no return address is made (design rule 4). Only the
     arithmetic flags change, and the operand where the plan says that it is dead
-    at every target; the thunk gets it as it was.
+    at every target; the thunk gets it as it was. Learning blocks give back what they
+    use: the operand, a scratch register, the thread's ``rseq_cs`` (as 0).
   * No indirect branch, ``int3`` after each unconditional jump (rule 3).
   * A target is compared whole: with an immediate where it fits one, as it does
     relative to a base, else with a literal. A split only chooses a way, so the
@@ -34,17 +43,20 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol, assert_never
+from typing import assert_never
 
-from optpoline.model import Addr, BlockPlan, Guard, Miss, OpenSlot, Split, TreeNode
+from optpoline.model import Addr, BlockPlan, Guard, Miss, Split, TreeNode
 from optpoline.x86.assembler import (
     INT3,
     JMP32_SIZE,
-    Assembler,
+    BlockCode,
     Condition,
     Label,
     encode_jmp32,
 )
+from optpoline.x86.counter_insns import CounterAssembler
+from optpoline.x86.counting_code import CountingCode
+from optpoline.x86.restartable import LiteralPool
 
 __all__ = [
     "BLOCK_ALIGNMENT",
@@ -52,6 +64,7 @@ __all__ = [
     "LINE_SIZE",
     "MIN_REBASED_TARGETS",
     "POISON",
+    "BlockCode",
     "LiteralPool",
     "choose_base",
     "encode_block",
@@ -82,13 +95,6 @@ retpolines' cost recovered with a base, 94.5 % with literals."""
 _LOW_HALF = (1 << 32) - 1
 
 
-class LiteralPool(Protocol):
-    """Where literals live: read-only memory within reach of the block."""
-
-    def addr_of(self, value: int) -> Addr:
-        """Return the address of a u64 cell that holds ``value``."""
-
-
 def fits_immediate(value: int) -> bool:
     """Tell whether ``cmp reg, imm32`` can hold an address.
 
@@ -113,13 +119,15 @@ def choose_base(targets: Collection[Addr]) -> Addr | None:
     return base if fits_immediate(max(targets) - base) else None
 
 
-def encode_block(plan: BlockPlan, addr: Addr, literals: LiteralPool) -> bytes:
+def encode_block(plan: BlockPlan, addr: Addr, literals: LiteralPool) -> BlockCode:
     """Return the bytes of a block that starts at ``addr``.
+
+    Where a block is decides on a few bytes of padding before its records, if it has any.
 
     Args:
         plan: What it is to do.
         addr: Where it will be, a multiple of ``HEAD_SIZE``.
-        literals: Literals for targets that fit no immediate.
+        literals: Literals for targets that fit no immediate, and for counter rows.
 
     Raises:
         EncodeRangeError: if a target, the thunk, a literal or a counter is out
@@ -171,12 +179,14 @@ class _BlockEncoder:
         """Prepare labels and counters."""
         self._plan = plan
         self._literals = literals
-        self._asm = Assembler(addr)
-        self._counters = dict(plan.hit_count_addrs)
+        self._asm = CounterAssembler(addr)
+        self._counting = (
+            None if plan.rows is None else CountingCode(self._asm, plan, plan.rows, literals)
+        )
         self._hits: list[tuple[Label, Addr]] = []
         self._miss = self._asm.label()
 
-    def encode(self) -> bytes:
+    def encode(self) -> BlockCode:
         """Write the tree, then the one miss path, then the counted hits."""
         base = self._plan.base
         if base is not None:
@@ -185,16 +195,21 @@ class _BlockEncoder:
         self._asm.bind(self._miss)
         if base is not None:
             self._asm.add_mem(self._plan.operand, self._literals.addr_of(base))
-        for slot in self._plan.open_slots:
-            self._open_slot(slot)
+        if self._counting is None:
+            self._plain_miss()
+        elif self._plan.miss_count_addr is not None:
+            self._counting.miss(self._plan.miss_count_addr)
+        for label, target in self._hits:
+            self._asm.bind(label)
+            if self._counting is not None:
+                self._counting.hit(target)
+        return self._asm.finish_block()
+
+    def _plain_miss(self) -> None:
+        """Write the miss of a promoted block."""
         if self._plan.miss_count_addr is not None:
             self._asm.inc_mem(self._plan.miss_count_addr)
         self._asm.jump(self._plan.thunk_addr)
-        for label, target in self._hits:
-            self._asm.bind(label)
-            self._asm.inc_mem(self._counters[target])
-            self._asm.jump(target)
-        return self._asm.finish()
 
     def _node(self, node: TreeNode) -> None:
         """Write a subtree; control falls into it."""
@@ -249,30 +264,12 @@ class _BlockEncoder:
 
     def _hit(self, target: Addr) -> None:
         """Branch to a target if the last compare was equal."""
-        if target in self._counters:
+        if self._counting is not None and self._counting.is_noted(target):
             label = self._asm.label()
             self._hits.append((label, target))
             self._asm.branch_label(Condition.EQUAL, label)
         else:
             self._asm.branch(Condition.EQUAL, target)
-
-    def _open_slot(self, slot: OpenSlot) -> None:
-        """Count the operand in a slot if it is there or the slot is free.
-
-        Two threads may claim one slot at once: the later store stays, and the
-        other's one count is attributed wrongly. Nothing but a count depends on it.
-        """
-        taken = self._asm.label()
-        following = self._asm.label()
-        self._asm.cmp_mem(self._plan.operand, slot.target_addr)
-        self._asm.branch_label(Condition.EQUAL, taken)
-        self._asm.cmp_mem_zero(slot.target_addr)
-        self._asm.branch_label(Condition.NOT_EQUAL, following)
-        self._asm.mov_to_mem(slot.target_addr, self._plan.operand)
-        self._asm.bind(taken)
-        self._asm.inc_mem(slot.count_addr)
-        self._asm.jump(self._plan.thunk_addr)
-        self._asm.bind(following)
 
 
 def _keys(tree: TreeNode) -> set[Addr]:

@@ -12,7 +12,7 @@ import pytest
 from bench.build import Variant, compile_program, variant_flags
 from bench.driver import Driver
 from bench.errors import BenchError
-from bench.gen_sites import generate_sites
+from bench.gen_sites import generate_hot_sites, generate_sites, hot_functions
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +57,20 @@ def test_a_driver_that_ends_is_an_error(tmp_path: Path) -> None:
         pytest.raises(BenchError, match="short ended with status 3"),
     ):
         driver.iterate()
+
+
+def test_few_of_many_run() -> None:
+    source = generate_hot_sites(400, n_hot=10, n_phases=3)
+    assert len(re.findall(r"^KEPT static number function_", source, re.M)) == 200
+    sets = [hot_functions(400, 10, 3, phase) for phase in range(3)]
+    assert len({number for numbers in sets for number in numbers}) == 30
+    for phase, numbers in enumerate(sets):
+        body = source[source.index(f"phase_{phase}(number x)") :].partition("return")[0]
+        called = [int(number) for number in re.findall(r"function_(\d+)\(x\)", body)]
+        assert {*called} == {*numbers}
+        assert called.count(numbers[0]) == pytest.approx(10 * called.count(numbers[-1]), rel=0.05)
+
+
+def test_too_few_functions() -> None:
+    with pytest.raises(ValueError, match="too few"):
+        generate_hot_sites(40, n_hot=11)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+import numpy as np
+
 from optpoline.cli.api import OnEvent, SessionSettings
 from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
@@ -21,7 +23,10 @@ from optpoline.controller.summary import (
     Summary,
     TargetShare,
 )
+from optpoline.controller.tracing import RecordPlan, RecordTotals
 from optpoline.errors import OptpolineError
+from optpoline.simulate.trace import Burst, TracePair, TraceSite, TraceTarget
+from optpoline.simulate.trace_file import TraceWriter
 
 __all__ = [
     "FakeApi",
@@ -120,6 +125,19 @@ class FakeSession:
             outcome=DetachOutcome.CLEAN, restored=1, foreign=(), notes=()
         )
     )
+    totals: RecordTotals = field(
+        default_factory=lambda: RecordTotals(
+            n_sites=1,
+            n_targets=1,
+            n_bursts=1,
+            n_branches=2,
+            n_dropped=1,
+            n_unknown=0,
+            seconds=1e-6,
+            is_gone=False,
+            notes=("a note",),
+        )
+    )
     after_state: SessionState = SessionState.RESTORED
     detached: bool = False
     on_event: OnEvent = lambda event: None
@@ -138,6 +156,23 @@ class FakeSession:
         """Promote."""
         self._call("promote", "promote")
         self.on_event(FakeEvent(FakeKind.PROMOTED, "1 of 2 sites in 0.012 s"))
+
+    def record(self, writer: TraceWriter, plan: RecordPlan, stop: threading.Event) -> RecordTotals:
+        """Record one burst of two branches."""
+        self._call("record", f"record {plan.seconds:g}")
+        site = TraceSite(
+            module="/usr/bin/lua", address=1, offset=1, function=None, kind="call", rate_hz=None
+        )
+        writer.add_tables([site], [TraceTarget(address=2, symbol=None)], [TracePair(0, 0)])
+        writer.add_burst(
+            Burst(
+                start_ns=0,
+                end_ns=1000,
+                pairs=np.zeros(2, np.uint32),
+                marks=np.zeros((0, 2), np.int64),
+            )
+        )
+        return self.totals
 
     def watch(self, *, seconds: float | None, stop: threading.Event) -> SessionState:
         """Watch."""

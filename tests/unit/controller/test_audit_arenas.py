@@ -32,7 +32,7 @@ START = 0x2000_0000
 NOBODY = 1 << 22
 """No process has this id."""
 HEADER = ArenaHeader(
-    size=0x6000,
+    size=0x8000,
     block_off=0x2000,
     code_off=0x3000,
     literal_off=0x4000,
@@ -41,6 +41,8 @@ HEADER = ArenaHeader(
     controller_start=7,
     target_pid=1,
     n_entries=1,
+    row_shift=12,
+    n_cpus=2,
     n_blocks=1,
 )
 THUNK = Addr(0x41_0000)
@@ -60,7 +62,7 @@ def mapping(first: int, last: int, perms: str, path: str = ARENA_PATH) -> Mappin
 PARTS = (
     mapping(0, 0x3000, "r--s"),
     mapping(0x3000, 0x5000, "r-xs"),
-    mapping(0x5000, 0x6000, "rw-s"),
+    mapping(0x5000, 0x8000, "rw-s"),
 )
 
 
@@ -112,7 +114,7 @@ PLAN = BlockPlan(
     thunk_addr=THUNK,
     miss_count_addr=Addr(START + HEADER.counter_off),
 )
-CODE = encode_block(PLAN, BLOCK_ADDR, LiteralTable(Addr(START + HEADER.literal_off)))
+CODE = encode_block(PLAN, BLOCK_ADDR, LiteralTable(Addr(START + HEADER.literal_off))).code
 
 
 class FakeMemory:
@@ -137,6 +139,7 @@ def judge(
     entry = BlockEntry(
         addr=BLOCK_ADDR,
         size=len(CODE),
+        text_size=len(CODE),
         crc=zlib.crc32(CODE),
         site_addr=SITE.addr,
         head=CODE[:HEAD_SIZE],

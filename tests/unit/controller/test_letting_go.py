@@ -11,11 +11,19 @@ import pytest
 
 from optpoline.controller.letting_go import unmap_when_quiescent
 from optpoline.controller.target import Target
+from optpoline.errors import TargetFault
 from optpoline.model import Addr
 from optpoline.patch.grace import Look, ThreadKey
 from optpoline.patch.ranges import AddressRanges
 
 START, END = Addr(0x7000_0000), Addr(0x7000_4000)
+
+
+class NoMemory:
+    """The memory of a program whose arena cannot be read."""
+
+    def read(self, addr: int, size: int) -> bytes:
+        raise TargetFault(addr, size, "read")
 
 
 class NobodyInside:
@@ -59,9 +67,8 @@ def test_arena_that_stays_says_why(
     observer = NobodyInside(pointed_to)
     monkeypatch.setattr("optpoline.controller.letting_go.ThreadObserver", lambda _: observer)
     monkeypatch.setattr("optpoline.controller.letting_go.TRY_EVERY_S", 0.0)
-    target = cast(
-        Target, SimpleNamespace(pid=1, memory=None, read_maps=None, stop=None, sharers=None)
-    )
+    namespace = SimpleNamespace(pid=1, memory=NoMemory(), read_maps=None, stop=None, sharers=None)
+    target = cast(Target, namespace)
     (note,) = unmap_when_quiescent(target, [(START, END)], [(START, END)])
     assert note.startswith(f"the arena at {START:#x} stays mapped: {words}")
     assert observer.n_searches == n_searches

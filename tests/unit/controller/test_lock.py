@@ -22,7 +22,7 @@ PID = os.getpid()
 def arena_of(*, target_pid: int = PID, start: int | None = None) -> Iterator[None]:
     """Map an arena without sites into this process, made by this process for another."""
     header = ArenaHeader(
-        size=4 * HEADER_SIZE,
+        size=5 * HEADER_SIZE,
         block_off=HEADER_SIZE,
         code_off=2 * HEADER_SIZE,
         literal_off=3 * HEADER_SIZE,
@@ -31,6 +31,8 @@ def arena_of(*, target_pid: int = PID, start: int | None = None) -> Iterator[Non
         controller_start=read_start_time(PID) if start is None else start,
         target_pid=target_pid,
         n_entries=0,
+        row_shift=12,
+        n_cpus=0,
     )
     fd = os.memfd_create(ARENA_NAME)
     try:

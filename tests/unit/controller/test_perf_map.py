@@ -37,7 +37,8 @@ def _block(addr: int, *, kind: BlockKind = BlockKind.PROMOTED, size: int = 0x1A)
     """Return an entry; its site is 16 bytes into the function named after it."""
     return BlockEntry(
         addr=Addr(addr),
-        size=size,
+        size=size + 32,
+        text_size=size,
         crc=addr ^ size,
         site_addr=Addr(addr & 0xFFF | 0x1000),
         head=bytes(8),
@@ -137,6 +138,7 @@ def test_a_block_made_anew_for_another_site_is_a_change(proc: Path, path: Path) 
     other = BlockEntry(
         addr=old.addr,
         size=old.size,
+        text_size=old.text_size,
         crc=old.crc,
         site_addr=Addr(0x1234),
         head=old.head,

@@ -24,9 +24,11 @@ from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.controller.target import Target
 from optpoline.errors import Unsettled
+from optpoline.learn.counting import NO_COUNTS
 from optpoline.model import Addr, BlockPlan, Guard, Miss, Site, SiteKind, Thunk, ThunkFlavour
-from optpoline.patch.arena import Arena, ArenaGeometry
+from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, add_block, redirect
+from optpoline.patch.geometry import ArenaGeometry
 from optpoline.patch.grace import Look, ThreadKey
 from optpoline.patch.layout import ArenaHeader, BlockState, JournalEntry
 from optpoline.patch.ranges import AddressRanges
@@ -178,7 +180,7 @@ class Session:
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     """Return an arena with no program on the other side."""
-    geometry = ArenaGeometry.for_sites(1)
+    geometry = ArenaGeometry.for_sites(1, n_cpus=2)
     fd = os.memfd_create("optpoline", os.MFD_CLOEXEC)
     os.ftruncate(fd, geometry.size)
     header = ArenaHeader(
@@ -191,6 +193,8 @@ def arena() -> Iterator[Arena]:
         controller_start=2,
         target_pid=3,
         n_entries=0,
+        row_shift=geometry.row_shift,
+        n_cpus=geometry.n_cpus,
     )
     made = Arena(ARENA_ADDR, fd, geometry, header)
     os.close(fd)
@@ -239,6 +243,17 @@ def test_block_of_a_record_is_kept_until_it_is_let_go(session: Session, role: st
     session.step()
     assert session.live == {block.addr}
     setattr(record, role, None)
+    session.step()
+    assert session.live == set()
+
+
+def test_earlier_block_of_a_window_is_kept_until_it_ends(session: Session) -> None:
+    record = session.add_record()
+    block = session.write()
+    record.earlier.append((block, NO_COUNTS))
+    session.step()
+    assert session.live == {block.addr}
+    record.earlier.clear()
     session.step()
     assert session.live == set()
 

@@ -81,6 +81,5 @@ def test_sources_are_merged() -> None:
     assert index.is_inside(0x118)
     assert not index.is_inside(0x130)
     assert not index.is_inside(0x160)
-    assert index.boundary_before(0x7F) is None
-    assert index.boundary_before(0xFF) == 0x80
-    assert index.boundary_before(0x12F) == 0x110
+    addrs = np.array([0x7F, 0x80, 0xFF, 0x12F], dtype=np.int64)
+    assert index.boundaries_before(addrs).tolist() == [0, 0x80, 0x80, 0x110]

@@ -3,31 +3,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from optpoline.learn.counting import (
     FIRST_OPEN_SLOTS,
     FORGOTTEN_SHARE,
     MAX_OPEN_SLOTS,
     MIN_COUNT_TO_GROW,
+    NO_COUNTS,
     PROFILE_TOTAL,
     SiteCounts,
     add,
     blend,
+    cells_of,
     n_cells,
     next_open_slots,
     plan_counting,
     read_counts,
     subtract,
 )
-from optpoline.model import Addr, BlockPlan, Count, Guard, Miss, TreeNode
-from tests.emulate.block_model import run_plan
+from optpoline.model import (
+    SLOT_CLAIMED,
+    Addr,
+    BlockPlan,
+    Count,
+    CounterRows,
+    Guard,
+    Miss,
+    TreeNode,
+)
 
 CELLS_ADDR = Addr(0x7000_0000)
+ROWS = CounterRows(shared_addr=CELLS_ADDR, row_shift=19, n_cpus=2, rseq=None)
 THUNK_ADDR = Addr(0x40_0000)
 addresses = st.integers(1, (1 << 64) - 1).map(Addr)
 
@@ -48,21 +59,59 @@ def make_plan(targets: list[Addr], n_open: int) -> BlockPlan:
         tree=chain(targets),
         n_open=n_open,
         cells_addr=CELLS_ADDR,
+        rows=ROWS,
     )
+
+
+class CountingModel:
+    """Counter rows, and what a block does to them."""
+
+    def __init__(self, plan: BlockPlan) -> None:
+        """Begin with all cells 0."""
+        self.plan = plan
+        self.cells: dict[tuple[int, int], int] = {}
+
+    def count(self, target: Addr, row: int) -> None:
+        """Count one branch in a row; in row 0 a claimed slot is marked in its count."""
+        for known, addr in self.plan.hit_count_addrs:
+            if known == target:
+                self._add(row, addr)
+                return
+        for slot in self.plan.open_slots:
+            if self.cells.setdefault((row, slot.target_addr), target) == target:
+                if row == 0:
+                    self.cells.setdefault((0, slot.count_addr), SLOT_CLAIMED)
+                self._add(row, slot.count_addr)
+                return
+        assert self.plan.miss_count_addr is not None
+        self.cells[row, self.plan.miss_count_addr - 8] = target
+        self._add(row, self.plan.miss_count_addr)
+
+    def _add(self, row: int, addr: int) -> None:
+        """Count in a cell."""
+        self.cells[row, addr] = self.cells.get((row, addr), 0) + 1
+
+    def columns(self, addr: Addr, n_cells: int) -> NDArray[np.uint64]:
+        """Read them as an arena does."""
+        rows = range(1 + ROWS.n_cpus)
+        return np.array(
+            [[self.cells.get((row, addr + 8 * i), 0) for i in range(n_cells)] for row in rows],
+            np.uint64,
+        ).reshape(len(rows), n_cells)
+
+    def read(self) -> SiteCounts:
+        """Read what was counted."""
+        return read_counts(self.plan, self.columns)
 
 
 def all_cells(plan: BlockPlan) -> list[int]:
     """Return the addresses of every cell of a plan."""
-    cells: list[int] = [] if plan.miss_count_addr is None else [plan.miss_count_addr]
+    assert plan.miss_count_addr is not None
+    cells: list[int] = [plan.miss_count_addr - 8, plan.miss_count_addr]
     cells += [addr for _, addr in plan.hit_count_addrs]
     for slot in plan.open_slots:
         cells += [slot.target_addr, slot.count_addr]
     return cells
-
-
-def reader(cells: dict[int, int]) -> Callable[[Addr], int]:
-    """Return a load of counter cells; all that was not written is 0."""
-    return lambda addr: cells.get(addr, 0)
 
 
 @given(st.lists(addresses, unique=True, max_size=40), st.integers(0, 64))
@@ -73,56 +122,69 @@ def test_cells_are_aligned_apart_and_inside_what_was_asked_for(
     cells = all_cells(plan)
     assert len(set(cells)) == len(cells) == n_cells(len(targets), n_open)
     assert sorted(cells) == [CELLS_ADDR + 8 * i for i in range(len(cells))]
+    assert cells_of(plan) == (CELLS_ADDR, len(cells))
     assert [target for target, _ in plan.hit_count_addrs] == targets
+    for slot in plan.open_slots:
+        assert slot.count_addr == slot.target_addr + 8
+
+
+def test_what_counts_nothing_has_no_cells() -> None:
+    plan = BlockPlan(operand="rax", tree=Miss(), thunk_addr=THUNK_ADDR)
+    with pytest.raises(ValueError, match="no counting block"):
+        cells_of(plan)
 
 
 @given(
     known=st.lists(addresses, unique=True, max_size=6),
-    taken=st.lists(st.integers(0, 11), max_size=300),
+    taken=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 2)), max_size=300),
     others=st.lists(addresses, unique=True, min_size=12, max_size=12),
     n_open=st.integers(0, 8),
 )
 def test_what_was_taken_is_what_is_read(
-    known: list[Addr], taken: list[int], others: list[Addr], n_open: int
+    known: list[Addr], taken: list[tuple[int, int]], others: list[Addr], n_open: int
 ) -> None:
     plan = make_plan(known, n_open)
+    model = CountingModel(plan)
     universe = [*known, *(other for other in others if other not in known)][:12]
-    cells: dict[int, int] = {}
+    strangers: list[list[Addr]] = [[], [], []]
     seen: dict[Addr, int] = {}
-    for i in taken:
+    n_unknown = 0
+    for i, row in taken:
         target = universe[i % len(universe)]
-        run_plan(plan, target, cells)
-        seen[target] = seen.get(target, 0) + 1
-    counts = read_counts(plan, reader(cells))
+        model.count(target, row)
+        if target not in known and target not in strangers[row]:
+            strangers[row].append(target)
+        # First come, first served, in each row: known ones, then as many as have slots.
+        if target in known or target in strangers[row][:n_open]:
+            seen[target] = seen.get(target, 0) + 1
+        else:
+            n_unknown += 1
+    counts = model.read()
     assert counts.total == len(taken)
-    for count in counts.counts:
-        assert count.hit_count == seen[count.target]
-    # First come, first served: known ones, then as many as there are slots.
-    strangers = [target for target in seen if target not in known]
-    expected = {t for t in seen if t in known} | set(strangers[:n_open])
-    assert {count.target for count in counts.counts} == expected
-    assert counts.n_unknown == sum(seen[target] for target in strangers[n_open:])
+    assert {count.target: count.hit_count for count in counts.counts} == seen
+    assert counts.n_unknown == n_unknown
     order = [(-count.hit_count, count.target) for count in counts.counts]
     assert order == sorted(order)
 
 
 @given(
-    first=st.lists(st.integers(0, 8), max_size=100),
-    second=st.lists(st.integers(0, 8), max_size=100),
+    first=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2)), max_size=100),
+    second=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2)), max_size=100),
 )
-def test_subtract_gives_the_second_window(first: list[int], second: list[int]) -> None:
+def test_subtract_gives_the_second_window(
+    first: list[tuple[int, int]], second: list[tuple[int, int]]
+) -> None:
     targets = [Addr(0x1000 * (i + 1)) for i in range(9)]
-    plan = make_plan(targets[:2], 4)
-    cells: dict[int, int] = {}
-    for i in first:
-        run_plan(plan, targets[i], cells)
-    earlier = read_counts(plan, reader(cells))
-    for i in second:
-        run_plan(plan, targets[i], cells)
-    window = subtract(read_counts(plan, reader(cells)), earlier)
+    model = CountingModel(make_plan(targets[:2], 4))
+    for i, row in first:
+        model.count(targets[i], row)
+    earlier = model.read()
+    for i, row in second:
+        model.count(targets[i], row)
+    window = subtract(model.read(), earlier)
     assert window.total == len(second)
     for count in window.counts:
-        assert count.hit_count == second.count(targets.index(count.target))
+        assert count.hit_count <= [i for i, _ in second].count(targets.index(count.target))
 
 
 def test_subtract_leaves_out_what_did_not_move_or_went_back() -> None:
@@ -143,23 +205,30 @@ def test_subtract_leaves_out_what_did_not_move_or_went_back() -> None:
     )
 
 
-def test_two_slots_with_one_target_are_added_up() -> None:
-    # Two threads claimed a slot each, for the same target at the same moment.
-    plan = make_plan([Addr(0x1000)], 2)
-    one, other = plan.open_slots
-    cells: dict[int, int] = {
-        one.target_addr: 0x2000,
-        one.count_addr: 3,
-        other.target_addr: 0x2000,
-        other.count_addr: 4,
-    }
-    assert read_counts(plan, reader(cells)).counts == (Count(target=Addr(0x2000), hit_count=7),)
+def test_slots_with_one_target_are_added_up() -> None:
+    # Each CPU claimed one, and two threads one each in the shared row at the same moment.
+    model = CountingModel(make_plan([Addr(0x1000)], 2))
+    one, other = model.plan.open_slots
+    for row, slot, count in ((0, one, SLOT_CLAIMED | 3), (0, other, SLOT_CLAIMED | 4), (2, one, 5)):
+        model.cells[row, slot.target_addr] = 0x2000
+        model.cells[row, slot.count_addr] = count
+    assert model.read().counts == (Count(target=Addr(0x2000), hit_count=12),)
 
 
-def test_slot_with_a_target_and_no_count_yet() -> None:
-    plan = make_plan([], 1)
-    cells = {int(plan.open_slots[0].target_addr): 0x2000}
-    assert read_counts(plan, reader(cells)) == SiteCounts(counts=(), n_unknown=0)
+def test_slot_that_is_being_claimed() -> None:
+    model = CountingModel(make_plan([], 2))
+    one, other = model.plan.open_slots
+    model.cells[0, one.count_addr] = SLOT_CLAIMED  # its target is not stored yet
+    model.cells[0, other.target_addr] = 0x2000
+    model.cells[0, other.count_addr] = SLOT_CLAIMED  # and not counted yet
+    assert model.read() == NO_COUNTS
+
+
+def test_the_last_target_without_a_slot_is_no_count() -> None:
+    model = CountingModel(make_plan([], 0))
+    for target in (0x2000, 0x3000):
+        model.count(Addr(target), 1)
+    assert model.read() == SiteCounts(counts=(), n_unknown=2)
 
 
 def test_shares_add_up_to_what_is_known() -> None:
@@ -205,10 +274,10 @@ def test_a_site_with_80_targets_is_known_after_four_rounds() -> None:
     n_open, rounds = FIRST_OPEN_SLOTS, 0
     while n_open:
         rounds += 1
-        plan, cells = make_plan(known, n_open), dict[int, int]()
+        model = CountingModel(make_plan(known, n_open))
         for i in range(8000):
-            run_plan(plan, targets[i % 80], cells)
-        counts = read_counts(plan, reader(cells))
+            model.count(targets[i % 80], 1)
+        counts = model.read()
         known = [count.target for count in counts.counts]
         n_open = next_open_slots(counts)
     assert rounds == 4

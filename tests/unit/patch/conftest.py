@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from optpoline.model import Addr
-from optpoline.patch.arena import Arena, ArenaGeometry
+from optpoline.patch.arena import Arena
+from optpoline.patch.geometry import ArenaGeometry
 from optpoline.patch.layout import (
     BLOCK_ENTRY_SIZE,
     HEADER_SIZE,
@@ -17,6 +18,7 @@ from optpoline.patch.layout import (
     BlockEntry,
     BlockKind,
 )
+from optpoline.x86.assembler import BlockCode
 from optpoline.x86.blocks import place_block
 
 ARENA_ADDR = Addr(0x2000_0000)
@@ -27,8 +29,10 @@ GEOMETRY = ArenaGeometry(
     code_off=HEADER_SIZE + 4 * PAGE_SIZE,
     literal_off=HEADER_SIZE + 6 * PAGE_SIZE,
     counter_off=HEADER_SIZE + 7 * PAGE_SIZE,
-    size=HEADER_SIZE + 8 * PAGE_SIZE,
+    row_shift=12,
+    n_cpus=2,
 )
+"""With one page of counters in each row."""
 CODE_SIZE = GEOMETRY.literal_off - GEOMETRY.code_off
 N_BLOCK_ENTRIES = (GEOMETRY.code_off - GEOMETRY.block_off) // BLOCK_ENTRY_SIZE
 NO_CELLS = (Addr(0), 0)
@@ -46,6 +50,8 @@ def make_header() -> ArenaHeader:
         controller_start=2,
         target_pid=3,
         n_entries=0,
+        row_shift=GEOMETRY.row_shift,
+        n_cpus=GEOMETRY.n_cpus,
     )
 
 
@@ -58,7 +64,8 @@ def put_code(
 ) -> Addr:
     """Write a block where the next one goes."""
     room = arena.find_room(len(code), lambda addr: place_block(addr, len(code)))
-    return arena.put_block(room, code, site_addr=SITE_ADDR, kind=kind, cells=cells)
+    whole = BlockCode(code=code, text_size=len(code))
+    return arena.put_block(room, whole, site_addr=SITE_ADDR, kind=kind, cells=cells)
 
 
 def free(arena: Arena, addr: Addr) -> int:

@@ -11,7 +11,8 @@ import pytest
 
 from optpoline.errors import ArenaError
 from optpoline.model import Addr, Site, SiteKind, Thunk, ThunkFlavour
-from optpoline.patch.arena import JOURNAL_SPARE_ENTRIES, Arena, ArenaGeometry
+from optpoline.patch.arena import Arena
+from optpoline.patch.geometry import JOURNAL_SPARE_ENTRIES, MIN_ROW_SIZE, ArenaGeometry
 from optpoline.patch.layout import (
     BLOCK_ENTRY_SIZE,
     ENTRY_SIZE,
@@ -20,6 +21,7 @@ from optpoline.patch.layout import (
     BlockKind,
     JournalEntry,
 )
+from optpoline.x86.assembler import BlockCode
 from optpoline.x86.blocks import BLOCK_ALIGNMENT, HEAD_SIZE, LINE_SIZE, POISON
 from tests.unit.patch.conftest import (
     ARENA_ADDR,
@@ -45,9 +47,10 @@ SITE = Site(
 )
 
 
+@pytest.mark.parametrize("n_cpus", [1, 2, 256])
 @pytest.mark.parametrize("n_sites", [0, 1, 48, 1900, 100_000])
-def test_geometry_is_whole_pages_in_order(n_sites: int) -> None:
-    geometry = ArenaGeometry.for_sites(n_sites)
+def test_geometry_is_whole_pages_in_order(n_sites: int, n_cpus: int) -> None:
+    geometry = ArenaGeometry.for_sites(n_sites, n_cpus)
     offsets = (
         *(HEADER_SIZE, geometry.block_off, geometry.code_off),
         *(geometry.literal_off, geometry.counter_off),
@@ -57,6 +60,9 @@ def test_geometry_is_whole_pages_in_order(n_sites: int) -> None:
     assert geometry.block_off - HEADER_SIZE >= (n_sites + JOURNAL_SPARE_ENTRIES) * ENTRY_SIZE
     code_size = geometry.literal_off - geometry.code_off
     assert code_size >= n_sites * 1024
+    assert (geometry.size - geometry.counter_off) == 1 + n_cpus << geometry.row_shift
+    row_size = geometry.near_size - geometry.counter_off
+    assert row_size == 1 << geometry.row_shift >= max(MIN_ROW_SIZE, n_sites * 384)
     # Blocks of one line each must not run out of entries before the code is used up.
     assert (geometry.code_off - geometry.block_off) // BLOCK_ENTRY_SIZE >= code_size // LINE_SIZE
 
@@ -70,6 +76,9 @@ def test_header_can_be_read_by_another_controller(arena: Arena, arena_fd: int) -
 def test_parts_lie_where_the_geometry_says(arena: Arena) -> None:
     assert arena.addr == ARENA_ADDR
     assert arena.end == ARENA_ADDR + GEOMETRY.size
+    assert arena.near_end == ARENA_ADDR + GEOMETRY.counter_off + PAGE_SIZE
+    assert arena.rows.shared_addr == arena.code_end
+    assert arena.rows.shared_addr + arena.rows.size == arena.end
     assert arena.code_start == ARENA_ADDR + GEOMETRY.code_off
     assert arena.code_end == ARENA_ADDR + GEOMETRY.counter_off
     assert arena.used_code_end == arena.code_start
@@ -132,7 +141,11 @@ def test_gap_before_a_block_is_poison_and_taken_with_it(arena: Arena) -> None:
         GEOMETRY.code_off + 96,
     )
     arena.put_block(
-        room, b"\x90" * 20, site_addr=SITE_ADDR, kind=BlockKind.PROMOTED, cells=NO_CELLS
+        room,
+        BlockCode(code=b"\x90" * 20, text_size=20),
+        site_addr=SITE_ADDR,
+        kind=BlockKind.PROMOTED,
+        cells=NO_CELLS,
     )
     assert arena.read(Addr(arena.code_start + 16), 48) == bytes((POISON,)) * 48
     assert arena.free_code_size == CODE_SIZE - 96
@@ -171,7 +184,7 @@ def test_counters_are_adjacent_zero_and_bounded(arena: Arena) -> None:
     with pytest.raises(ArenaError, match="counters"):
         arena.add_counters(4096 // 8 - 3)
     last = arena.add_counters(4096 // 8 - 4)
-    assert last + 8 * (4096 // 8 - 4) == arena.end
+    assert last + 8 * (4096 // 8 - 4) == arena.near_end
     with pytest.raises(ArenaError):
         arena.add_counters(1)
 

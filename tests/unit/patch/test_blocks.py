@@ -28,7 +28,7 @@ def write(arena: Arena, plan: BlockPlan) -> Block:
 def test_block_is_what_the_encoder_made(arena: Arena) -> None:
     block = write(arena, PLAN)
     code = arena.read(block.addr, block.size)
-    assert code == encode_block(PLAN, block.addr, arena)
+    assert code == encode_block(PLAN, block.addr, arena).code
     assert block.head == code[:8]
     assert arena.load_u64(arena.addr_of(0x9000_0000)) == 0x9000_0000
 
@@ -45,7 +45,8 @@ def test_blocks_keep_to_lines_and_leave_poison_between(arena: Arena) -> None:
     for block in blocks:
         n_lines = (block.addr + block.size - 1) // LINE_SIZE - block.addr // LINE_SIZE + 1
         assert n_lines == -(-block.size // LINE_SIZE)
-        assert arena.read(block.addr, block.size) == encode_block(block.plan, block.addr, arena)
+        code = encode_block(block.plan, block.addr, arena).code
+        assert arena.read(block.addr, block.size) == code
         own = set(range(block.addr, block.addr + block.size))
         assert not own & taken
         taken |= own
@@ -63,7 +64,7 @@ def test_full_arena_is_an_error_and_keeps_its_blocks(arena: Arena) -> None:
     with pytest.raises(ArenaError):
         blocks += [write(arena, PLAN), write(arena, PLAN), write(arena, PLAN)]
     for block in blocks:
-        assert arena.read(block.addr, block.size) == encode_block(PLAN, block.addr, arena)
+        assert arena.read(block.addr, block.size) == encode_block(PLAN, block.addr, arena).code
 
 
 def test_redirect_and_back(arena: Arena) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optpoline.model import Addr
+from optpoline.model import Addr, RseqAbi
 from optpoline.patch.layout import (
     BLOCK_ENTRY_SIZE,
     ENTRY_SIZE,
@@ -27,7 +27,7 @@ from optpoline.patch.layout import (
 u64 = st.integers(0, (1 << 64) - 1)
 
 HEADER = ArenaHeader(
-    size=0x60_0000,
+    size=0x4C_0000 + 3 * 0x8_0000,
     block_off=0x2_0000,
     code_off=0x4_0000,
     literal_off=0x44_0000,
@@ -36,6 +36,9 @@ HEADER = ArenaHeader(
     controller_start=987_654_321,
     target_pid=4321,
     n_entries=17,
+    row_shift=19,
+    n_cpus=2,
+    rseq=RseqAbi(offset=-0x9A0, signature=0x5305_3053),
     n_blocks=23,
 )
 
@@ -47,6 +50,18 @@ def test_header_round_trip(pid: int, start: int, target: int, n_entries: int) ->
     )
     assert ArenaHeader.unpack(header.pack()) == header
     assert ArenaHeader.unpack(header.pack().ljust(HEADER_SIZE, b"\xff")) == header
+
+
+@pytest.mark.parametrize("rseq", [None, RseqAbi(offset=0x9A0, signature=0), HEADER.rseq])
+@pytest.mark.parametrize(("row_shift", "n_cpus"), [(12, 0), (16, 1), (19, 256), (22, 8192)])
+def test_rows_round_trip(rseq: RseqAbi | None, row_shift: int, n_cpus: int) -> None:
+    size = HEADER.counter_off + (1 + n_cpus << row_shift)
+    header = replace(HEADER, size=size, row_shift=row_shift, n_cpus=n_cpus, rseq=rseq)
+    assert ArenaHeader.unpack(header.pack()) == header
+    rows = header.rows_at(Addr(0x1000_0000))
+    assert rows.rseq == rseq
+    assert (rows.shared_addr, rows.n_cpus) == (0x1000_0000 + HEADER.counter_off, n_cpus)
+    assert rows.shared_addr + rows.size == 0x1000_0000 + size
 
 
 def test_header_fits_its_page_and_begins_with_its_magic() -> None:
@@ -87,7 +102,7 @@ def test_other_magic_version_or_header_size_is_no_header(off: int) -> None:
     assert ArenaHeader.unpack(bytes(data)) is None
 
 
-@pytest.mark.parametrize("version", [1, VERSION + 1])
+@pytest.mark.parametrize("version", [1, VERSION - 1, VERSION + 1])
 def test_other_version_is_no_header(version: int) -> None:
     assert ArenaHeader.unpack(replace(HEADER, version=version).pack()) is None
 
@@ -108,6 +123,12 @@ def test_other_version_is_no_header(version: int) -> None:
         replace(HEADER, n_entries=(1 << 64) - 1),
         replace(HEADER, n_blocks=0x2_0000 // BLOCK_ENTRY_SIZE + 1),
         replace(HEADER, n_blocks=(1 << 64) - 1),
+        replace(HEADER, size=HEADER.size + 4096),
+        replace(HEADER, n_cpus=3),
+        replace(HEADER, n_cpus=(1 << 32) - 1),
+        replace(HEADER, row_shift=18),
+        replace(HEADER, row_shift=(1 << 32) - 1),
+        replace(HEADER, size=HEADER.counter_off + 3 * 2048, row_shift=11),
     ],
 )
 def test_impossible_parts_are_no_header(damaged: ArenaHeader) -> None:
@@ -148,6 +169,7 @@ block_entries = st.builds(
     BlockEntry,
     addr=u64.map(Addr),
     size=st.integers(0, (1 << 32) - 1),
+    text_size=st.integers(0, (1 << 32) - 1),
     crc=st.integers(0, (1 << 32) - 1),
     site_addr=u64.map(Addr),
     head=st.binary(min_size=8, max_size=8),

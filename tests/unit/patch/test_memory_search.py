@@ -108,8 +108,28 @@ def test_page_that_cannot_be_read_hides_only_itself(memory: FakeMemory) -> None:
 def test_frame_below_the_stack_pointer_is_suspicious(memory: FakeMemory) -> None:
     # main() waits there while a coroutine runs in an array of its own.
     memory.put_frame(FIRST - 0x400, sp=FIRST, pc=INSIDE)
+    memory.put(HEAP + 0x400, FIRST - 0x800)  # where its stack pointer was saved
     assert search(memory, look_at()) == found(INSIDE, suspicious=True)
     assert search(memory, look_at(), is_stopped=True) == found(INSIDE, suspicious=True)
+
+
+@pytest.mark.parametrize("saved_at", [HEAP + 0x400, SP + 0x400, FIRST])
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_stack_pointer_may_be_saved_anywhere_that_is_not_below(
+    memory: FakeMemory, saved_at: int, is_stopped: bool
+) -> None:
+    memory.put(FIRST - 0x400, INSIDE)
+    memory.put(saved_at, FIRST - 0x408)
+    assert search(memory, look_at(), is_stopped=is_stopped) == found(INSIDE, suspicious=True)
+
+
+def test_what_a_signal_left_is_nothing_if_nobody_can_come_back_to_it(memory: FakeMemory) -> None:
+    memory.put_frame(FIRST - 0x2000, sp=FIRST, pc=INSIDE)
+    # Its own handler's frames are as dead; what points elsewhere is no way back.
+    memory.put(FIRST - 0x2800, FIRST - 0x2400)
+    memory.put(HEAP + 0x400, FIRST + 8, FIRST - 0x1000)
+    assert search(memory, look_at()) == found()
+    assert search(memory, look_at(), is_stopped=True) == found()
 
 
 def test_what_the_thread_was_seen_to_hold_is_no_news(memory: FakeMemory) -> None:
@@ -134,6 +154,7 @@ def test_what_has_come_to_a_stack_since_is_proof(memory: FakeMemory, held: tuple
 )
 def test_bounds_of_what_was_scanned(memory: FakeMemory, at: int, expected: Found) -> None:
     memory.put(at, INSIDE)
+    memory.put(HEAP, at - 8)
     assert search(memory, look_at()) == expected
     is_below = at < FIRST
     assert search(memory, look_at(), is_stopped=True) == (expected if is_below else found())
@@ -159,6 +180,7 @@ def test_two_threads_in_one_mapping(memory: FakeMemory) -> None:
 
 def test_stack_of_a_thread_that_is_gone_is_suspicious(memory: FakeMemory) -> None:
     memory.put(STACK_END - 8, INSIDE)
+    memory.put(HEAP, STACK_END - 16)
     assert search(memory, dead=((STACK, STACK_END),)) == found(INSIDE, suspicious=True)
 
 

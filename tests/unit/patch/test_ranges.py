@@ -82,3 +82,13 @@ def test_memory_as_it_is_read() -> None:
     words = np.frombuffer(data, dtype="<u8")
     ranges = AddressRanges([(0x7F00_1000_0000, 0x7F00_1000_0020)])
     assert ranges.pointing_into(words).tolist() == [0x7F00_1000_0010]
+
+
+def test_data_among_code() -> None:
+    ranges = AddressRanges([(0x10, 0x40), (0x80, 0xC0)], [(0x30, 0x40), (0xA0, 0xC0), (7, 7)])
+    assert [at for at in range(0x100) if ranges.is_data(at)] == [
+        *range(0x30, 0x40),
+        *range(0xA0, 0xC0),
+    ]
+    assert 0x30 in ranges  # it keeps the code back all the same
+    assert not AddressRanges([(0x10, 0x40)]).is_data(0x30)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optpoline.errors import ArenaError
-from optpoline.model import Addr, BlockPlan, Guard, Miss, OpenSlot
+from optpoline.learn.counting import n_cells, plan_counting
+from optpoline.model import Addr, BlockPlan, Guard, Miss
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import add_block, counter_cells, redirect, redirection_of
 from optpoline.patch.layout import (
@@ -23,7 +24,7 @@ from optpoline.patch.layout import (
     BlockKind,
     BlockState,
 )
-from optpoline.x86.blocks import POISON
+from optpoline.x86.blocks import LINE_SIZE, POISON
 from tests.unit.patch.conftest import (
     ARENA_ADDR,
     CODE_SIZE,
@@ -52,6 +53,7 @@ def test_entry_says_what_its_block_is(arena: Arena, arena_fd: int) -> None:
     expected = BlockEntry(
         addr=addr,
         size=len(code),
+        text_size=len(code),
         crc=zlib.crc32(code),
         site_addr=SITE_ADDR,
         head=code[:8],
@@ -194,29 +196,28 @@ def test_counters_of_a_freed_block_are_zero_when_used_again(arena: Arena) -> Non
 
 
 def test_cells_of_a_plan_are_all_of_its_counters(arena: Arena) -> None:
-    first = arena.add_counters(6)
-    addrs = [Addr(first + 8 * i) for i in range(6)]
+    size = n_cells(1, 2)
+    first = arena.add_counters(size)
     target = Addr(0x40_1000)
-    plan = BlockPlan(
+    plan = plan_counting(
         operand="rax",
         tree=Guard(target, None, Miss()),
         thunk_addr=Addr(0x40_0000),
-        hit_count_addrs=((target, addrs[0]),),
-        open_slots=(
-            OpenSlot(target_addr=addrs[1], count_addr=addrs[2]),
-            OpenSlot(target_addr=addrs[3], count_addr=addrs[4]),
-        ),
-        miss_count_addr=addrs[5],
+        n_open=2,
+        cells_addr=first,
+        rows=arena.rows,
     )
-    assert counter_cells(plan) == (first, 6)
-    assert counter_cells(replace(plan, hit_count_addrs=(), open_slots=())) == (addrs[5], 1)
-    assert counter_cells(
-        replace(plan, hit_count_addrs=(), open_slots=(), miss_count_addr=None)
-    ) == (NO_CELLS)
+    assert counter_cells(plan) == (first, size)
+    promoted = replace(plan, hit_count_addrs=(), open_slots=(), rows=None)
+    assert counter_cells(promoted) == (plan.miss_count_addr, 1)
+    assert counter_cells(replace(promoted, miss_count_addr=None)) == NO_CELLS
     block = add_block(arena, plan, site_addr=SITE_ADDR)
-    assert arena.blocks[0].kind is BlockKind.COUNTING
+    (entry,) = arena.blocks
+    assert entry.kind is BlockKind.COUNTING
+    assert 0 < entry.text_size <= entry.size == block.size
+    assert block.addr % LINE_SIZE == 0
     free(arena, block.addr)
-    assert arena.add_counters(6) == first
+    assert arena.add_counters(size) == first
 
 
 def test_reused_counts_the_blocks_in_freed_memory(arena: Arena) -> None:

@@ -23,7 +23,7 @@ from optpoline.errors import (
 from optpoline.model import Addr
 from optpoline.process import perf, perf_event
 from optpoline.process.perf import MAX_FREQUENCY_HZ, PcSample, PcSampler, share_within
-from optpoline.process.perf_event import RECORD_SIZE, SampleRing, ThreadClock
+from optpoline.process.perf_event import MAX_STACK_WORDS, RECORD_SIZE, SampleRing, ThreadClock
 
 PAGE = 4096
 USER, KERNEL, GUEST_USER = 2, 1, 5
@@ -56,6 +56,12 @@ class KernelSide:
     def put_sample(self, tid: int, pc: int, misc: int = USER) -> None:
         """Write a sample."""
         self.put(SAMPLE, struct.pack("=QII", pc, 7, tid), misc)
+
+    def put_stack(self, tid: int, pc: int, words: tuple[int, ...], n_wanted: int) -> None:
+        """Write a sample with as much of its stack as there is, padded to what was wanted."""
+        body = struct.pack("=QIIQQQ", pc, 7, tid, 2, 0x7FFF_0000, 8 * n_wanted)
+        body += struct.pack(f"={len(words)}Q", *words).ljust(8 * n_wanted, b"\xee")
+        self.put(SAMPLE, body + struct.pack("=Q", 8 * len(words)))
 
     def put_lost(self, n_lost: int) -> None:
         """Write what the kernel writes before the first record that fits again."""
@@ -144,6 +150,28 @@ def test_what_goes_in_comes_out(start: int, batches: list[list[tuple[int, int] |
         assert kernel.tail == kernel.head
 
 
+@pytest.mark.parametrize("words", [(), (1,), (1, 2, 0x7FFF_FFFF_FFFF)])
+def test_a_stack_comes_as_far_as_there_is_one(words: tuple[int, ...]) -> None:
+    kernel = KernelSide(start=PAGE - 40)
+    kernel.put_stack(3, 0x401000, words, 3)
+    kernel.put_stack(4, 0x402000, (9,), 3)
+    assert kernel.ring.drain().samples == ((3, 0x401000, *words), (4, 0x402000, 9))
+
+
+def test_a_thread_that_has_no_user_stack() -> None:
+    """A struct perf_regs_user of PERF_SAMPLE_REGS_ABI_NONE: no register, and a stack of size 0."""
+    kernel = KernelSide()
+    kernel.put(SAMPLE, struct.pack("=QIIQQ", 0x401000, 7, 3, 0, 0))
+    assert kernel.ring.drain().samples == ((3, 0x401000),)
+
+
+def test_a_stack_longer_than_its_record_is_an_error() -> None:
+    kernel = KernelSide()
+    kernel.put(SAMPLE, struct.pack("=QIIQQQQQ", 0x401000, 7, 3, 2, 0, 64, 1, 8))
+    with pytest.raises(OptpolineError, match="ring"):
+        kernel.ring.drain()
+
+
 @pytest.mark.parametrize("size", [0, 4, 7, 4000])
 def test_a_broken_record_is_an_error_once(size: int) -> None:
     kernel = KernelSide()
@@ -229,6 +257,12 @@ def test_a_ring_that_may_not_be_mapped_leaves_nothing_open(
 def test_frequencies_out_of_range(frequency_hz: int) -> None:
     with pytest.raises(UsageError, match="Hz"):
         PcSampler(1, frequency_hz=frequency_hz)
+
+
+@pytest.mark.parametrize("n_words", [-1, MAX_STACK_WORDS + 1])
+def test_stacks_out_of_range(n_words: int) -> None:
+    with pytest.raises(UsageError, match="words"):
+        PcSampler(1, n_stack_words=n_words)
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,15 @@ def _arena() -> tuple[bytes, layout.ArenaHeader]:
         controller_start=2,
         target_pid=3,
         n_entries=0,
+        row_shift=12,
+        n_cpus=1,
         n_blocks=3,
     )
     blocks = [
         layout.BlockEntry(
             addr=Addr(BASE + 0x3000 + 0x40 * number),
             size=0x1A + number,
+            text_size=0x1A,
             crc=5,
             site_addr=Addr(0x1000 + number),
             head=bytes(8),

@@ -8,14 +8,23 @@ from dataclasses import replace
 
 import pytest
 
-from optpoline.model import Addr
+from optpoline.model import Addr, BlockPlan
+from optpoline.x86.assembler import REGISTER_NUMBERS
 from optpoline.x86.block_rules import judge_block
 from optpoline.x86.block_verdict import BlockRule, BlockScene, decode_redirect
 from optpoline.x86.blocks import HEAD_SIZE, encode_redirect
-from tests.emulate.block_kinds import KINDS, LAYOUTS, OPERANDS, Image, Layout, encode_image
+from tests.emulate.block_kinds import (
+    COUNTERS_SIZE,
+    KINDS,
+    LAYOUTS,
+    OPERANDS,
+    Image,
+    Layout,
+    encode_image,
+)
 from tests.emulate.block_runs import interesting_values, random_counters
 from tests.emulate.disassemble import disassemble
-from tests.emulate.machine import Machine, random_state
+from tests.emulate.machine import NO_CPU, STACK_ADDR, Machine, State, random_state
 
 FIXED, PIE = LAYOUTS[0], LAYOUTS[1]
 ONE = encode_image(KINDS["one"](FIXED, "rax"), FIXED)
@@ -38,10 +47,13 @@ def scene_of(image: Image) -> BlockScene:
         thunk_addrs=frozenset({layout.thunk_addr}),
         operand=image.plan.operand,
         literals=(layout.literal_addr, layout.literal_addr + 4096),
-        counters=(layout.counter_addr, layout.counter_addr + 4096),
+        counters=(layout.counter_addr, layout.counter_addr + COUNTERS_SIZE),
         read_literal=lambda addr: values.get(addr, 0),
         is_code=lambda addr: addr in code,
-        is_arena=lambda addr: layout.block_addr <= addr < layout.counter_addr + 4096,
+        is_arena=lambda addr: layout.block_addr <= addr < layout.counter_addr + COUNTERS_SIZE,
+        text_size=len(image.text) if image.text != image.code else None,
+        rows=image.plan.rows,
+        is_below_stack_free=image.plan.is_below_stack_free,
     )
 
 
@@ -253,9 +265,25 @@ def test_what_passes_goes_where_it_should(kind: str) -> None:
         machine = Machine(image, code)
         for value in rng.sample(interesting_values(plan, layout, rng), 8):
             counters = random_counters(plan, layout, rng)
-            before = random_state(rng, operand, value, counters)
-            after = machine.run(before)
+            before = random_state(rng, operand, value, counters).with_rseq_cs(0)
+            machine.enter(before)
+            # Undisturbed, or disturbed somewhere.
+            for _ in range(rng.choice((0, rng.randrange(40)))):
+                if not machine.is_left:
+                    machine.step()
+            if plan.rows is not None and not machine.is_left:
+                machine.return_to_user(rng.choice((0, 3, NO_CPU)))
+            machine.step_out()
+            after = machine.read_state()
             assert after.pc in (value, layout.thunk_addr), (kind, off, code.hex())
-            assert after.stack == before.stack
-            if after.pc == layout.thunk_addr:
+            assert outside_frame(after, plan) == outside_frame(before, plan)
+            assert after.rseq_cs == 0
+            if after.pc == layout.thunk_addr or plan.base is None:
                 assert after.registers == before.registers
+
+
+def outside_frame(state: State, plan: BlockPlan) -> bytes:
+    """Return the stack without what is dead of it."""
+    off = state.registers[REGISTER_NUMBERS["rsp"]] - STACK_ADDR
+    n_dead = 8 if plan.is_below_stack_free else 0
+    return state.stack[: off - n_dead] + state.stack[off:]

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well promotions follow a workload that changes, and what watching one costs.
+
+All numbers are of the program with phases (``bench/phases/phases.c``): calls per CPU time
+as it counts them itself, and the lines that optpoline writes, by the clock on the wall.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench import statistics
+from bench.controller import PROMOTED_LINE, Controller
+from bench.errors import BenchError
+from bench.figures import Figure
+from bench.programs.phases import Phases
+
+__all__ = [
+    "measure_alternation",
+    "measure_flips",
+    "measure_learning",
+    "measure_phases",
+    "measure_watching",
+]
+
+AGAIN_LINE = "promoted anew"
+"""In the line that tells of a re-promotion."""
+
+_PROMOTED_S = 20.0
+_SETTLE_S = 3.0
+_FLIPS = 20
+_FLIP_EVERY_S = 1.5
+_FLIP_BAR_MS = 200.0
+_PHASE_S = 5.0
+_PHASES = ("one", "other", "one", "weights", "many", "turned") * 2
+_PHASES_BAR = 0.95
+_STEADY_S = 10.0
+_PAIRS = 24
+_PAIR_S = 0.5
+_WATCHING_BAR = 0.01
+_LEARN_S = 4.0
+_SCALING_BAR = 1.1
+
+
+def _wait_promoted(controller: Controller) -> None:
+    """Wait for the first promotion."""
+    deadline = time.monotonic() + _PROMOTED_S
+    while controller.said_ns(PROMOTED_LINE) is None:
+        if time.monotonic() > deadline or not controller.is_running():
+            raise BenchError(f"nothing was promoted:\n{controller.words()}")
+        time.sleep(0.01)
+
+
+def measure_flips(executable: Path) -> Iterator[Figure]:
+    """Measure how long after a flip of the hot targets the site is promoted anew."""
+    taken: list[float] = []
+    with Phases(executable) as program, Controller(program.pid) as controller:
+        _wait_promoted(controller)
+        time.sleep(_SETTLE_S)
+        for number in range(_FLIPS):
+            # Never twice at the same place of the controller's own cycle.
+            time.sleep(_FLIP_EVERY_S + 0.013 * number)
+            begin_ns = time.monotonic_ns()
+            program.go("other" if number % 2 == 0 else "one")
+            taken.append(_until_said(controller, AGAIN_LINE, begin_ns))
+    yield Figure(name="flip: median", value=sorted(taken)[_FLIPS // 2], unit="ms", bar=_FLIP_BAR_MS)
+    yield Figure(
+        name=f"flip: longest of {_FLIPS}, to re-promoted",
+        value=max(taken),
+        unit="ms",
+        bar=_FLIP_BAR_MS,
+    )
+
+
+def _until_said(controller: Controller, word: str, begin_ns: int) -> float:
+    """Return the milliseconds until a line has a word, or until the program need not wait."""
+    deadline = time.monotonic() + _FLIP_EVERY_S
+    while time.monotonic() < deadline:
+        for at_ns in controller.told_ns(word):
+            if at_ns > begin_ns:
+                return (at_ns - begin_ns) / 1e6
+        time.sleep(0.002)
+    # Promoted for both by now: nothing had to be done, if the speed says so as well.
+    return 0.0
+
+
+def measure_phases(executable: Path) -> Iterator[Figure]:
+    """Compare the speed through changing phases with each phase's own best promotion."""
+    best = {name: _best_speed(executable, name) for name in dict.fromkeys(_PHASES)}
+    ratios: list[float] = []
+    with Phases(executable, start=_PHASES[0]) as program, Controller(program.pid) as controller:
+        _wait_promoted(controller)
+        time.sleep(_SETTLE_S)
+        for name in _PHASES:
+            before = program.snap()
+            program.go(name)
+            time.sleep(_PHASE_S)
+            after = program.snap()
+            speed = 1000 * (after.calls - before.calls) / (after.cpu_ns - before.cpu_ns)
+            ratios.append(speed / best[name])
+    yield Figure(
+        name=f"phases of {_PHASE_S:.0f} s: mean speed of each phase's best static promotion",
+        value=sum(ratios) / len(ratios),
+        unit="of it",
+        bar=_PHASES_BAR,
+        is_least=True,
+    )
+
+
+def _best_speed(executable: Path, name: str) -> float:
+    """Return the speed of a phase that was promoted for itself and then left alone."""
+    with Phases(executable, start=name) as program:
+        with Controller(program.pid, extra=("--leave",)) as controller:
+            _wait_promoted(controller)
+            time.sleep(_SETTLE_S)
+        return max(program.speed(1.0) for _ in range(3))
+
+
+def measure_alternation(executable: Path) -> Iterator[Figure]:
+    """Count re-promotions of a site whose targets stay equally hot."""
+    for name, what in (("two", "two targets in turn"), ("three", "three at 34/33/33")):
+        with Phases(executable, start=name) as program, Controller(program.pid) as controller:
+            _wait_promoted(controller)
+            begin_ns = time.monotonic_ns()
+            time.sleep(_STEADY_S)
+            n_again = sum(at_ns > begin_ns for at_ns in controller.told_ns(AGAIN_LINE))
+        yield Figure(
+            name=f"{what}: re-promotions in {_STEADY_S:.0f} s",
+            value=float(n_again),
+            unit="",
+            bar=1.0,
+        )
+        rate = controller.summary.hit_rate if controller.summary is not None else None
+        yield Figure(name=f"{what}: missed", value=1.0 - (rate or 0.0), unit="of it", bar=0.001)
+
+
+def measure_watching(executable: Path) -> Iterator[Figure]:
+    """Compare a promoted program that is watched with one that was left, in pairs."""
+    ratios: list[float] = []
+    with Phases(executable, start="many") as left, Phases(executable, start="many") as watched:
+        with Controller(left.pid, extra=("--leave",)) as leaver:
+            _wait_promoted(leaver)
+            time.sleep(_SETTLE_S)
+        with Controller(watched.pid) as controller:
+            _wait_promoted(controller)
+            time.sleep(_SETTLE_S)
+            for number in range(_PAIRS):
+                pair = (left, watched) if number % 2 else (watched, left)
+                speeds = {program.pid: program.speed(_PAIR_S) for program in pair}
+                ratios.append(speeds[left.pid] / speeds[watched.pid])
+    yield from _within("steady: time when watched, of that when left", ratios, _WATCHING_BAR)
+
+
+def _within(name: str, ratios: Sequence[float], bar: float) -> Iterator[Figure]:
+    """Say how far the ends of the interval of a ratio are from one."""
+    found = statistics.median(ratios)
+    yield Figure(
+        name=f"{name}: median of {len(ratios)} pairs", value=found.value, unit="x", bar=1 + bar
+    )
+    furthest = max(abs(found.low - 1), abs(found.high - 1))
+    yield Figure(name=f"{name}: end of the interval", value=furthest, unit="off 1", bar=bar)
+
+
+def measure_learning(executable: Path) -> Iterator[Figure]:
+    """Compare what learning costs with one thread and with two, both ways of counting."""
+    for extra, what in (((), "a row for each CPU"), (("--shared-counters",), "one row for all")):
+        slowdowns = [_slowdown(executable, n_threads, extra) for n_threads in (1, 2)]
+        for n_threads, slowdown in zip((1, 2), slowdowns, strict=True):
+            yield Figure(
+                name=f"learning, {what}: time of {n_threads} threads, of that before",
+                value=slowdown,
+                unit="x",
+                bar=None,
+            )
+        yield Figure(
+            name=f"learning, {what}: two threads against one",
+            value=slowdowns[1] / slowdowns[0],
+            unit="x",
+            bar=None if extra else _SCALING_BAR,
+        )
+
+
+def _slowdown(executable: Path, n_threads: int, extra: tuple[str, ...]) -> float:
+    """Return how much longer a call takes while it is counted."""
+    with Phases(executable, n_threads=n_threads, start="many") as program:
+        before = max(program.speed(0.5) for _ in range(3))
+        options = ("--learn-seconds", f"{_LEARN_S:g}", *extra)
+        with Controller(program.pid, extra=options) as controller:
+            deadline = time.monotonic() + _PROMOTED_S
+            while controller.said_ns("learning ") is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.5)  # the first wave finds the targets
+            during = max(program.speed(0.5) for _ in range(3))
+            if controller.said_ns(PROMOTED_LINE) is not None:
+                raise BenchError("the learning window was over too early")
+    return before / during

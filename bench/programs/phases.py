@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program whose indirect calls follow a distribution that is changed while it runs."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from bench.build import Variant, build_once, compile_program, variant_flags
+from bench.errors import BenchError
+from bench.paths import BENCH
+
+__all__ = ["Phases", "Snap", "build_phases"]
+
+_SOURCE = BENCH / "phases" / "phases.c"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snap:
+    """How far the program has come.
+
+    Attributes:
+        calls: Indirect calls made by all threads.
+        cpu_ns: CPU time they took.
+    """
+
+    calls: int
+    cpu_ns: int
+
+
+def build_phases(variant: Variant = Variant.RETPOLINE) -> Path:
+    """Build the program."""
+    flags = variant_flags(variant)
+
+    def build(directory: Path) -> Path:
+        return compile_program(
+            [_SOURCE], output=directory / "phases", flags=flags, libraries=("-pthread",)
+        )
+
+    return build_once("phases", variant, [_SOURCE, *flags], build)
+
+
+class Phases:
+    """One running instance; leaving the ``with`` block ends it and checks its results.
+
+    Args:
+        executable: What ``build_phases`` built.
+        n_threads: Threads that make calls.
+        start: The distribution to begin with.
+    """
+
+    def __init__(self, executable: Path, *, n_threads: int = 1, start: str = "one") -> None:
+        """Start it and wait until it is ready."""
+        self._process = subprocess.Popen(
+            [str(executable), str(n_threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        if self._read() != "ready":
+            raise BenchError("the program with phases did not start")
+        self.go(start)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def go(self, distribution: str) -> None:
+        """Make its calls follow a distribution from now on."""
+        if self._ask(f"go {distribution}") != "ok":
+            raise BenchError(f"there is no distribution {distribution}")
+
+    def snap(self) -> Snap:
+        """Return how far it has come."""
+        calls, cpu_ns = self._ask("snap").split()
+        return Snap(calls=int(calls), cpu_ns=int(cpu_ns))
+
+    def speed(self, seconds: float) -> float:
+        """Let it run for a while; return its calls per microsecond of CPU time."""
+        before = self.snap()
+        time.sleep(seconds)
+        after = self.snap()
+        return 1000 * (after.calls - before.calls) / (after.cpu_ns - before.cpu_ns)
+
+    def __enter__(self) -> Phases:
+        """Return the running program."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End it; a call that went wrong is an error."""
+        try:
+            if error is None and (wrong := self._ask("result")) != "0":
+                raise BenchError(f"{wrong} rounds of the program with phases went wrong")
+        finally:
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    stream.close()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _ask(self, command: str) -> str:
+        """Send a command; return its answer."""
+        if self._process.stdin is None:
+            raise BenchError("the program with phases has no input")
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise BenchError(f"the program with phases is gone: {error.strerror}") from error
+        return self._read()
+
+    def _read(self) -> str:
+        """Read one line of its output."""
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            raise BenchError("the program with phases ended early")
+        return line.strip()

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First windows: link sites that hold their baseline to counting blocks, and let them count.
+
+Either some sites are given, or a lookout finds them while the window lasts, or both: each
+wave of sites that it has met is linked in a stop of its own (more, where they do not fit
+one) and counts until the end of the window. Waves come hottest first, and a site counts its
+own time only, so that rates are right whenever it came.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from optpoline.controller.config import Config
+from optpoline.controller.hot_sites import Lookout
+from optpoline.controller.learning import (
+    Empty,
+    begin_window,
+    end_windows,
+    first_block,
+    grow_full,
+    is_telling_soon,
+)
+from optpoline.controller.linker import Linker, Move
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import SiteState
+from optpoline.controller.target import Target
+from optpoline.model import Addr
+
+__all__ = ["FirstWindow"]
+
+MIN_LEARN_S = 0.1
+"""Time left in a window that is worth linking more sites for."""
+
+MAX_EXTRA_RATIO = 0.5
+"""By how much of its length a window is longer at most, for sites that were given their last
+counting block too late for it to have counted enough."""
+
+
+class FirstWindow:
+    """Learning windows of sites that lead to their thunk; one a session.
+
+    Args:
+        config: Settings.
+        target: The target.
+        linker: Changes its text.
+        sleep: Sleeps, or raises ``ProcessGone`` as soon as the target exits.
+        after_look: Called after each look at what was counted.
+        empty: Empties counting blocks that are used again.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        target: Target,
+        linker: Linker,
+        *,
+        sleep: Callable[[float], None],
+        after_look: Callable[[], None],
+        empty: Empty,
+    ) -> None:
+        """Keep what is needed."""
+        self._config = config
+        self._target = target
+        self._linker = linker
+        self._sleep = sleep
+        self._after_look = after_look
+        self._empty = empty
+        self.ever_linked: dict[Addr, SiteRecord] = {}
+        """The sites that lead to a block, or have led to one: all that need looking after."""
+        self.learning_s = 0.0
+        """Seconds during which any site led to a learning block."""
+
+    def forget(self, start: int, end: int) -> None:
+        """Drop the sites of a range that was unmapped."""
+        for addr in [addr for addr in self.ever_linked if start <= addr < end]:
+            del self.ever_linked[addr]
+
+    def run(
+        self,
+        linked: list[SiteRecord],
+        length_s: float,
+        stop: threading.Event | None,
+        lookout: Lookout | None = None,
+    ) -> None:
+        """Let sites count for a while.
+
+        Args:
+            linked: Sites that ``link`` has linked; those that the lookout finds come to them.
+            length_s: How long; up to half as long again (``MAX_EXTRA_RATIO``) while that will
+                show the shares of a site whose last block has counted too little.
+            stop: Ends the window early when set.
+            lookout: Finds more.
+
+        Raises:
+            ProcessGone: if the target exits meanwhile.
+        """
+        begin_s = time.monotonic()
+        end_s = begin_s + length_s
+        try:
+            while (now_s := time.monotonic()) < end_s:
+                if stop is not None and stop.is_set():
+                    break
+                pause_s = min(end_s - now_s, self._config.wave_s)
+                # Who is linked at the very end has no time to be counted.
+                if lookout is None or (linked and end_s - now_s < MIN_LEARN_S):
+                    self._sleep(pause_s)
+                else:
+                    lookout.look(pause_s)
+                    linked += self.link(lookout.take_wave(time.monotonic()))
+                self._look(linked)
+            self._go_on(linked, end_s, MAX_EXTRA_RATIO * length_s, stop)
+        finally:
+            now_s = time.monotonic()
+            end_windows(linked, now_s)
+            self.learning_s += now_s - begin_s
+
+    def _look(self, linked: Sequence[SiteRecord]) -> None:
+        """Give more slots to sites that need them."""
+        grow_full(linked, self._target.may_guard, self._config.policy.schedule.max_slots)
+        self._after_look()
+
+    def _go_on(
+        self,
+        linked: Sequence[SiteRecord],
+        begin_s: float,
+        extra_s: float,
+        stop: threading.Event | None,
+    ) -> None:
+        """Let sites go on counting whose last block came late, for a bounded time."""
+        end_s = begin_s + extra_s
+        while (now_s := time.monotonic()) < end_s and not (stop is not None and stop.is_set()):
+            if not any(is_telling_soon(record, now_s, end_s - now_s) for record in linked):
+                return
+            self._sleep(min(end_s - now_s, self._config.wave_s))
+            if end_s - time.monotonic() > extra_s / 2:
+                self._look(linked)  # later, a bigger block would have no time to count
+
+    def link(self, records: Sequence[SiteRecord]) -> list[SiteRecord]:
+        """Link baseline sites to counting blocks; return those that are."""
+        if not records:
+            return []
+        moves: list[Move] = []
+        for record in records:
+            record.arena.journal(record.site)
+            record.active = None
+            block = first_block(record, self._config.policy.schedule.max_slots)
+            moves.append(Move(record=record, block=block))
+            self.ever_linked[record.site.addr] = record
+        self._linker.link(moves)
+        linked = [record for record in records if record.home is not None]
+        for record in linked:
+            record.state = SiteState.LEARNING
+        begin_window(linked, time.monotonic(), self._empty)
+        return linked

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces of programs, synthetic workloads, and the replay of policies against them."""
