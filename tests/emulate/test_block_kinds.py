@@ -30,7 +30,7 @@ from tests.emulate.block_runs import (
 )
 from tests.emulate.machine import NO_CPU, Machine, random_state
 
-N_RUNS = int(os.environ.get("OPTPOLINE_EMULATE_RUNS", "180"))
+N_RUNS = int(os.environ.get("OPTPOLINE_EMULATE_RUNS", "60"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
