@@ -19,7 +19,7 @@ from tests.live.witness import RETPOLINE, VARIANTS, Witness, run_json, start_cli
 
 pytestmark = pytest.mark.live
 
-N_KILLS = 26
+N_KILLS = 12
 
 INSTANTS = (("", 0.7), ("attached: ", 0.05), ("learning ", 0.4), ("promoted ", 0.5))
 """Lines that begin a part of a session, and how long after them to kill at the latest: while
