@@ -121,6 +121,8 @@ def _run_block(
         memory = random_state(rng, operand, 0, counters)
         machine.load(memory)
         cells = block_runs.unpack_cells(counters, layout)
+        cpu = block_runs.seen_cpu(plan, memory.cpu)
+        state = memory
         for i in range(start, min(start + _BATCH, n_cases)):
             value = rng.choice(hits if i % 2 else values)
             registers = [rng.getrandbits(64) for _ in memory.registers]
@@ -128,8 +130,10 @@ def _run_block(
             registers[number] = value
             flags = memory.flags & ~ARITHMETIC_FLAGS | rng.getrandbits(12) & ARITHMETIC_FLAGS
             tally.n_cases += 1
-            expected_pc = run_plan(plan, value, cells)
+            expected_pc = run_plan(plan, value, cells, cpu)
             before = tuple(registers)
+            state = replace(state, registers=before)
+            state = replace(state, stack=block_runs.expected_stack(plan, state))
             try:
                 pc, new_flags, after = machine.go_on(before, flags)
             except AssertionError as error:
@@ -144,7 +148,7 @@ def _run_block(
             if not is_same:
                 tally.add_difference(f"{layout.name} {operand} {value:#x} came to {pc:#x}")
         left = machine.read_state()
-        expected = replace(memory, counters=block_runs.pack_cells(cells), fixed=machine.fixed)
+        expected = replace(state, counters=block_runs.pack_cells(cells), fixed=machine.fixed)
         if _memory_of(left) != _memory_of(expected):
             tally.add_difference(f"{layout.name} {operand}: memory or vectors after a batch")
 
