@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optpoline.model import Mapping
+from optpoline.process.own_stack import MAX_STACK_SIZE, is_thread_stack
 from optpoline.x86.signal_frame import RED_ZONE_SIZE
 
 __all__ = [
@@ -18,7 +19,7 @@ __all__ = [
     "writable_ranges",
 ]
 
-MAX_STACK_SCAN_SIZE = 64 << 20
+MAX_STACK_SCAN_SIZE = MAX_STACK_SIZE
 """Bytes of one stack that are scanned, resident or not; the rest is memory like any other."""
 
 MAX_NEIGHBOUR_SCAN_SIZE = 8 << 20
@@ -80,14 +81,7 @@ class StackMap:
         if at < 0 or sp >= self._maps[at].end:
             return None
         mapping, below = self._maps[at], self._maps[at - 1] if at else None
-        has_guard = (
-            below is not None
-            and below.end == mapping.start
-            and below.perms.startswith("---")
-            and mapping.size <= MAX_STACK_SCAN_SIZE
-        )
-        is_own = mapping.path == "[stack]" or has_guard
-        return Stack(int(mapping.start), int(mapping.end), is_own)
+        return Stack(int(mapping.start), int(mapping.end), is_thread_stack(mapping, below))
 
 
 def writable_ranges(maps: Sequence[Mapping]) -> list[tuple[int, int]]:

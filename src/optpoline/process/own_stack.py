@@ -14,10 +14,26 @@ from collections.abc import Sequence
 
 from optpoline.model import Mapping
 
-__all__ = ["is_own_stack"]
+__all__ = ["MAX_STACK_SIZE", "is_own_stack", "is_thread_stack"]
 
-_MAX_STACK_SIZE = 64 << 20
+MAX_STACK_SIZE = 64 << 20
 """Bytes of a mapping above a guard page that still counts as one stack, not as an arena of many."""
+
+
+def is_thread_stack(mapping: Mapping, below: Mapping | None) -> bool:
+    """Tell whether a mapping is a stack as a thread has it: the main one, or above a guard page.
+
+    Args:
+        mapping: The mapping.
+        below: The one before it, in address order.
+    """
+    has_guard = (
+        below is not None
+        and below.end == mapping.start
+        and below.perms.startswith("---")
+        and mapping.size <= MAX_STACK_SIZE
+    )
+    return mapping.path == "[stack]" or has_guard
 
 
 def is_own_stack(maps: Sequence[Mapping], low: int, high: int) -> bool:
@@ -37,5 +53,4 @@ def is_own_stack(maps: Sequence[Mapping], low: int, high: int) -> bool:
     mapping, below = maps[at], maps[at - 1] if at else None
     if mapping.path == "[stack]":
         return below is None or low >= below.end
-    has_guard = below is not None and below.end == mapping.start and below.perms.startswith("---")
-    return has_guard and mapping.size <= _MAX_STACK_SIZE and low >= mapping.start
+    return is_thread_stack(mapping, below) and low >= mapping.start
