@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from optpoline.cli.whole_file import written_whole
 from optpoline.errors import OptpolineError, UsageError
 from optpoline.report.json_document import JsonObject, encode_document
 
@@ -76,30 +76,14 @@ class JsonSink:
             sys.stdout.flush()
             return
         path = Path(self.path)
+        if not self._is_special(path):
+            with written_whole(path, force=self.force) as stream:
+                stream.write(text.encode())
+            return
         try:
-            if self._is_special(path):
-                path.write_text(text)
-            else:
-                self._write_whole(path, text)
-        except FileExistsError as error:
-            hint = "use --force to overwrite it"
-            raise UsageError(f"{path} exists", hint=hint) from error
+            path.write_text(text)
         except OSError as error:
             raise OptpolineError(f"{path} cannot be written: {error.strerror}") from error
-
-    def _write_whole(self, path: Path, text: str) -> None:
-        """Write beside the file, then put it in place in one step."""
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            draft.write_text(text)
-            if self.force:
-                draft.replace(path)
-            else:
-                # Unlike a rename, a link does not replace a file made in the meantime.
-                os.link(draft, path)
-        finally:
-            with suppress(FileNotFoundError):
-                draft.unlink()
 
     @staticmethod
     def _is_special(path: Path) -> bool:
