@@ -8,12 +8,8 @@ the encoder really writes.
 
 from __future__ import annotations
 
-from optpoline.learn.counting import n_cells
-from optpoline.model import CELL_SIZE
-
 __all__ = [
     "counting_block_size",
-    "counting_cells_size",
     "promoted_block_size",
 ]
 
@@ -50,11 +46,6 @@ def counting_block_size(n_known: int, n_open: int) -> int:
     """Return the bytes of a counting block, padding included."""
     tree_size = (GUARD_SIZE + TREE_SIZE) * n_known
     return _padded(COUNTING_BASE_SIZE + tree_size + COUNTED_HIT_SIZE * n_known + SLOT_SIZE * n_open)
-
-
-def counting_cells_size(n_known: int, n_open: int) -> int:
-    """Return the bytes of a counting block's cells in one row."""
-    return CELL_SIZE * n_cells(n_known, n_open)
 
 
 def _padded(size: int) -> int:
