@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import statistics
-from bench.controller import PROMOTED_LINE, Controller
+from bench.controller import LEARNING_LINE, PROMOTED_LINE, Controller
 from bench.errors import BenchError
 from bench.figures import Figure
 from bench.programs.phases import Phases
@@ -29,6 +29,9 @@ AGAIN_LINE = "promoted anew"
 """In the line that tells of a re-promotion."""
 
 _PROMOTED_S = 20.0
+_LOOK_EVERY_S = 0.002
+_FIRST_WAVES_S = 0.5
+"""The first waves of slots find the targets; what is measured is counting known ones."""
 _SETTLE_S = 3.0
 _FLIPS = 12
 _SETTLED_S = 1.0
@@ -47,11 +50,16 @@ _SCALING_BAR = 1.1
 
 def _wait_promoted(controller: Controller) -> None:
     """Wait for the first promotion."""
+    _wait_said(controller, PROMOTED_LINE)
+
+
+def _wait_said(controller: Controller, word: str) -> None:
+    """Wait until a line begins with a word."""
     deadline = time.monotonic() + _PROMOTED_S
-    while controller.said_ns(PROMOTED_LINE) is None:
+    while controller.said_ns(word) is None:
         if time.monotonic() > deadline or not controller.is_running():
-            raise BenchError(f"nothing was promoted:\n{controller.words()}")
-        time.sleep(0.01)
+            raise BenchError(f"nothing said of {word.strip()}:\n{controller.words()}")
+        time.sleep(_LOOK_EVERY_S)
 
 
 def measure_flips(executable: Path) -> Iterator[Figure]:
@@ -88,7 +96,7 @@ def _until_said(controller: Controller, word: str, begin_ns: int) -> float:
         for at_ns in controller.told_ns(word):
             if at_ns > begin_ns:
                 return (at_ns - begin_ns) / 1e6
-        time.sleep(0.002)
+        time.sleep(_LOOK_EVERY_S)
     raise BenchError(f"the flip was not followed within {_FOLLOWED_S:.0f} s")
 
 
@@ -194,10 +202,8 @@ def _slowdown(executable: Path, n_threads: int, extra: tuple[str, ...]) -> float
         before = max(program.speed(0.5) for _ in range(3))
         options = ("--learn-seconds", f"{_LEARN_S:g}", *extra)
         with Controller(program.pid, extra=options) as controller:
-            deadline = time.monotonic() + _PROMOTED_S
-            while controller.said_ns("learning ") is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(0.5)  # the first wave finds the targets
+            _wait_said(controller, LEARNING_LINE)
+            time.sleep(_FIRST_WAVES_S)
             during = max(program.speed(0.5) for _ in range(3))
             if controller.said_ns(PROMOTED_LINE) is not None:
                 raise BenchError("the learning window was over too early")

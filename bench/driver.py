@@ -68,15 +68,23 @@ class Driver:
         Raises:
             BenchError: if it dies, hangs, or computes something else than before.
         """
-        try:
-            self._input.write(b"\n")
-        except OSError as error:
-            raise BenchError(f"{self.name} is gone: {error.strerror}") from error
-        elapsed, _, result = self._read_line().partition(" ")
+        elapsed, _, result = self.ask("").partition(" ")
         if self.result is not None and result != self.result:
             raise BenchError(f"{self.name} computed {result}, and {self.result} before")
         self.result = result
         return int(elapsed)
+
+    def ask(self, line: str) -> str:
+        """Send a line; return the line it answers with.
+
+        Raises:
+            BenchError: if it dies or hangs.
+        """
+        try:
+            self._input.write(f"{line}\n".encode())
+        except OSError as error:
+            raise BenchError(f"{self.name} is gone: {error.strerror}") from error
+        return self._read_line()
 
     def close(self) -> None:
         """End the process: it stops at the end of its input, and is killed if it does not."""

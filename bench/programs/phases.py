@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from bench.build import Variant, build_once, compile_program, variant_flags
+from bench.driver import Driver
 from bench.errors import BenchError
 from bench.paths import BENCH
 
@@ -54,30 +54,22 @@ class Phases:
 
     def __init__(self, executable: Path, *, n_threads: int = 1, start: str = "one") -> None:
         """Start it and wait until it is ready."""
-        self._process = subprocess.Popen(
-            [str(executable), str(n_threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-        if self._read() != "ready":
-            raise BenchError("the program with phases did not start")
+        self._driver = Driver("the program with phases", [str(executable), str(n_threads)])
         self.go(start)
 
     @property
     def pid(self) -> int:
         """Its process id."""
-        return self._process.pid
+        return self._driver.pid
 
     def go(self, distribution: str) -> None:
         """Make its calls follow a distribution from now on."""
-        if self._ask(f"go {distribution}") != "ok":
+        if self._driver.ask(f"go {distribution}") != "ok":
             raise BenchError(f"there is no distribution {distribution}")
 
     def snap(self) -> Snap:
         """Return how far it has come."""
-        calls, cpu_ns = self._ask("snap").split()
+        calls, cpu_ns = self._driver.ask("snap").split()
         return Snap(calls=int(calls), cpu_ns=int(cpu_ns))
 
     def speed(self, seconds: float) -> float:
@@ -99,32 +91,7 @@ class Phases:
     ) -> None:
         """End it; a call that went wrong is an error."""
         try:
-            if error is None and (wrong := self._ask("result")) != "0":
+            if error is None and (wrong := self._driver.ask("result")) != "0":
                 raise BenchError(f"{wrong} rounds of the program with phases went wrong")
         finally:
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
-            try:
-                self._process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-
-    def _ask(self, command: str) -> str:
-        """Send a command; return its answer."""
-        if self._process.stdin is None:
-            raise BenchError("the program with phases has no input")
-        try:
-            self._process.stdin.write(command + "\n")
-            self._process.stdin.flush()
-        except OSError as error:
-            raise BenchError(f"the program with phases is gone: {error.strerror}") from error
-        return self._read()
-
-    def _read(self) -> str:
-        """Read one line of its output."""
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line:
-            raise BenchError("the program with phases ended early")
-        return line.strip()
+            self._driver.close()
