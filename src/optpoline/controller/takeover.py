@@ -28,7 +28,6 @@ from optpoline.controller.poking import poke_patiently
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.controller.target import Target
 from optpoline.errors import ControllerActive, PermissionDenied
-from optpoline.model import Addr
 from optpoline.patch.layout import JournalEntry
 from optpoline.patch.text import (
     Poke,
@@ -36,6 +35,7 @@ from optpoline.patch.text import (
     leads_into,
     read_entries,
 )
+from optpoline.patch.used_code import find_used_code
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.permissions import (
     check_attachable,
@@ -251,7 +251,7 @@ def _restore(target: Target, arenas: Sequence[LeftArena]) -> DetachResult:
         )
     ranges = [(arena.start, arena.end) for arena in arenas]
     code_ranges = [
-        (Addr(arena.start + arena.header.code_off), Addr(arena.start + arena.header.literal_off))
+        find_used_code(target.memory, arena.start, arena.header)
         for arena in arenas
         if arena.header is not None
     ]

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 
 from optpoline.errors import TargetFault
 from optpoline.model import Addr
-from optpoline.patch.layout import BLOCK_ENTRY_SIZE, HEADER_SIZE, ArenaHeader, BlockEntry
+from optpoline.patch.layout import HEADER_SIZE, ArenaHeader, BlockEntry
+from optpoline.patch.used_code import read_blocks
 from optpoline.process.memory import Memory
 
 __all__ = ["DESCRIPTOR_SIZE", "cut_out_descriptors", "find_descriptors"]
@@ -40,27 +41,14 @@ def find_descriptors(memory: Memory, arena_addr: Addr) -> tuple[Addr, ...]:
         header = ArenaHeader.unpack(memory.read(arena_addr, HEADER_SIZE))
         if header is None or header.rseq is None or not header.n_blocks:
             return ()
-        size = header.n_blocks * BLOCK_ENTRY_SIZE
-        table = memory.read(arena_addr + header.block_off, size)
-        blocks = [BlockEntry.unpack(table[at : at + BLOCK_ENTRY_SIZE]) for at in _entries(size)]
+        found = read_blocks(memory, arena_addr, header)
         code_start = arena_addr + header.code_off
-        code_end = arena_addr + header.literal_off
-        found = [
-            block
-            for block in blocks
-            if block is not None and code_start <= block.addr <= block.end <= code_end
-        ]
         used_end = max((block.end for block in found), default=code_start)
         code = memory.read(code_start, used_end - code_start)
     except TargetFault:
         return ()
     addrs = {at for block in found for at in _find_in_block(block, code, code_start)}
     return tuple(Addr(addr) for addr in sorted(addrs))
-
-
-def _entries(size: int) -> range:
-    """Return the offsets of the entries of a block table."""
-    return range(0, size, BLOCK_ENTRY_SIZE)
 
 
 def _find_in_block(block: BlockEntry, code: bytes, code_start: int) -> Iterable[int]:

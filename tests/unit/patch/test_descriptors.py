@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Descriptors among code are found by the block table and by what they hold."""
+"""What an arena's code holds, read from outside: its used part, and descriptors among it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from optpoline.patch.layout import (
     BlockKind,
     BlockState,
 )
+from optpoline.patch.used_code import find_used_code
 
 ARENA = Addr(0x1000_0000)
 BLOCK_OFF, CODE_OFF, LITERAL_OFF, COUNTER_OFF = 8192, 12288, 16384, 20480
@@ -117,6 +118,24 @@ def test_arenas_without_descriptors() -> None:
     # An entry that is damaged leads nowhere outside the code.
     beyond = block(LITERAL_OFF - CODE_OFF - 0x20)
     assert find_descriptors(ArenaMemory({0: (beyond, b"")}), ARENA) == ()
+
+
+def test_used_code_ends_behind_the_last_block_that_a_pc_may_be_in() -> None:
+    used = {0: (block(0x000), b""), 2: (block(0x200, BlockState.RETIRED, size=0xA1), b"")}
+    freed = {**used, 1: (block(0x400, BlockState.FREE), b"")}
+    for blocks, size in (({}, 0), (used, 0x2B0), (freed, 0x2B0)):
+        memory = ArenaMemory(blocks)
+        header = ArenaHeader.unpack(memory.read(ARENA, HEADER_SIZE))
+        assert header is not None
+        assert find_used_code(memory, ARENA, header) == (CODE, CODE + size)
+
+
+def test_all_code_counts_as_used_when_the_table_cannot_be_read() -> None:
+    memory = ArenaMemory({0: (block(0x000), b"")})
+    header = ArenaHeader.unpack(memory.read(ARENA, HEADER_SIZE))
+    assert header is not None
+    del memory.data[BLOCK_OFF:]
+    assert find_used_code(memory, ARENA, header) == (CODE, ARENA + LITERAL_OFF)
 
 
 @given(st.sets(st.integers(0, 20)), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20))))
