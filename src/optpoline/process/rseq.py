@@ -17,6 +17,7 @@ Doubtful are threads that disagree; two with one thread pointer (a process made 
 date for one of them only); a thread without a registration whose memory at that
 distance does not look like an area that was never registered; and a single thread whose
 area is far from its thread pointer, in memory that was perhaps allocated for it alone.
+A thread that has not run yet proves nothing: a C library registers before all else.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ class RseqRegistration:
         thread_pointer: Its %fs base.
         area_addr: Its ``struct rseq``; 0 where it has registered none.
         signature: u32 before each abort handler.
+        is_newborn: Whether it is a thread that has not run yet: it has had no time to.
     """
 
     tid: int
     thread_pointer: int
     area_addr: int
     signature: int
+    is_newborn: bool = False
 
     @property
     def offset(self) -> int:
@@ -72,6 +75,7 @@ def choose_rseq_abi(registrations: Sequence[RseqRegistration], memory: Memory) -
         registrations: Of the threads that stand, one at least.
         memory: The target's.
     """
+    registrations = [one for one in registrations if one.area_addr or not one.is_newborn]
     registered = [one for one in registrations if one.area_addr]
     found = {(one.offset, one.signature) for one in registered}
     if len(found) != 1:
