@@ -81,7 +81,6 @@ class ExactCounts:
 
         Raises:
             ProcessGone: if it has to be stopped, and is gone.
-            StopTimeout: if it has to be stopped, and its threads do not in time.
         """
         blocks = [(record, block) for record in records for block in record.tables.values()]
         try:

@@ -362,7 +362,6 @@ class Session:
         Raises:
             OptpolineError: if the session is over.
             ProcessGone: if the target has to be stopped for it, and is gone.
-            StopTimeout: if it has to be stopped, and its threads do not in time.
         """
         if self._counts is None:
             raise OptpolineError(f"the session with process {self.pid} is over")
