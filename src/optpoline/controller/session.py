@@ -29,6 +29,7 @@ from optpoline.controller.learning import MIN_FREE_CODE_SIZE
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.linker import Linker
 from optpoline.controller.lock import ControllerLock
+from optpoline.controller.no_sites import no_sites_error
 from optpoline.controller.not_promoted import explain_not_promoted
 from optpoline.controller.perf_map import PerfMap
 from optpoline.controller.promotion import promote_first
@@ -48,10 +49,8 @@ from optpoline.controller.summary import (
 from optpoline.controller.takeover import read_status, restore_left
 from optpoline.controller.target import Target
 from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
-from optpoline.discover import count_plain_indirect
 from optpoline.errors import (
     ArenaError,
-    NoSites,
     OptpolineError,
     PermissionDenied,
     ProcessGone,
@@ -63,7 +62,6 @@ from optpoline.errors import (
 from optpoline.learn.counting import SiteCounts
 from optpoline.model import Addr, Module, Site
 from optpoline.process.permissions import check_attachable
-from optpoline.process.procfs import read_status as read_process_status
 from optpoline.simulate.trace_file import TraceWriter
 
 __all__ = ["Session", "attach"]
@@ -174,24 +172,11 @@ class Session:
         self._perf_map = PerfMap(self.pid, target.symbol_at)
         self._add_modules()
         if not self.sites:
-            raise NoSites(self._describe_no_sites())
+            raise no_sites_error(self.pid, tuple(target.modules.values()))
         self._next_maps_s = time.monotonic() + self.config.maps_every_s
         n_modules = sum(1 for loaded in target.modules.values() if loaded.scan.sites)
         message = f"{_count(len(self.sites), 'site')} in {_count(n_modules, 'module')}"
         self._tell(EventKind.ATTACHED, message)
-
-    def _describe_no_sites(self) -> str:
-        """Say what the target has instead of retpoline sites."""
-        modules = self.target.modules.values()
-        n_plain = sum(count_plain_indirect(m.image) for m in modules if m.module.is_main)
-        n_inline = sum(loaded.scan.n_inline for loaded in modules)
-        name = read_process_status(self.pid).name
-        plain = _count(n_plain, "plain indirect branch", "es")
-        return (
-            f"process {self.pid} ({name}) has no retpoline site in its "
-            f"{_count(len(modules), 'module')} ({plain} in the executable, "
-            f"{_count(n_inline, 'inline retpoline')})"
-        )
 
     def _add_modules(self) -> list[SiteRecord]:
         """Take in modules that were loaded since the last look; return their records."""
@@ -672,10 +657,10 @@ def _state_after(outcome: DetachOutcome) -> SessionState:
             assert_never(outcome)
 
 
-def _count(n: int, noun: str, plural: str = "s") -> str:
-    """Return a number with its noun; ``plural`` is appended where it is not one.
+def _count(n: int, noun: str) -> str:
+    """Return a number with its noun.
 
     >>> _count(1, "site"), _count(2, "site")
     ('1 site', '2 sites')
     """
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}{plural}"
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
