@@ -86,7 +86,7 @@ def simulate_command(
 
     invocation.sink.validate_writable()
     if (trace is not None) + (synthetic is not None) + project != 1:
-        raise UsageError("name a trace, or --synthetic, or --project")
+        raise UsageError("name one of: a trace, --synthetic, --project")
     if project and plot is not None:
         raise UsageError("there is nothing to plot of a projection")
     if project:
