@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optpoline.controller.target import LoadedModule
+from optpoline.controller.wording import count_of
 from optpoline.discover import count_plain_indirect
 from optpoline.errors import NoSites
 from optpoline.process.procfs import read_status
@@ -31,13 +32,8 @@ def no_sites_error(pid: int, modules: Sequence[LoadedModule]) -> NoSites:
     has_thunks = any(loaded.scan.thunks for loaded in modules)
     return NoSites(
         f"process {pid} ({read_status(pid).name}) has no retpoline site in its "
-        f"{_count(len(modules), 'module')} "
-        f"({_count(n_plain, 'plain indirect branch', 'es')} in the executable, "
-        f"{_count(n_inline, 'inline retpoline')})",
+        f"{count_of(len(modules), 'module')} "
+        f"({count_of(n_plain, 'plain indirect branch', 'es')} in the executable, "
+        f"{count_of(n_inline, 'inline retpoline')})",
         hint=_INLINE if n_inline else None if has_thunks else _PLAIN,
     )
-
-
-def _count(n: int, noun: str, plural: str = "s") -> str:
-    """Return a number with its noun."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}{plural}"

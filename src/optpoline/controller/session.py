@@ -49,6 +49,7 @@ from optpoline.controller.summary import (
 from optpoline.controller.takeover import read_status, restore_left
 from optpoline.controller.target import Target
 from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
+from optpoline.controller.wording import count_of
 from optpoline.errors import (
     ArenaError,
     OptpolineError,
@@ -143,7 +144,7 @@ class Session:
             raise ProcessGone(self.pid) from error
         if read_status(self.pid) is not None:
             result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
-            restored = _count(result.restored, "site")
+            restored = count_of(result.restored, "site")
             self._note(f"found what an earlier controller left: restored {restored}")
             for note in result.notes:
                 self._note(note)
@@ -175,7 +176,7 @@ class Session:
             raise no_sites_error(self.pid, tuple(target.modules.values()))
         self._next_maps_s = time.monotonic() + self.config.maps_every_s
         n_modules = sum(1 for loaded in target.modules.values() if loaded.scan.sites)
-        message = f"{_count(len(self.sites), 'site')} in {_count(n_modules, 'module')}"
+        message = f"{count_of(len(self.sites), 'site')} in {count_of(n_modules, 'module')}"
         self._tell(EventKind.ATTACHED, message)
 
     def _add_modules(self) -> list[SiteRecord]:
@@ -299,7 +300,7 @@ class Session:
             self._learn_hot([], length_s, stop)
             return
         linked = self._first_window.link(records)
-        self._tell_learning(_count(len(linked), "site"), length_s)
+        self._tell_learning(count_of(len(linked), "site"), length_s)
         self._first_window.run(linked, length_s, stop)
 
     def _learn_hot(
@@ -309,7 +310,7 @@ class Session:
         assert self._hot is not None
         with self._hot.watch() as lookout:
             linked = self._first_window.link(records)
-            what = _count(len(linked), "site") if linked else "the sites that run"
+            what = count_of(len(linked), "site") if linked else "the sites that run"
             self._tell_learning(what, length_s)
             try:
                 self._first_window.run(linked, length_s, stop, lookout)
@@ -395,7 +396,7 @@ class Session:
         self.state = SessionState.PROMOTED
         took_s = time.monotonic() - begin_s
         if n_promoted:
-            message = f"{n_promoted} of {_count(len(learned), 'site')} in {took_s:.3f} s"
+            message = f"{n_promoted} of {count_of(len(learned), 'site')} in {took_s:.3f} s"
             self._tell(EventKind.PROMOTED, message)
         else:
             more = any(record.state is SiteState.PROMOTED for record in self.records)
@@ -496,9 +497,9 @@ class Session:
         if due:
             n_again, n_demoted = self._sampler.sample(due)
             if n_again:
-                self._tell(EventKind.RELEARNED, f"{_count(n_again, 'site')} promoted anew")
+                self._tell(EventKind.RELEARNED, f"{count_of(n_again, 'site')} promoted anew")
             if n_demoted:
-                self._tell(EventKind.DEMOTED, f"{_count(n_demoted, 'site')} back on the thunk")
+                self._tell(EventKind.DEMOTED, f"{count_of(n_demoted, 'site')} back on the thunk")
         self._sampler.relink(linked, now_s)
         self._rediscover(time.monotonic(), stop)
         self._name_blocks()
@@ -540,7 +541,7 @@ class Session:
         fresh = self._add_modules()
         if fresh:
             names = ", ".join(sorted({record.site.module for record in fresh}))
-            self._tell(EventKind.MODULE_ADDED, f"{names}: {_count(len(fresh), 'site')}")
+            self._tell(EventKind.MODULE_ADDED, f"{names}: {count_of(len(fresh), 'site')}")
             self._learn(fresh, self.config.learn_s, stop)
             self.promote()
             self.state = SessionState.WATCHING
@@ -655,12 +656,3 @@ def _state_after(outcome: DetachOutcome) -> SessionState:
             return SessionState.PARTLY_RESTORED
         case _:
             assert_never(outcome)
-
-
-def _count(n: int, noun: str) -> str:
-    """Return a number with its noun.
-
-    >>> _count(1, "site"), _count(2, "site")
-    ('1 site', '2 sites')
-    """
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
