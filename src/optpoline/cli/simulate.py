@@ -22,7 +22,8 @@ __all__ = ["simulate_command"]
     "policies",
     multiple=True,
     metavar="NAME",
-    help="Policy to replay (all of them): adaptive, bolt, cree, jumpswitch or llvm.",
+    help="Policy to replay: adaptive, bolt, cree, jumpswitch or llvm; may be given several "
+    "times. Without it: all.",
 )
 @click.option(
     "--policy-set",
