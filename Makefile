@@ -24,7 +24,7 @@ $(STAMP): requirements.lock pyproject.toml tools/setup.sh
 
 test: setup ## Run the unit tests and the live tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal src tests/unit tests/emulate
-	$(BIN)/python -m pytest tests/live
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/live
 
 demo: setup ## Build Lua twice; show plain, retpoline and promoted live side by side
 	$(BIN)/python -m bench.demo

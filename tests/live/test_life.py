@@ -65,7 +65,13 @@ def test_it_cannot_tell(start_target: StartTarget, mode: str, n_cycles: int) -> 
             session.learn(0.04)
             session.promote()
             session.watch(0.02)
-            assert session.detach().outcome is DetachOutcome.CLEAN
+            result = session.detach()
+        if mode == "spawn":
+            # Who waits for a child of its own (vfork) comes back into a block when that has
+            # run, which takes as long as others leave the machine to it.
+            while result.outcome is DetachOutcome.ARENA_LEFT:
+                result = optpoline.restore(target.pid)
+        assert result.outcome is DetachOutcome.CLEAN, result
         if mode != "spawn":  # its children come and go with pipes of their own
             before.check(target.pid)
     before.check_text(target.pid)
