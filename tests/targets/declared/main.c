@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Declares everything there is to declare, uses it, and exits with 0 if all of it does what
- * plain C would. Compiled as C and as C++; tests compare the notes with the @ marks. */
+ * plain C would. Compiled as C and as C++; tests compare the notes with the @ marks. With an
+ * argument it says what it computes, for tests that have changed it. */
+#include <stdio.h>
+
 #include "shapes.h"
 
 static int local_codec(int value) { return value + 30; }
@@ -84,10 +87,17 @@ int unused(int value)
     return value;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     struct shape shape = {0, codec_v2};
-    int good = branches(1) == 31;
+    int good;
+    (void)argv;
+    if (argc > 1) {
+        int called = calls(1), switched = branches(1);
+        printf("%d %d %d %d %d\n", switched, called, tail(5), events, other_unit(1));
+        return 0;
+    }
+    good = branches(1) == 31;
     good &= calls(1) == (1 + 1) + 2 * 31 + 0 && events == 0;
     good &= tail(5) == 6;
     good &= dynamic(&shape, 1) == 4;

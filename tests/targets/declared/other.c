@@ -5,7 +5,7 @@
 int codec_v1(int value) { return value + 1; }
 int codec_v2(int value) { return value + 2; }
 
-int other_unit(int value)
+NOINLINE int other_unit(int value)
 {
     int sum = 100 + SHARED(value);
     if (static_branch_unlikely(&trace))             /* @branch trace nop */

@@ -39,7 +39,7 @@ template <typename Number> NOINLINE Number shared(Number value)
         return -value;
     return Number(static_call(codec)(int(value)));  /* @call codec C++ */
 }
-#define SHARED(value) (shared<int>(value) - (value) - 1)
+#define SHARED(value) (shared<int>(value) > 1000)
 #else
 #define SHARED(value) 0
 #endif

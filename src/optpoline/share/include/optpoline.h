@@ -92,6 +92,17 @@ struct optpoline_key_true {
     typedef result(*optpoline_pointer_##table) parameters;                                         \
     __attribute__((always_inline, unused)) static inline result optpoline_dynamic_##table
 
+/* C only warns of a pointer to a function of another type; here it is an error in C as well. */
+#define OPTPOLINE_FIRST_(first, ...) first
+#ifdef __cplusplus
+#define OPTPOLINE_CHECK_POINTER_(table, pointer) (void)0
+#else
+#define OPTPOLINE_CHECK_POINTER_(table, pointer)                                                   \
+    _Static_assert(                                                                                \
+        __builtin_types_compatible_p(__typeof__(&*(pointer)), optpoline_pointer_##table),          \
+        "the pointer is to functions of another type than the table " #table)
+#endif
+
 #define OPTPOLINE_P_(n, type) OPTPOLINE_TYPE_(type) optpoline_##n
 #define OPTPOLINE_A_(n, type) OPTPOLINE_PASS_(type, optpoline_##n)
 
@@ -397,6 +408,7 @@ struct optpoline_key_true {
 /* Call what `pointer` points at: dynamic_call(table, pointer, arguments). */
 #define dynamic_call(table, ...)                                                                   \
     (__extension__({                                                                               \
+         OPTPOLINE_CHECK_POINTER_(table, OPTPOLINE_FIRST_(__VA_ARGS__, 0));                        \
          __asm__ __volatile__ __inline__(                                                          \
              ".Loptpoline_site%=:\n\t"                                                             \
              OPTPOLINE_NOTE_(OPTPOLINE_KIND_DYNAMIC_SITE_, "8", "0", ".Loptpoline_site%=",         \
@@ -480,7 +492,9 @@ __attribute__((unused)) static long optpoline_zero(void) { return 0; }
                       #function " has another type than the static call " #name)
 #define static_call(name) (*optpoline_call_##name)
 
-#define dynamic_call(table, ...) optpoline_dynamic_##table(__VA_ARGS__)
+#define dynamic_call(table, ...)                                                                   \
+    (__extension__({ OPTPOLINE_CHECK_POINTER_(table, OPTPOLINE_FIRST_(__VA_ARGS__, 0)); }),        \
+     optpoline_dynamic_##table(__VA_ARGS__))
 
 #define optpoline_read_begin() __asm__ __volatile__("" : : : "memory")
 #define optpoline_read_end() __asm__ __volatile__("" : : : "memory")
