@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -87,6 +88,24 @@ def test_disabled_the_program_is_the_same_and_has_no_notes(language: str, tmp_pa
     assert (done.returncode, done.stderr) == (0, "")
     assert subprocess.run([str(path)]).returncode == 0
     assert b"optpoline\0" not in path.read_bytes()
+
+
+@each_language
+def test_the_program_of_the_manual(language: str, tmp_path: Path) -> None:
+    manual = (ROOT / "docs" / "declared.md").read_text()
+    after = manual.split("## A complete program\n\n", 1)[1]
+    block = re.match(r"(?:    .*\n|\n)+", after)
+    assert block is not None
+    path = tmp_path / "program"
+    command = [*LANGUAGES[language], "-O2", "-Wall", "-Wextra", "-pedantic", f"-I{INCLUDE}"]
+    done = subprocess.run(
+        [*command, "-", "-o", str(path)],
+        input=textwrap.dedent(block[0]),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert subprocess.run([str(path)], capture_output=True, text=True).stdout == "73\n"
 
 
 @each_language
