@@ -196,6 +196,15 @@ def test_a_static_call_may_lead_elsewhere_but_stays_a_jump(program: ModuleImage)
         read_damaged(program, (call.addr, b"\xeb"))
 
 
+def test_no_section_headers_are_needed(program: ModuleImage, tmp_path: Path) -> None:
+    data = bytearray(Path(program.module.path).read_bytes())
+    data[0x28:0x30] = bytes(8)  # e_shoff
+    data[0x3C:0x40] = bytes(4)  # e_shnum, e_shstrndx
+    path = tmp_path / "program"
+    path.write_bytes(data)
+    assert read_declarations(ModuleImage.from_file(str(path))) == read_declarations(program)
+
+
 def test_foreign_notes_are_not_ours_to_judge(program: ModuleImage) -> None:
     segments = program.facts.note_segments
     ours = next(one for one in segments if one[0] <= read_notes(program)[0].addr < sum(one))

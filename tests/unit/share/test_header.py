@@ -109,6 +109,55 @@ def test_the_program_of_the_manual(language: str, tmp_path: Path) -> None:
 
 
 @each_language
+@pytest.mark.parametrize("lto", ["-fno-lto", "-flto"])
+def test_definitions_are_taken_from_an_archive(language: str, lto: str, tmp_path: Path) -> None:
+    head = '#include "optpoline.h"\nint codec(int);\n'
+    (tmp_path / "defined.c").write_text(
+        head + "DEFINE_STATIC_KEY_TRUE(trace);\nDEFINE_STATIC_CALL_RET0(size, codec);\n"
+    )
+    (tmp_path / "main.c").write_text(
+        head + "DECLARE_STATIC_KEY_TRUE(trace);\nDECLARE_STATIC_CALL(size, codec);\n"
+        "int main(void) { return static_branch_likely(&trace) ? static_call(size)(7) : 3; }\n"
+    )
+    compiler = [*LANGUAGES[language], "-O1", lto, f"-I{INCLUDE}"]
+    for command in (
+        [*compiler, "-c", "defined.c", "main.c"],
+        ["gcc-ar", "rcs", "libdefined.a", "defined.o"],
+        [compiler[0], "-O1", lto, "main.o", "libdefined.a", "-o", "program"],
+        ["./program"],
+    ):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_exceptions_pass_through_static_and_dynamic_calls(tmp_path: Path) -> None:
+    text = """
+    #include "optpoline.h"
+    #include <string>
+    struct Guard { int &left; ~Guard() { left++; } };
+    static int thrower(std::string text) { throw text.size(); }
+    namespace inner { DEFINE_STATIC_CALL(risky, thrower); }
+    DYNAMIC_CALL_TABLE(any, int, std::string);
+    template <typename Run> int caught(Run run)
+    {
+        int left = 0;
+        try { Guard guard{left}; return run(); }
+        catch (std::string::size_type size) { return int(size) + left; }
+    }
+    int main()
+    {
+        using namespace inner;
+        return caught([] { return static_call(risky)("four"); }) == 5
+            && caught([] { return dynamic_call(any, thrower, "seven") ; }) == 6 ? 0 : 1;
+    }
+    """
+    path = tmp_path / "program"
+    for level in ("-O0", "-O2"):
+        command = [*LANGUAGES["c++"], level, "-Wall", "-Wextra", f"-I{INCLUDE}", "-", "-o", path]
+        subprocess.run(command, input=text, text=True, check=True)
+        assert subprocess.run([path]).returncode == 0
+
+
+@each_language
 def test_a_name_is_defined_once(language: str, tmp_path: Path) -> None:
     (tmp_path / "one.c").write_text('#include "optpoline.h"\nDEFINE_STATIC_KEY_FALSE(trace);\n')
     (tmp_path / "two.c").write_text(

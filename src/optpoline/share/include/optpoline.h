@@ -188,6 +188,9 @@ struct optpoline_key_true {
  * line, argument. */
 #define OPTPOLINE_NOTE_(kind, flags, length, of, fields)                                           \
     OPTPOLINE_NOTE_IN_("optpoline_notes,\"a?o\",@note," of, kind, flags, length, fields)
+/* One that belongs to no code: it is kept, with what it speaks of. */
+#define OPTPOLINE_ROOT_NOTE_(kind, flags, fields)                                                  \
+    OPTPOLINE_NOTE_IN_("optpoline_roots,\"a\",@note", kind, flags, "0", fields)
 #define OPTPOLINE_NOTE_IN_(section, kind, flags, length, fields)                                   \
     ".pushsection " section "\n\t"                                                                 \
     ".balign 4\n\t"                                                                                \
@@ -227,21 +230,14 @@ struct optpoline_key_true {
 
 #define OPTPOLINE_DEFINE_KEY_(state, initial, name)                                                \
     OPTPOLINE_DECLARE_KEY_(state, name);                                                           \
+    __attribute__((used, aligned(8), section(".data.optpoline.key." #name)))                       \
+    struct optpoline_key_##state name = {initial, {0}};                                            \
     OPTPOLINE_OUTSIDE_(key_##name)                                                                 \
     {                                                                                              \
         __asm__ volatile(                                                                          \
-            ".pushsection .data.optpoline.key." #name ",\"aw\",@progbits\n\t"                      \
-            ".balign 8\n\t"                                                                        \
-            ".globl optpoline.key." #name "\n\t"                                                   \
-            ".hidden optpoline.key." #name "\n\t"                                                  \
-            ".type optpoline.key." #name ",@object\n\t"                                            \
-            ".size optpoline.key." #name ",8\n"                                                    \
-            "optpoline.key." #name ":\n\t"                                                         \
-            ".long %c[argument], 0\n\t"                                                            \
-            OPTPOLINE_NOTE_(OPTPOLINE_KIND_KEY_, "%c[argument]", "0", "optpoline.key." #name,      \
+            OPTPOLINE_ROOT_NOTE_(OPTPOLINE_KIND_KEY_, "%c[argument]",                              \
                 OPTPOLINE_NONE_ OPTPOLINE_AT_("optpoline.key." #name) OPTPOLINE_NONE_              \
                 OPTPOLINE_AT_("%c[name_]") OPTPOLINE_NONE_)                                        \
-            ".popsection"                                                                          \
             : : [name_] "i"(#name), OPTPOLINE_PLACE_(initial));                                    \
     }                                                                                              \
     OPTPOLINE_DECLARE_KEY_(state, name)
@@ -313,14 +309,19 @@ struct optpoline_key_true {
 #define OPTPOLINE_FORM_ 0
 #endif
 
-/* Declare a static call that another unit of the module defines; `function` is any of its type. */
+/* Declare a static call that another unit of the module defines; `function` is any of its type.
+ * The second symbol is one that link-time optimisation sees: calls name it, so that the unit that
+ * defines the static call is taken from an archive. */
 #define DECLARE_STATIC_CALL(name, function)                                                        \
+    extern const char optpoline_defined_##name __asm__("optpoline.defined." #name)                 \
+        OPTPOLINE_HIDDEN_;                                                                         \
     extern __typeof__(function) optpoline_call_##name __asm__("optpoline.call." #name)             \
         OPTPOLINE_HIDDEN_
 
 /* A trampoline: one jump with a 32-bit displacement, in a section of its own. */
 #define OPTPOLINE_DEFINE_CALL_(name, function, also, jump, ...)                                    \
     DECLARE_STATIC_CALL(name, function);                                                           \
+    const char optpoline_defined_##name = 0;                                                       \
     OPTPOLINE_OUTSIDE_(call_##name)                                                                \
     {                                                                                              \
         __asm__ volatile(                                                                          \
@@ -379,8 +380,7 @@ struct optpoline_key_true {
     OPTPOLINE_OUTSIDE_(target_##name##_##function)                                                 \
     {                                                                                              \
         __asm__ volatile(                                                                          \
-            OPTPOLINE_NOTE_IN_("optpoline_targets,\"a\",@note", OPTPOLINE_KIND_CALL_TARGET_,       \
-                "0", "0",                                                                          \
+            OPTPOLINE_ROOT_NOTE_(OPTPOLINE_KIND_CALL_TARGET_, "0",                                 \
                 OPTPOLINE_NONE_ OPTPOLINE_AT_("optpoline.call." #name)                             \
                 ".reloc ., R_X86_64_PLT32, " OPTPOLINE_BARE_ "[target]\n\t"                        \
                 OPTPOLINE_NONE_                                                                    \
@@ -398,7 +398,7 @@ struct optpoline_key_true {
              OPTPOLINE_NOTE_(OPTPOLINE_KIND_CALL_SITE_, "8", "0", ".Loptpoline_site%=",            \
                  OPTPOLINE_AT_(".Loptpoline_site%=") OPTPOLINE_AT_("optpoline.call." #name)        \
                  OPTPOLINE_NONE_ OPTPOLINE_NONE_ OPTPOLINE_NONE_)                                  \
-             : : OPTPOLINE_PLACE_(0));                                                             \
+             : : [defined] "i"(&optpoline_defined_##name), OPTPOLINE_PLACE_(0));                   \
          (void)0;                                                                                  \
      }),                                                                                           \
      optpoline_call_##name)
