@@ -25,7 +25,7 @@ from optpoline.controller.summary import (
 from optpoline.controller.target import LoadedModule, StopLog, Target
 from optpoline.discover import ModuleImage, count_plain_indirect
 from optpoline.discover import find_sites as scan_image
-from optpoline.errors import NotesError, PermissionDenied, ProcessGone
+from optpoline.errors import NotesError, PermissionDenied, ProcessGone, TargetFault
 from optpoline.model import Module, Site
 from optpoline.patch.layout import ARENA_NAME
 from optpoline.process.memory import RemoteMemory
@@ -128,7 +128,7 @@ def _report(
     for one in loaded:
         try:
             declared += summarise_declared(one.image)
-        except NotesError as error:
+        except (NotesError, TargetFault) as error:
             if baseline is None:
                 raise
             damaged.append(str(error))

@@ -145,14 +145,22 @@ def read_notes(image: ModuleImage) -> tuple[Note, ...]:
         image: The module.
 
     Raises:
-        NotesError: if one is of a newer version, cut off, or makes no sense.
-        TargetFault: if the segment of notes cannot be read.
+        NotesError: if one is of a newer version, cut off, or makes no sense, or if the
+            segment of notes cannot be read.
     """
     bias = image.module.load_bias
     reader = _Reader(image)
     found: list[Note] = []
     for addr, size in image.facts.note_segments:
-        data = image.read(Addr(addr + bias), size)
+        if not any(
+            s.addr <= addr and addr + size <= s.addr + s.file_size for s in image.facts.segments
+        ):
+            continue  # not in memory, so none of ours
+        try:
+            data = image.read(Addr(addr + bias), size)
+        except TargetFault as fault:
+            path = image.module.path
+            raise NotesError(f"the notes of {path} at {addr + bias:#x} are cut off") from fault
         if _OWNER in data:
             found += [reader.note(raw, at) for raw, at in _records(data, addr + bias, reader)]
     return tuple(sorted(found, key=lambda note: note.addr))

@@ -205,6 +205,22 @@ def test_no_section_headers_are_needed(program: ModuleImage, tmp_path: Path) -> 
     assert read_declarations(ModuleImage.from_file(str(path))) == read_declarations(program)
 
 
+def test_segments_of_notes_that_are_not_there(program: ModuleImage) -> None:
+    end = max(segment.addr + segment.memory_size for segment in program.facts.segments)
+    facts = replace(program.facts, note_segments=((end, 1 << 40), (0, 1 << 40)))
+    assert read_notes(ModuleImage(program.module, DamagedMemory(program), facts, ())) == ()
+
+
+def test_a_file_that_ends_before_its_notes(program: ModuleImage, tmp_path: Path) -> None:
+    path = tmp_path / "program"
+    data = bytearray(Path(program.module.path).read_bytes()[: read_notes(program)[0].addr])
+    data[0x28:0x30] = bytes(8)  # e_shoff
+    data[0x3C:0x40] = bytes(4)  # e_shnum, e_shstrndx
+    path.write_bytes(data)
+    with pytest.raises(NotesError, match=r"the notes of .*/program at 0x\w+ are cut off"):
+        read_notes(ModuleImage.from_file(str(path)))
+
+
 def test_foreign_notes_are_not_ours_to_judge(program: ModuleImage) -> None:
     segments = program.facts.note_segments
     ours = next(one for one in segments if one[0] <= read_notes(program)[0].addr < sum(one))
