@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import optpoline
 from bench import statistics
 from bench.controller import LEARNING_LINE, PROMOTED_LINE, Controller
 from bench.errors import BenchError
 from bench.figures import Figure
-from bench.programs.phases import Phases
+from bench.programs.phases import Phases, Snap
 
 __all__ = [
     "measure_alternation",
@@ -42,7 +43,7 @@ _PHASES = ("one", "other", "one", "weights", "many", "turned") * 2
 _PHASES_BAR = 0.95
 _STEADY_S = 10.0
 _PAIRS = 24
-_PAIR_S = 0.5
+_SLICE_S = 0.25
 _WATCHING_BAR = 0.01
 _LEARN_S = 4.0
 _SCALING_BAR = 1.1
@@ -151,19 +152,31 @@ def measure_alternation(executable: Path) -> Iterator[Figure]:
 
 
 def measure_watching(executable: Path) -> Iterator[Figure]:
-    """Compare a promoted program that is watched with one that was left, in pairs."""
+    """Compare a promoted program while it is watched with itself while it is left alone.
+
+    One process, with the same blocks in both: between two of one program the places of
+    memory alone make more difference than a watch does. A watch that has returned leaves
+    nothing in the program that counts, so what follows is what ``--leave`` leaves. Each
+    pair is of slices in the order ABBA BAAB, against what drifts.
+    """
     ratios: list[float] = []
-    with Phases(executable, start="many") as left, Phases(executable, start="many") as watched:
-        with Controller(left.pid, extra=("--leave",)) as leaver:
-            _wait_promoted(leaver)
-            time.sleep(_SETTLE_S)
-        with Controller(watched.pid) as controller:
-            _wait_promoted(controller)
-            time.sleep(_SETTLE_S)
-            for number in range(_PAIRS):
-                pair = (left, watched) if number % 2 else (watched, left)
-                speeds = {program.pid: program.speed(_PAIR_S) for program in pair}
-                ratios.append(speeds[left.pid] / speeds[watched.pid])
+    with Phases(executable, start="many") as program, optpoline.attach(program.pid) as session:
+        session.learn()
+        if not session.promote():
+            raise BenchError("the program with phases: nothing was promoted")
+        session.watch(_SETTLE_S)
+        for number in range(_PAIRS):
+            left = watched = Snap(calls=0, cpu_ns=0)
+            for first in (number, number + 1):
+                for slot in (first, first + 1, first + 1, first):
+                    begin = program.snap()
+                    if slot % 2:
+                        time.sleep(_SLICE_S)
+                        left += program.snap() - begin
+                    else:
+                        session.watch(_SLICE_S)
+                        watched += program.snap() - begin
+            ratios.append(left.speed / watched.speed)
     yield from _within("steady: time when watched, of that when left", ratios, _WATCHING_BAR)
 
 

@@ -30,6 +30,19 @@ class Snap:
     calls: int
     cpu_ns: int
 
+    def __add__(self, other: Snap) -> Snap:
+        """Return both together."""
+        return Snap(calls=self.calls + other.calls, cpu_ns=self.cpu_ns + other.cpu_ns)
+
+    def __sub__(self, earlier: Snap) -> Snap:
+        """Return what came since."""
+        return Snap(calls=self.calls - earlier.calls, cpu_ns=self.cpu_ns - earlier.cpu_ns)
+
+    @property
+    def speed(self) -> float:
+        """Calls per microsecond of CPU time."""
+        return 1000 * self.calls / self.cpu_ns
+
 
 def build_phases(variant: Variant = Variant.RETPOLINE) -> Path:
     """Build the program."""
@@ -76,8 +89,7 @@ class Phases:
         """Let it run for a while; return its calls per microsecond of CPU time."""
         before = self.snap()
         time.sleep(seconds)
-        after = self.snap()
-        return 1000 * (after.calls - before.calls) / (after.cpu_ns - before.cpu_ns)
+        return (self.snap() - before).speed
 
     def __enter__(self) -> Phases:
         """Return the running program."""

@@ -140,3 +140,4 @@ def test_a_program_without_sites_is_named(start_target: StartTarget) -> None:
         optpoline.attach(target.pid)
     assert f"process {target.pid} ({read_status(target.pid).name}) has" in caught.value.message
     assert "0 inline retpolines" in caught.value.message
+    assert "not built with retpolines" in (caught.value.hint or "")

@@ -13,9 +13,23 @@ import time
 import pytest
 
 import optpoline
+from optpoline.controller.learning import first_block
+from optpoline.controller.linker import Linker, Move
+from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome
+from optpoline.controller.target import Target
+from optpoline.model import Addr
+from optpoline.patch.layout import MAGIC
 from tests.live.conftest import LiveTarget, StartTarget
-from tests.live.witness import RETPOLINE, VARIANTS, Witness, run_json, start_cli, wait_for_line
+from tests.live.witness import (
+    RETPOLINE,
+    VARIANTS,
+    Witness,
+    arena_mappings,
+    run_json,
+    start_cli,
+    wait_for_line,
+)
 
 pytestmark = pytest.mark.live
 
@@ -156,3 +170,37 @@ def test_killed_at_every_kind_of_point(start_target: StartTarget, mode: str) -> 
         assert result.foreign == ()
         before.check(target.pid)
     assert target.finish().endswith("\n")
+
+
+def _link_one(pid: int) -> tuple[Target, SiteRecord]:
+    """Link a site of the program that holds its baseline, as a controller that dies then."""
+    target = Target(pid, stop_timeout_s=2.0)
+    target.refresh_modules()
+    (loaded,) = (m for m in target.modules.values() if m.module.is_main)
+    record = target.make_records(loaded)[0]
+    record.arena.journal(record.site)
+    Linker(target).link([Move(record=record, block=first_block(record))])
+    assert record.home is not None
+    return target, record
+
+
+def test_of_two_versions(start_target: StartTarget) -> None:
+    """Each undoes its own, whatever the other has left: else neither could ever."""
+    target = start_target("promote", "1", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    other, other_site = _link_one(target.pid)
+    version = int.from_bytes(other_site.arena.read(other_site.arena.addr, 16)[8:], "little")
+    other_site.arena.store_u64(Addr(other_site.arena.addr + len(MAGIC)), version + 1)
+    own, own_site = _link_one(target.pid)
+    assert own_site.site.addr != other_site.site.addr
+    own.close()
+    result = optpoline.restore(target.pid)
+    assert (result.outcome, result.restored) == (DetachOutcome.INCOMPLETE, 1)
+    assert "another version" in result.notes[-1]
+    assert len({mapping.inode for mapping in arena_mappings(target.pid)}) == 1
+    other_site.arena.store_u64(Addr(other_site.arena.addr + len(MAGIC)), version)
+    other.close()
+    result = optpoline.restore(target.pid)
+    assert (result.outcome, result.restored) == (DetachOutcome.CLEAN, 1)
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")

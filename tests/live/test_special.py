@@ -296,3 +296,19 @@ def test_sites_in_restartable_sequences(start_target: StartTarget, flags: tuple[
         session.watch(0.1)
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_a_thread_that_no_library_has_made(start_target: StartTarget) -> None:
+    """It has no area for restartable sequences where the others have: blocks must not write there.
+
+    It sleeps while the arena is made, so that it cannot be asked.
+    """
+    target = start_target("own_tls", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    with optpoline.attach(target.pid) as session:
+        assert session.target.arenas[0].rows.rseq is None
+        session.learn(0.1)
+        assert session.promote() >= 1
+        session.watch(0.05)
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")

@@ -36,6 +36,7 @@ def check_machine(
         _check_kernel(sys_root),
         _check_memfd(),
         _check_rseq(),
+        _check_priority(),
         _check_spectre_v2(sysfs_root),
         *_check_mem_writes(proc_root),
         _check_perf(sys_root),
@@ -102,6 +103,21 @@ def _check_rseq() -> Check:
     if size:
         return _ok("rseq", "restartable sequences are registered by the C library")
     return _ok("rseq", "restartable sequences are not registered by the C library; not needed")
+
+
+def _check_priority() -> Check:
+    """Stops are at real-time priority where that is permitted: tried on ourselves, and undone."""
+    policy, param = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        os.sched_setscheduler(0, policy, param)
+    except OSError:
+        return _warn(
+            "priority",
+            "no real-time priority for us: on busy CPUs the program is stopped for longer",
+            "run optpoline as root (sudo), with CAP_SYS_NICE, or with RLIMIT_RTPRIO above 0",
+        )
+    return _ok("priority", "the program is stopped at real-time priority, which keeps stops short")
 
 
 def _check_spectre_v2(sysfs_root: Path) -> Check:

@@ -269,6 +269,8 @@ def make_settings(
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
             raise UsageError(f"--policy-set wants NAME=VALUE, not {text!r}")
+        if name == "learn_s":
+            raise UsageError("learn_s is set with --learn-seconds in a session")
         chosen[name] = value
     # Before anything is started or attached to: it may be wrong.
     policy_named(policy, chosen)

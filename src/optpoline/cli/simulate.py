@@ -22,7 +22,8 @@ __all__ = ["simulate_command"]
     "policies",
     multiple=True,
     metavar="NAME",
-    help="Policy to replay (all of them): adaptive, bolt, cree, jumpswitch or llvm.",
+    help="Policy to replay: adaptive, bolt, cree, jumpswitch or llvm; may be given several "
+    "times. Without it: all.",
 )
 @click.option(
     "--policy-set",
@@ -86,7 +87,7 @@ def simulate_command(
 
     invocation.sink.validate_writable()
     if (trace is not None) + (synthetic is not None) + project != 1:
-        raise UsageError("name a trace, or --synthetic, or --project")
+        raise UsageError("name one of: a trace, --synthetic, --project")
     if project and plot is not None:
         raise UsageError("there is nothing to plot of a projection")
     if project:

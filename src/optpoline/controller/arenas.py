@@ -15,6 +15,7 @@ from optpoline.patch.geometry import ArenaGeometry
 from optpoline.patch.layout import ARENA_NAME, ArenaHeader
 from optpoline.process.memory import Memory
 from optpoline.process.procfs import read_start_time
+from optpoline.process.robust_list import are_made_alike
 from optpoline.process.rseq import choose_rseq_abi
 from optpoline.process.stop import Stop
 from optpoline.x86.syscalls import SYS_CLOSE, SYS_MEMFD_CREATE, SYS_MMAP, SYS_MUNMAP
@@ -58,6 +59,8 @@ def map_arena(pid: int, stop: Stop, memory: Memory, addr: Addr, geometry: ArenaG
             # One thread at least stands by now: that which ran the call.
             registrations = stop.read_rseq_registrations() if geometry.n_cpus else ()
             rseq = choose_rseq_abi(registrations, memory)
+            if rseq is not None and not are_made_alike(registrations, stop.sleepers, memory):
+                rseq = None
             header = ArenaHeader(
                 size=geometry.size,
                 block_off=geometry.block_off,

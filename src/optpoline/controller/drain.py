@@ -36,7 +36,7 @@ from optpoline.controller.executor import (
     Executor,
     OperationEvent,
 )
-from optpoline.errors import ExclusionError, UnsupportedTarget
+from optpoline.errors import ExclusionError, OptpolineError, ProcessGone, UnsupportedTarget
 from optpoline.model import SLOT_CLAIMED
 from optpoline.process.cell_fetcher import CellFetcher
 
@@ -110,11 +110,11 @@ class Drainer:
             ways: Ways that may be taken.
 
         Target state: running.
-        On error: what was taken until then is lost; only the end of the target raises.
+        On error: what was taken until then is lost; only the end of the target raises. A row
+        for which it cannot be stopped now (a debugger has it) is left.
 
         Raises:
-            ProcessGone: if the target is gone.
-            StopTimeout: if it has to be stopped, and its threads do not in time.
+            ProcessGone: if it has to be stopped, and is gone.
         """
         begin_ns = time.monotonic_ns()
         rows = memory.rows
@@ -146,7 +146,9 @@ class Drainer:
             begin_ns, n_before = time.monotonic_ns(), batch.n_left
             try:
                 self._take(memory, batch, way)
-            except ExclusionError as error:
+            except ProcessGone:
+                raise
+            except OptpolineError as error:
                 reasons.append(str(error))
             now_ns = time.monotonic_ns()
             self._executor.tell(
@@ -169,6 +171,7 @@ class Drainer:
 
         Raises:
             ExclusionError: if that cannot be done now, or only in part.
+            OptpolineError: if the target cannot be stopped now.
         """
         match way:
             case Way.SECTION:
@@ -234,9 +237,10 @@ class Drainer:
                     memory.store_u64(addr, value & keep)
                 for addr in frees if not keep else ():
                     memory.store_u64(addr, 0)
+                # At once: they are nowhere else by now, however the exclusion ends.
+                batch.counts[first:last] += np.array(values, np.uint64) & np.uint64(_COUNT_MASK)
+                batch.n_done = last
                 batch.is_exclusive = batch.is_exclusive and exclusion.is_intact()
-            batch.counts[first:last] += np.array(values, np.uint64) & np.uint64(_COUNT_MASK)
-            batch.n_done = last
             return
         raise ExclusionError(f"an exclusion was undermined {MAX_ATTEMPTS} times on end")
 

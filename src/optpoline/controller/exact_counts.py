@@ -81,7 +81,6 @@ class ExactCounts:
 
         Raises:
             ProcessGone: if it has to be stopped, and is gone.
-            StopTimeout: if it has to be stopped, and its threads do not in time.
         """
         blocks = [(record, block) for record in records for block in record.tables.values()]
         try:
@@ -171,7 +170,8 @@ def describe_operation(event: OperationEvent) -> str:
     if event.operations or event.result is not None:
         what = f"{len(event.operations)} operations on {where}"
     else:
-        what = f"took {event.n_drained} counts from {where}"
+        counts = "count" if event.n_drained == 1 else "counts"
+        what = f"took {event.n_drained} {counts} from {where}"
     how = "not done" if event.way is None else event.way.value
     parts = [f"{what} in {event.duration_ns / 1e6:.2f} ms", how]
     parts += [] if event.result is None else [event.result.status.name.lower().replace("_", " ")]

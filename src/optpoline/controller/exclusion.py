@@ -27,7 +27,12 @@ from enum import Enum
 from optpoline.controller.address_space import AddressSpace
 from optpoline.errors import ExclusionError, ProcessGone
 from optpoline.process.cell_fetcher import current_cpu
-from optpoline.process.procfs import read_thread_state
+from optpoline.process.procfs import (
+    ThreadState,
+    ThreadWhere,
+    has_slept_since,
+    read_thread_state,
+)
 from optpoline.process.stop import Stop, Wake
 
 __all__ = ["Exclusion", "Way", "on_cpu", "pinned", "promptly", "stopped"]
@@ -157,24 +162,34 @@ def stopped(spaces: Sequence[AddressSpace], *, wake: Wake = Wake.NONE) -> Iterat
                     raise
         for stop in stops if len(stops) > 1 else ():
             stop.sweep()  # who has woken while the other processes were stopped
-        asleep = {key: _switches(*key) for stop in stops for key in stop.sleepers}
+        asleep = {key: _read_asleep(*key) for stop in stops for key in stop.sleepers}
 
         def is_intact() -> bool:
-            """Tell whether all who slept still do."""
+            """Tell whether all who slept have slept ever since."""
             return all(
-                before is not None and _switches(*key) == before for key, before in asleep.items()
+                state is not None and _has_slept_since(pid, state)
+                for (pid, _), state in asleep.items()
             )
 
         yield Exclusion(way=Way.STOPPED, is_intact=is_intact)
 
 
-def _switches(pid: int, tid: int) -> tuple[int, int] | None:
-    """Return how often a thread was put off a CPU; None if it may be on one, or is gone.
-
-    Off it both times, and the same numbers: it has been asleep all the while.
-    """
+def _read_asleep(pid: int, tid: int) -> ThreadState | None:
+    """Return where a thread sleeps; None if it may be on a CPU, or is gone."""
     try:
         state = read_thread_state(pid, tid)
     except ProcessGone:
         return None
-    return None if state.state == "R" else (state.n_voluntary, state.n_nonvoluntary)
+    return None if state.where is ThreadWhere.RUNNING else state
+
+
+def _has_slept_since(pid: int, before: ThreadState) -> bool:
+    """Tell whether a thread is there and has not been on a CPU.
+
+    Its state and counters do not tell: who has just been awake calls itself asleep, with the
+    counters of before, until it leaves its CPU.
+    """
+    try:
+        return has_slept_since(pid, before)
+    except ProcessGone:
+        return False

@@ -20,6 +20,7 @@ from optpoline.controller.records import SiteRecord
 from optpoline.controller.stale_sections import clear_stale_sections, find_stale_sections
 from optpoline.controller.summary import DetachOutcome, DetachResult, SiteState
 from optpoline.controller.target import Target
+from optpoline.controller.wording import count_of
 from optpoline.errors import (
     ArenaError,
     AttachError,
@@ -105,8 +106,8 @@ def _tell_undone(
             record.state = SiteState.BASELINE
     left = learning if leave else stuck
     if left:
-        n_sites = "1 site" if len(left) == 1 else f"{len(left)} sites"
-        what = f"{n_sites} could not be restored, and keep{'s' * (len(left) == 1)} working"
+        keep = "keeps" if len(left) == 1 else "keep"
+        what = f"{count_of(len(left), 'site')} could not be restored, and {keep} working"
         outcome = DetachOutcome.INCOMPLETE
     else:
         what = "arenas stay mapped, nothing leads there"
@@ -155,7 +156,7 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
     stuck = _leading(target, mapped)
     n_unrecorded = len(_find_unrecorded(target))
     if n_unrecorded and not stuck and not foreign:
-        note = f"{n_unrecorded} sites could not be restored; their arenas stay mapped"
+        note = f"{count_of(n_unrecorded, 'site')} could not be restored; their arenas stay mapped"
         return DetachResult(
             outcome=DetachOutcome.INCOMPLETE,
             restored=len(touched),
@@ -165,7 +166,7 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
     restored = len(touched) - len({*foreign, *(int(record.site.addr) for record in stuck)})
     if stuck or foreign:
         n_left = len(touched) - restored
-        note = f"{n_left} sites could not be restored; their arenas stay mapped"
+        note = f"{count_of(n_left, 'site')} could not be restored; their arenas stay mapped"
         outcome = DetachOutcome.FOREIGN_BYTES if foreign else DetachOutcome.INCOMPLETE
         return DetachResult(outcome=outcome, restored=restored, foreign=foreign, notes=(note,))
     ranges = [(arena.addr, arena.end) for arena in target.arenas]

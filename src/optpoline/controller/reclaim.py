@@ -161,8 +161,11 @@ class Reclaimer:
             return
         for arena, block in garbage:
             # Who is still at its first byte must not go on to another block, which may be
-            # freed before this one is: it does its own work again.
-            arena.store_u64(block.addr, int.from_bytes(block.head, "little"))
+            # freed before this one is: it does its own work again. One that leads to its
+            # thunk stays so: its site may have been refused, because flags are read there.
+            ahead = redirection_of(arena, block.addr)
+            if ahead is not None and self._arena_of(ahead) is not None:
+                arena.store_u64(block.addr, int.from_bytes(block.head, "little"))
             arena.retire_block(block.addr)
             self._retired[block.addr] = _Retired(arena, block.addr, Addr(block.site_addr))
             text_end = Addr(block.addr + block.text_size)
@@ -186,10 +189,9 @@ class Reclaimer:
         todo += led_to(self._target.memory, entries)
         todo += self._children.led_to(entries)
         used: set[Addr] = set()
-        arenas = self._target.arenas
         while todo:
             addr = todo.pop()
-            arena = next((a for a in arenas if a.code_start <= addr < a.code_end), None)
+            arena = self._arena_of(addr)
             if arena is None or addr in used:
                 continue
             used.add(addr)
@@ -197,6 +199,11 @@ class Reclaimer:
             if ahead is not None:
                 todo.append(ahead)
         return used
+
+    def _arena_of(self, addr: Addr) -> Arena | None:
+        """Return the arena in whose code an address is, or None."""
+        arenas = self._target.arenas
+        return next((a for a in arenas if a.code_start <= addr < a.code_end), None)
 
     def _free(self, records: Sequence[SiteRecord], spares: Sequence[Block]) -> None:
         """Free the blocks whose grace period is over, if still nothing leads to them.

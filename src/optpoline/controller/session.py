@@ -29,6 +29,7 @@ from optpoline.controller.learning import MIN_FREE_CODE_SIZE
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.linker import Linker
 from optpoline.controller.lock import ControllerLock
+from optpoline.controller.no_sites import no_sites_error
 from optpoline.controller.not_promoted import explain_not_promoted
 from optpoline.controller.perf_map import PerfMap
 from optpoline.controller.promotion import promote_first
@@ -48,10 +49,9 @@ from optpoline.controller.summary import (
 from optpoline.controller.takeover import read_status, restore_left
 from optpoline.controller.target import Target
 from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
-from optpoline.discover import count_plain_indirect
+from optpoline.controller.wording import count_of
 from optpoline.errors import (
     ArenaError,
-    NoSites,
     OptpolineError,
     PermissionDenied,
     ProcessGone,
@@ -63,7 +63,6 @@ from optpoline.errors import (
 from optpoline.learn.counting import SiteCounts
 from optpoline.model import Addr, Module, Site
 from optpoline.process.permissions import check_attachable
-from optpoline.process.procfs import read_status as read_process_status
 from optpoline.simulate.trace_file import TraceWriter
 
 __all__ = ["Session", "attach"]
@@ -145,7 +144,7 @@ class Session:
             raise ProcessGone(self.pid) from error
         if read_status(self.pid) is not None:
             result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
-            restored = _count(result.restored, "site")
+            restored = count_of(result.restored, "site")
             self._note(f"found what an earlier controller left: restored {restored}")
             for note in result.notes:
                 self._note(note)
@@ -174,24 +173,11 @@ class Session:
         self._perf_map = PerfMap(self.pid, target.symbol_at)
         self._add_modules()
         if not self.sites:
-            raise NoSites(self._describe_no_sites())
+            raise no_sites_error(self.pid, tuple(target.modules.values()))
         self._next_maps_s = time.monotonic() + self.config.maps_every_s
         n_modules = sum(1 for loaded in target.modules.values() if loaded.scan.sites)
-        message = f"{_count(len(self.sites), 'site')} in {_count(n_modules, 'module')}"
+        message = f"{count_of(len(self.sites), 'site')} in {count_of(n_modules, 'module')}"
         self._tell(EventKind.ATTACHED, message)
-
-    def _describe_no_sites(self) -> str:
-        """Say what the target has instead of retpoline sites."""
-        modules = self.target.modules.values()
-        n_plain = sum(count_plain_indirect(m.image) for m in modules if m.module.is_main)
-        n_inline = sum(loaded.scan.n_inline for loaded in modules)
-        name = read_process_status(self.pid).name
-        plain = _count(n_plain, "plain indirect branch", "es")
-        return (
-            f"process {self.pid} ({name}) has no retpoline site in its "
-            f"{_count(len(modules), 'module')} ({plain} in the executable, "
-            f"{_count(n_inline, 'inline retpoline')})"
-        )
 
     def _add_modules(self) -> list[SiteRecord]:
         """Take in modules that were loaded since the last look; return their records."""
@@ -314,7 +300,7 @@ class Session:
             self._learn_hot([], length_s, stop)
             return
         linked = self._first_window.link(records)
-        self._tell_learning(_count(len(linked), "site"), length_s)
+        self._tell_learning(count_of(len(linked), "site"), length_s)
         self._first_window.run(linked, length_s, stop)
 
     def _learn_hot(
@@ -324,7 +310,7 @@ class Session:
         assert self._hot is not None
         with self._hot.watch() as lookout:
             linked = self._first_window.link(records)
-            what = _count(len(linked), "site") if linked else "the sites that run"
+            what = count_of(len(linked), "site") if linked else "the sites that run"
             self._tell_learning(what, length_s)
             try:
                 self._first_window.run(linked, length_s, stop, lookout)
@@ -362,7 +348,6 @@ class Session:
         Raises:
             OptpolineError: if the session is over.
             ProcessGone: if the target has to be stopped for it, and is gone.
-            StopTimeout: if it has to be stopped, and its threads do not in time.
         """
         if self._counts is None:
             raise OptpolineError(f"the session with process {self.pid} is over")
@@ -410,7 +395,7 @@ class Session:
         self.state = SessionState.PROMOTED
         took_s = time.monotonic() - begin_s
         if n_promoted:
-            message = f"{n_promoted} of {_count(len(learned), 'site')} in {took_s:.3f} s"
+            message = f"{n_promoted} of {count_of(len(learned), 'site')} in {took_s:.3f} s"
             self._tell(EventKind.PROMOTED, message)
         else:
             more = any(record.state is SiteState.PROMOTED for record in self.records)
@@ -511,9 +496,9 @@ class Session:
         if due:
             n_again, n_demoted = self._sampler.sample(due)
             if n_again:
-                self._tell(EventKind.RELEARNED, f"{_count(n_again, 'site')} promoted anew")
+                self._tell(EventKind.RELEARNED, f"{count_of(n_again, 'site')} promoted anew")
             if n_demoted:
-                self._tell(EventKind.DEMOTED, f"{_count(n_demoted, 'site')} back on the thunk")
+                self._tell(EventKind.DEMOTED, f"{count_of(n_demoted, 'site')} back on the thunk")
         self._sampler.relink(linked, now_s)
         self._rediscover(time.monotonic(), stop)
         self._name_blocks()
@@ -555,7 +540,7 @@ class Session:
         fresh = self._add_modules()
         if fresh:
             names = ", ".join(sorted({record.site.module for record in fresh}))
-            self._tell(EventKind.MODULE_ADDED, f"{names}: {_count(len(fresh), 'site')}")
+            self._tell(EventKind.MODULE_ADDED, f"{names}: {count_of(len(fresh), 'site')}")
             self._learn(fresh, self.config.learn_s, stop)
             self.promote()
             self.state = SessionState.WATCHING
@@ -670,12 +655,3 @@ def _state_after(outcome: DetachOutcome) -> SessionState:
             return SessionState.PARTLY_RESTORED
         case _:
             assert_never(outcome)
-
-
-def _count(n: int, noun: str, plural: str = "s") -> str:
-    """Return a number with its noun; ``plural`` is appended where it is not one.
-
-    >>> _count(1, "site"), _count(2, "site")
-    ('1 site', '2 sites')
-    """
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}{plural}"

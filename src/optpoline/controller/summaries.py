@@ -21,6 +21,7 @@ from optpoline.controller.summary import (
     TargetShare,
 )
 from optpoline.controller.target import LoadedModule, StopLog, Target
+from optpoline.controller.wording import count_of
 from optpoline.discover import ModuleImage, count_plain_indirect
 from optpoline.discover import find_sites as scan_image
 from optpoline.errors import PermissionDenied, ProcessGone
@@ -249,8 +250,8 @@ def _far_notes(records: Sequence[SiteRecord]) -> tuple[str, ...]:
     if not n_far:
         return ()
     return (
-        f"{n_far} of the unpromoted sites go to targets more than 2 GiB away (another module), "
-        "which no direct branch reaches",
+        f"the targets of {count_of(n_far, 'unpromoted site')} are more than 2 GiB away (in another "
+        "module), beyond any direct branch",
     )
 
 
@@ -271,10 +272,10 @@ def _stop_notes(stops: StopLog) -> tuple[str, ...]:
     """Return a sentence on stops that took longer than they were to."""
     if not stops.n_over:
         return ()
-    n_stops = "1 stop" if stops.n_stops == 1 else f"{stops.n_stops} stops"
     return (
-        f"{stops.n_over} of {n_stops} took longer than the {stops.limit_ns / 1e6:g} ms asked for, "
-        f"the longest {stops.max_ns / 1e6:.1f} ms: busy CPUs, or many threads, make stops longer",
+        f"{stops.n_over} of {count_of(stops.n_stops, 'stop')} took longer than the "
+        f"{stops.limit_ns / 1e6:g} ms asked for, the longest {stops.max_ns / 1e6:.1f} ms: "
+        "busy CPUs, or many threads, make stops longer",
     )
 
 

@@ -164,7 +164,7 @@ class Summary:
             there was no session.
         stops_over_limit: Stops that took longer.
         learning_s: Seconds during which any site led to a learning block.
-        relearned: Sites that were promoted anew because their targets changed.
+        relearned: How often a promoted site was promoted anew because its targets changed.
         notes: Sentences worth telling (what was left out, and why).
         reclaim: What became of blocks that were replaced.
     """

@@ -213,11 +213,22 @@ def _with_children(pid: int, result: DetachResult, arenas: Sequence[LeftArena]) 
 
 
 def _restore(target: Target, arenas: Sequence[LeftArena]) -> DetachResult:
-    """Put baselines back and unmap."""
+    """Undo what can be read; an arena of another version is that version's to undo."""
     unreadable = [arena for arena in arenas if arena.header is None and arena.has_code]
-    if unreadable:
-        note = f"the arena at {unreadable[0].start:#x} was made by another version of optpoline"
-        return DetachResult(outcome=DetachOutcome.INCOMPLETE, restored=0, foreign=(), notes=(note,))
+    result = _restore_readable(target, [arena for arena in arenas if arena not in unreadable])
+    if not unreadable:
+        return result
+    note = f"the arena at {unreadable[0].start:#x} was made by another version of optpoline"
+    is_foreign = result.outcome is DetachOutcome.FOREIGN_BYTES
+    return replace(
+        result,
+        outcome=result.outcome if is_foreign else DetachOutcome.INCOMPLETE,
+        notes=(*result.notes, note),
+    )
+
+
+def _restore_readable(target: Target, arenas: Sequence[LeftArena]) -> DetachResult:
+    """Put baselines back and unmap."""
     pokes: list[Poke] = []
     hidden: list[int] = []
     for arena in arenas:

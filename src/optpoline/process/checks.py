@@ -78,7 +78,8 @@ class Diagnosis:
         first = failed[0]
         hint = first.advice
         if len(failed) > 1:
-            more = f"`optpoline doctor {self.pid}` lists {len(failed) - 1} more"
+            more = f"`optpoline doctor {self.pid}` lists {len(failed) - 1} more reason"
+            more += "s" if len(failed) > 2 else ""
             hint = f"{hint}; {more}" if hint else more
         match first.failure:
             case Failure.GONE:

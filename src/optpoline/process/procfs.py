@@ -21,6 +21,7 @@ __all__ = [
     "ThreadState",
     "ThreadWhere",
     "has_slept_since",
+    "is_kernel_worker",
     "list_every_tid",
     "list_tids",
     "read_exe_path",
@@ -234,6 +235,17 @@ def read_processor(pid: int, tid: int, *, proc_root: Path = _PROC) -> int:
         ProcessGone: if the thread does not exist.
     """
     return int(_read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[36])
+
+
+def is_kernel_worker(pid: int, tid: int, *, proc_root: Path = _PROC) -> bool:
+    """Tell whether a thread works for the kernel alone: io_uring and vhost have such.
+
+    Raises:
+        ProcessGone: if the thread does not exist.
+    """
+    pf_io_worker, pf_user_worker = 0x10, 0x4000  # include/linux/sched.h
+    flags = int(_read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[6])
+    return bool(flags & (pf_io_worker | pf_user_worker))
 
 
 def read_status(pid: int, *, tid: int | None = None, proc_root: Path = _PROC) -> ProcessStatus:

@@ -12,9 +12,12 @@ C libraries keep it at one distance from the thread pointer (%fs) in all threads
 what blocks need to know. They *write* there, so it must be that distance in every thread:
 when in doubt there is none, and blocks count with locked instructions instead.
 
-Doubtful are threads that disagree; a thread without a registration whose memory at that
+Doubtful are threads that disagree; two with one thread pointer (a process made by
+``clone(CLONE_VM)`` has that of the thread that made it, and the kernel keeps the area up to
+date for one of them only); a thread without a registration whose memory at that
 distance does not look like an area that was never registered; and a single thread whose
 area is far from its thread pointer, in memory that was perhaps allocated for it alone.
+A thread that has not run yet proves nothing: a C library registers before all else.
 """
 
 from __future__ import annotations
@@ -48,12 +51,14 @@ class RseqRegistration:
         thread_pointer: Its %fs base.
         area_addr: Its ``struct rseq``; 0 where it has registered none.
         signature: u32 before each abort handler.
+        is_newborn: Whether it is a thread that has not run yet: it has had no time to.
     """
 
     tid: int
     thread_pointer: int
     area_addr: int
     signature: int
+    is_newborn: bool = False
 
     @property
     def offset(self) -> int:
@@ -70,6 +75,7 @@ def choose_rseq_abi(registrations: Sequence[RseqRegistration], memory: Memory) -
         registrations: Of the threads that stand, one at least.
         memory: The target's.
     """
+    registrations = [one for one in registrations if one.area_addr or not one.is_newborn]
     registered = [one for one in registrations if one.area_addr]
     found = {(one.offset, one.signature) for one in registered}
     if len(found) != 1:
@@ -81,6 +87,8 @@ def choose_rseq_abi(registrations: Sequence[RseqRegistration], memory: Memory) -
     if len(pointers) == 1 and abs(offset) > _NEAR_SIZE:
         return None
     others = {one.thread_pointer for one in registrations} - pointers
+    if len(pointers) + len(others) != len(registrations):
+        return None  # who is on the CPU that the shared area tells of?
     if not all(_is_unregistered_area(memory, pointer + offset) for pointer in others):
         return None
     return RseqAbi(offset=offset, signature=signature)

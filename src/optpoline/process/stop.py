@@ -135,6 +135,8 @@ class Stop:
                     thread_pointer=tracee.regs.fs_base,
                     area_addr=area_addr,
                     signature=signature,
+                    # A child of vfork is as young, but runs with what its parent has.
+                    is_newborn=tracee.pid == self._stopper.pid and tracee.regs.is_newborn,
                 )
             )
         return tuple(registrations)

@@ -30,6 +30,11 @@ from optpoline.promote.cost import CPU_HZ
 __all__ = ["WatchSchedule", "next_interval", "stretch_factor"]
 
 
+MAX_SLOTS = 128
+"""Most slots that a policy may ask for: no tree tells more targets apart, and every site
+is given them at once."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchSchedule:
     """When windows are, and how long.
@@ -58,7 +63,8 @@ class WatchSchedule:
         miss_growth: Early look when the miss rate has grown by this factor since the
             site was last judged; below it the next regular window is soon enough.
         max_slots: Most unknown targets that a counting block tells apart, first come
-            first served, the rest in one catch-all count; 0: tables grow as needed.
+            first served, the rest in one catch-all count (``MAX_SLOTS`` at most); 0:
+            tables grow as needed.
     """
 
     learn_s: float = 1.0
@@ -85,6 +91,8 @@ class WatchSchedule:
             raise ValueError("a window has at least one part, from min_part_s to sample_s long")
         if self.overhead_ratio <= 0.0:
             raise ValueError("overhead_ratio must be above 0")
+        if self.max_slots > MAX_SLOTS:
+            raise ValueError(f"max_slots must be {MAX_SLOTS} or less")
 
     @property
     def is_watching(self) -> bool:

@@ -16,6 +16,7 @@ from optpoline.controller.summary import (
     Summary,
     TargetShare,
 )
+from optpoline.controller.wording import count_of
 from optpoline.report.demangle import readable_name, shorten_middle
 from optpoline.report.table import Colour, Column, Style, format_table, printable
 
@@ -48,15 +49,6 @@ _STATE_WORDS = {
     SessionState.EXITED: "the program exited",
     SessionState.EXECED: "the program replaced itself (exec)",
 }
-
-
-def count_of(number: int, noun: str, plural: str = "s") -> str:
-    """Return a number with its noun; ``plural`` is appended where it is not one.
-
-    >>> count_of(1, "site"), count_of(2, "site")
-    ('1 site', '2 sites')
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{plural}"
 
 
 def format_ratio(ratio: float | None) -> str:

@@ -24,6 +24,9 @@ USER_CODE_SELECTOR = 0x33
 _NO_SYSCALL = _U64_MASK
 """orig_rax of a thread that came into the kernel by an interrupt or exception."""
 
+_CLONES = (56, 435)
+"""clone and clone3; who calls it gets the number of the one that it makes, and that one 0."""
+
 
 class Registers(NamedTuple):
     """One thread's general registers, each an unsigned 64-bit number.
@@ -70,6 +73,11 @@ class Registers(NamedTuple):
     def result(self) -> int:
         """Rax as a signed number: what a system call returned, or minus an error number."""
         return self.rax - (1 << 64) if self.rax >> 63 else self.rax
+
+    @property
+    def is_newborn(self) -> bool:
+        """Whether the thread was made by clone or clone3, and has not run since."""
+        return self.orig_rax in _CLONES and self.rax == 0
 
     def with_result(self, result: int) -> Registers:
         """Return these registers with rax set to a signed number."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -123,4 +124,17 @@ def test_restricted_writes_are_a_warning(tmp_path: Path) -> None:
 
 def test_this_machine_can_be_checked() -> None:
     names = [check.name for check in check_machine()]
-    assert {"cpu", "kernel", "memfd", "spectre_v2"} <= set(names)
+    assert {"cpu", "kernel", "memfd", "priority", "spectre_v2"} <= set(names)
+
+
+def test_real_time_priority_is_tried_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_pid: int, _policy: int, _param: os.sched_param) -> None:
+        raise PermissionError
+
+    before = os.sched_getscheduler(0)
+    check_machine()
+    assert os.sched_getscheduler(0) == before
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    priority = next(check for check in check_machine() if check.name == "priority")
+    assert priority.status is CheckStatus.WARN
+    assert "CAP_SYS_NICE" in (priority.advice or "")

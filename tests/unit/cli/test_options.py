@@ -57,6 +57,11 @@ def test_setting_without_name_or_value_is_refused(text: str) -> None:
         make(text)
 
 
+def test_length_of_the_first_window_is_no_setting_of_a_session() -> None:
+    with pytest.raises(UsageError, match="--learn-seconds"):
+        make("learn_s=3")
+
+
 def test_defaults_are_the_same_everywhere() -> None:
     assert SessionSettings().policy == DEFAULT_POLICY
     assert Config().policy == policy_named(DEFAULT_POLICY)

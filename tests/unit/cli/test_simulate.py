@@ -94,9 +94,9 @@ def test_projection(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "name a trace"),
-        (["t", "--synthetic", "zipf"], "name a trace"),
-        (["t", "--project"], "name a trace"),
+        ([], "one of: a trace"),
+        (["t", "--synthetic", "zipf"], "one of: a trace"),
+        (["t", "--project"], "one of: a trace"),
         (["--project", "--plot", "p.svg"], "nothing to plot"),
         (["--project", "--policy", "all"], "for one policy"),
         (["--synthetic", "nope"], "no synthetic workload"),

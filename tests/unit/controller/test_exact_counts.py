@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from optpoline.controller.exact_counts import describe_operation, settle_drained
 from optpoline.controller.exclusion import Way
 from optpoline.controller.executor import OperationEvent
@@ -155,3 +157,4 @@ def test_words_for_a_drain() -> None:
         time_ns=1, duration_ns=120_000, cpu=3, way=Way.SECTION, why_not=None, n_drained=7
     )
     assert describe_operation(event) == "took 7 counts from the row of CPU 3 in 0.12 ms, section"
+    assert "took 1 count from" in describe_operation(replace(event, n_drained=1))

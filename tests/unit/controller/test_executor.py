@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from optpoline.controller.cell_batch import CellTable
 from optpoline.controller.drain import Drainer
 from optpoline.controller.exclusion import Exclusion, Way, on_cpu, pinned
 from optpoline.controller.executor import Executor, OperationEvent
-from optpoline.errors import ExclusionError, OperationError
+from optpoline.errors import ExclusionError, OperationError, PermissionDenied
 from optpoline.learn.operations import Add, CompareEqual, OperationStatus
 from optpoline.model import SLOT_CLAIMED, Addr, BlockPlan, CounterRows, Miss, OpenSlot, RseqAbi
 from optpoline.process.cell_fetcher import CellFetcher
@@ -29,11 +29,11 @@ N_CPUS = os.sysconf("SC_NPROCESSORS_CONF")
 class Cells:
     """Counter rows of nobody's."""
 
-    def __init__(self, *, has_rseq: bool = True) -> None:
+    def __init__(self, *, has_rseq: bool = True, n_cpus: int = N_CPUS) -> None:
         """All 0."""
         abi = RseqAbi(offset=0, signature=1) if has_rseq else None
-        self.rows = CounterRows(shared_addr=Addr(BASE), row_shift=9, n_cpus=N_CPUS, rseq=abi)
-        self.words = np.zeros((1 + N_CPUS, 64), np.uint64)
+        self.rows = CounterRows(shared_addr=Addr(BASE), row_shift=9, n_cpus=n_cpus, rseq=abi)
+        self.words = np.zeros((1 + n_cpus, 64), np.uint64)
         self.n_stores = 0
 
     @property
@@ -222,6 +222,26 @@ def test_rows_that_no_way_is_open_for_are_left() -> None:
     assert "4711" in drained.left[0][1]
     assert drained.columns[0][:, 2].tolist() == [0] + [5] * N_CPUS
     assert cells.words[:, 2].tolist() == [5] + [0] * N_CPUS
+    drainer.close()
+
+
+def test_what_was_taken_is_not_lost_with_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose CPU is not there needs a stop, which a debugger may forbid."""
+    cells, events = Cells(n_cpus=N_CPUS + 1), list[OperationEvent]()
+    cells.words[:, 2] = 5
+    executor = make(cells, events)
+
+    def forbid(_: int) -> AbstractContextManager[Exclusion]:
+        raise PermissionDenied("gdb has it")
+
+    monkeypatch.setattr(executor, "stopping", forbid)
+    drainer = Drainer(executor)
+    table = CellTable(addr=cell(0, 0), n_cells=8, pair_addrs=())
+    drained = drainer.drain(cells, [table])
+    assert [row for row, _ in drained.left] == [N_CPUS + 1]
+    assert "gdb has it" in drained.left[0][1]
+    assert drained.columns[0][:, 2].tolist() == [5] * (1 + N_CPUS) + [0]
+    assert cells.words[:, 2].tolist() == [0] * (1 + N_CPUS) + [5]
     drainer.close()
 
 

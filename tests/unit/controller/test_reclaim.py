@@ -27,7 +27,7 @@ from optpoline.errors import Unsettled
 from optpoline.learn.counting import NO_COUNTS
 from optpoline.model import Addr, BlockPlan, Guard, Miss, Site, SiteKind, Thunk, ThunkFlavour
 from optpoline.patch.arena import Arena
-from optpoline.patch.blocks import Block, add_block, redirect
+from optpoline.patch.blocks import Block, add_block, redirect, redirection_of
 from optpoline.patch.geometry import ArenaGeometry
 from optpoline.patch.grace import Look, ThreadKey
 from optpoline.patch.layout import ArenaHeader, BlockState, JournalEntry
@@ -308,6 +308,18 @@ def test_circle_that_nothing_leads_to_is_garbage(session: Session) -> None:
     redirect(other, one.addr)
     session.step()
     assert session.live == set()
+
+
+def test_retired_block_goes_on_to_no_other(session: Session) -> None:
+    """It does its own work again, but where that was found out to be wrong."""
+    session.observer.is_unseen = True  # so that they stay retired
+    to_block, other, to_thunk = (session.write() for _ in range(3))
+    redirect(to_block, other.addr)
+    redirect(to_thunk, THUNK.addr)
+    session.step()
+    assert session.live == set()
+    assert session.arena.head_of(to_block.addr) == to_block.head
+    assert redirection_of(session.arena, to_thunk.addr) == THUNK.addr
 
 
 def test_text_of_a_child_keeps_what_it_leads_to(session: Session) -> None:

@@ -462,7 +462,7 @@ def test_several_reasons_point_to_the_doctor(proc: FakeProc) -> None:
     error = proc.failure()
     assert error is not None
     assert error.hint is not None
-    assert f"optpoline doctor {PID}` lists 1 more" in error.hint
+    assert f"optpoline doctor {PID}` lists 1 more reason" in error.hint
 
 
 def test_refusal_without_a_visible_rule(proc: FakeProc) -> None:

@@ -12,6 +12,7 @@ from optpoline.errors import ProcessGone
 from optpoline.process.procfs import (
     ThreadWhere,
     has_slept_since,
+    is_kernel_worker,
     list_every_tid,
     list_tids,
     read_exe_path,
@@ -135,6 +136,13 @@ def test_thread_state(proc: Path, text: str, where: ThreadWhere, nr: int, sp: in
     assert (state.tid, state.state) == (TID, "S")
     assert (state.n_voluntary, state.n_nonvoluntary) == (42, 7)
     assert state.tracer_pid == 77
+
+
+@pytest.mark.parametrize(("flag", "expected"), [(0x10, True), (0x4000, True), (0x40, False)])
+def test_kernel_worker(proc: Path, flag: int, expected: bool) -> None:
+    flags = STAT.replace(" 4194304 ", f" {4194304 | flag} ")
+    (proc / str(PID) / "task" / str(TID) / "stat").write_text(flags)
+    assert is_kernel_worker(PID, TID, proc_root=proc) is expected
 
 
 CALL = "202 0x1 0x80 0x0 0x0 0x0 0xffffffffffffffff 0x7ffe10 0x401000\n"

@@ -95,9 +95,20 @@ def test_a_thread_without_a_registration(cpu_id: int | None, is_believed: bool) 
     assert found == (ABI if is_believed else None)
 
 
-def test_a_child_of_vfork_has_its_parents_area() -> None:
-    child = replace(ONE, tid=2, area_addr=0)
-    assert choose_rseq_abi([ONE, child], NOTHING) == ABI
+def test_a_thread_that_has_not_run_yet() -> None:
+    """Its memory is new, or another's of before."""
+    newborn = replace(OTHER, area_addr=0, is_newborn=True)
+    assert choose_rseq_abi([ONE, newborn], NOTHING) == ABI
+    assert choose_rseq_abi([newborn], NOTHING) is None
+    assert choose_rseq_abi([ONE, replace(OTHER, signature=1, is_newborn=True)], NOTHING) is None
+
+
+@pytest.mark.parametrize("area_addr", [0, ONE.area_addr])
+def test_two_threads_with_one_area(area_addr: int) -> None:
+    """The number of one's CPU is no better than any for the other: it lost 1 count in 200."""
+    kin = replace(ONE, tid=2, area_addr=area_addr)
+    assert choose_rseq_abi([ONE, kin], NOTHING) is None
+    assert choose_rseq_abi([OTHER, kin, ONE], NOTHING) is None
 
 
 def test_who_still_points_into_an_arena() -> None:

@@ -121,6 +121,7 @@ def test_a_window_costs_the_hottest_site_little() -> None:
         (lambda: WatchSchedule(min_part_s=0.0), "part"),
         (lambda: WatchSchedule(n_parts=0), "part"),
         (lambda: WatchSchedule(overhead_ratio=0.0), "overhead_ratio"),
+        (lambda: WatchSchedule(max_slots=129), "max_slots"),
     ],
 )
 def test_nonsense_is_refused(make: Callable[[], WatchSchedule], words: str) -> None:

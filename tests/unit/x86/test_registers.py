@@ -75,3 +75,12 @@ def test_call() -> None:
 def test_call_with_too_many_arguments() -> None:
     with pytest.raises(ValueError, match="at most six"):
         decode_registers(NUMBERED).with_call(insn_addr=0, sp=0, nr=0, args=(0,) * 7)
+
+
+@pytest.mark.parametrize(
+    ("orig_rax", "rax", "expected"),
+    [(435, 0, True), (56, 0, True), (435, 1234, False), (1, 0, False), ((1 << 64) - 1, 0, False)],
+)
+def test_newborn(orig_rax: int, rax: int, expected: bool) -> None:
+    regs = decode_registers(bytes(REGISTERS_SIZE))._replace(orig_rax=orig_rax, rax=rax)
+    assert regs.is_newborn is expected
