@@ -65,7 +65,7 @@ def measure_many_sites() -> Iterator[Figure]:
             bar=None,
         )
     yield Figure(
-        name=what + ("hot ones promoted by then" if most_ns else f"promoted in {_WAIT_S:.0f} s"),
+        name=what + ("hot ones promoted by then" if most_ns else "hot ones promoted in all"),
         value=_hot_share(summary),
         unit="of them",
         bar=None,
