@@ -20,6 +20,7 @@ from bench.adapting import (
 from bench.build import Variant
 from bench.errors import BenchError
 from bench.figures import Figure, measure_quiet, measure_sites
+from bench.many_sites import measure_many_sites
 from bench.paths import RESULTS, ROOT
 from bench.programs import cxx, libxml2, lua, redis, sqlite
 from bench.programs.phases import build_phases
@@ -118,6 +119,8 @@ def _run_figures() -> None:
     for n_sites in _SITES:
         console.print(f"{_FIGURES}: {n_sites} sites")
         figures += measure_sites(n_sites)
+    console.print(f"{_FIGURES}: thousands of sites that run")
+    figures += measure_many_sites()
     console.print(f"{_FIGURES}: the settled controller")
     figures += measure_quiet(lua.lua_workload("mixed"), lua.build_lua(Variant.RETPOLINE))
     write_group(RESULTS, _FIGURES, figures_document(figures))

@@ -63,6 +63,7 @@ class Summary:
         stop_ms_max: Longest of these, first interrupt to last detach.
         stop_ms_total: All of them together.
         learning_s: Seconds spent learning.
+        promoted_functions: Functions that had a promoted site at the end.
     """
 
     state: str
@@ -73,6 +74,7 @@ class Summary:
     stop_ms_max: float
     stop_ms_total: float
     learning_s: float
+    promoted_functions: frozenset[str]
 
     @classmethod
     def from_file(cls, path: Path) -> Summary:
@@ -93,9 +95,20 @@ class Summary:
                 stop_ms_max=float(cast(float, fields["stop_ms_max"])),
                 stop_ms_total=float(cast(float, fields["stop_ms_total"])),
                 learning_s=float(cast(float, fields["learning_s"])),
+                promoted_functions=_promoted_functions(fields["sites"]),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BenchError(f"optpoline's summary cannot be read: {error!r}") from error
+
+
+def _promoted_functions(sites: object) -> frozenset[str]:
+    """Return the functions of the promoted ones of a summary's sites."""
+    found: set[str] = set()
+    for site in cast(list[dict[str, object]], sites):
+        if site["state"] == "promoted":
+            name, _, _ = str(site["function"]).partition("+")
+            found.add(name)
+    return frozenset(found)
 
 
 class Controller:
@@ -138,6 +151,11 @@ class Controller:
     def said_ns(self, word: str) -> int | None:
         """When it first wrote a line that begins with a word; None if never."""
         return next((at for at, line in list(self._lines) if line.startswith(word)), None)
+
+    def promotions(self) -> list[tuple[int, int]]:
+        """When it told of sites promoted that were not before, and how many."""
+        lines = [(at, line) for at, line in list(self._lines) if line.startswith(PROMOTED_LINE)]
+        return [(at, int(line.split()[1])) for at, line in lines]
 
     def told_ns(self, word: str) -> list[int]:
         """When it wrote each line that has a word in it."""

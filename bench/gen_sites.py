@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C programs with as many retpoline sites as asked for: all of them in use, or few."""
+"""C programs with as many retpoline sites as asked for: all of them in use, a part, or few."""
 
 from __future__ import annotations
 
 from random import Random
 
-__all__ = ["generate_hot_sites", "generate_sites", "hot_functions"]
+__all__ = [
+    "busy_functions",
+    "generate_busy_sites",
+    "generate_hot_sites",
+    "generate_sites",
+    "hot_functions",
+]
 
 _N_TARGETS = 8
 
@@ -98,7 +104,7 @@ int main(void) {{
 """
 
 _HOT_HEAD = """\
-/* Generated: {n_sites} indirect branches in {n_functions} functions, few of them in use. */
+/* Generated: {n_sites} indirect branches in {n_functions} functions, few of them hot. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -138,11 +144,62 @@ def generate_hot_sites(n_sites: int, *, n_hot: int, n_phases: int = 2, seed: int
     random = Random(seed)
     for phase in range(n_phases):
         order = _zipf_order(hot_functions(n_sites, n_hot, n_phases, phase), random)
-        calls = "\n".join(f"  x = function_{number}(x);" for number in order)
-        parts.append(f"KEPT static number phase_{phase}(number x) {{\n{calls}\n  return x;\n}}")
+        parts.append(_calling(f"phase_{phase}", order))
     cases = "\n".join(f"    case {n}: x = phase_{n}(x); break;" for n in range(n_phases))
     parts.append(_HOT_WORKER.format(cases=cases))
     return "\n".join(parts)
+
+
+_CALLS_A_HOT_FUNCTION = 10
+"""In a round, in which each other function is called once."""
+
+_CALLS_A_FUNCTION = 250
+"""Of the functions that make the calls: compilers take long over thousands in one."""
+
+_MORE_TARGETS = (0, 0, 0, 1, 0, 0, 0, 3)
+"""How many targets a site has beside its first, from site to site."""
+
+
+def generate_busy_sites(n_sites: int, *, n_hot: int, seed: int = 1) -> str:
+    """Return the source of a program all of whose sites run, some of them often.
+
+    Each function has one site, a call. Most have one target, one in eight has two, one
+    four. In a round each function is called once, ``busy_functions`` ten times, in an order
+    in which neighbours lie far apart. It speaks the protocol of ``generate_hot_sites`` and
+    has one phase.
+
+    Args:
+        n_sites: Indirect calls.
+        n_hot: Functions that run often.
+        seed: Of the order in which they are called.
+    """
+    parts = [_HOT_HEAD.format(n_sites=n_sites, n_functions=n_sites), *_target_functions()]
+    for number in range(n_sites):
+        more = _MORE_TARGETS[number // _N_TARGETS % len(_MORE_TARGETS)]
+        which = f"({number % _N_TARGETS} + (x >> 20 & {more})) % {_N_TARGETS}"
+        parts.append(
+            f"KEPT static number function_{number}(number x) "
+            f"{{ return targets[{which}](x + {number}) ^ {number + 1}; }}"
+        )
+    calls = [*range(n_sites), *busy_functions(n_sites, n_hot) * (_CALLS_A_HOT_FUNCTION - 1)]
+    Random(seed).shuffle(calls)
+    groups = [calls[i : i + _CALLS_A_FUNCTION] for i in range(0, len(calls), _CALLS_A_FUNCTION)]
+    parts += [_calling(f"group_{i}", group) for i, group in enumerate(groups)]
+    steps = "\n".join(f"  x = group_{i}(x);" for i in range(len(groups)))
+    parts.append(f"KEPT static number phase_0(number x) {{\n{steps}\n  return x;\n}}")
+    parts.append(_HOT_WORKER.format(cases="    case 0: x = phase_0(x); break;"))
+    return "\n".join(parts)
+
+
+def busy_functions(n_sites: int, n_hot: int) -> list[int]:
+    """Return the numbers of the functions that run often, spread over the text."""
+    return [rank * n_sites // n_hot for rank in range(n_hot)]
+
+
+def _calling(name: str, numbers: list[int]) -> str:
+    """Return a function that calls others in turn."""
+    calls = "\n".join(f"  x = function_{number}(x);" for number in numbers)
+    return f"KEPT static number {name}(number x) {{\n{calls}\n  return x;\n}}"
 
 
 def hot_functions(n_sites: int, n_hot: int, n_phases: int, phase: int) -> list[int]:

@@ -56,6 +56,11 @@ AFTER_FINDS_S = 0.5
 AFTER_NOTHING_S = 2.0
 """Time from one window to the next look: by whether the window had sites promoted."""
 
+MANY_FINDS = 64
+AFTER_MANY_FINDS_S = 0.1
+"""The same where a window had so many promoted, as in programs with thousands of hot sites:
+a window meets a few hundred of them, and many more wait for their turn."""
+
 BLIND_INTERVAL_S = 120.0
 """Time between looks where there is no clock: each stops the threads ten times."""
 
@@ -124,9 +129,16 @@ class Rediscovery:
         for record in records:
             self._met.pop(record.site.addr, None)
         self._hot.learned(records, now_s)
-        has_promoted = any(record.state is SiteState.PROMOTED for record in records)
+        n_promoted = sum(record.state is SiteState.PROMOTED for record in records)
         if self._hot.reason_blind is None:
-            self._next_look_s = now_s + (AFTER_FINDS_S if has_promoted else AFTER_NOTHING_S)
+            self._next_look_s = now_s + _pause_s(n_promoted)
+
+
+def _pause_s(n_promoted: int) -> float:
+    """Return how long after a window to look again, by how many it had promoted."""
+    if n_promoted >= MANY_FINDS:
+        return AFTER_MANY_FINDS_S
+    return AFTER_FINDS_S if n_promoted else AFTER_NOTHING_S
 
 
 def _jump_misses_hz(linked: Iterable[SiteRecord]) -> float:

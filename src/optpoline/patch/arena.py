@@ -44,6 +44,7 @@ from optpoline.patch.layout import (
 )
 from optpoline.x86.assembler import BlockCode
 from optpoline.x86.blocks import BLOCK_ALIGNMENT, HEAD_SIZE, POISON
+from optpoline.x86.templates import BlockTemplates
 
 __all__ = ["Arena"]
 
@@ -79,6 +80,8 @@ class Arena:
         self._free_slots: list[int] = []
         self._entries: dict[Addr, BlockEntry] = {}
         self._cells: dict[Addr, tuple[Addr, int]] = {}
+        self.templates = BlockTemplates(self)
+        """Encodes the blocks that are put here."""
         self.n_put = 0
         """Blocks ever written."""
         self.n_reused = 0

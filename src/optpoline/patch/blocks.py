@@ -17,7 +17,7 @@ from optpoline.patch.arena import Arena
 from optpoline.patch.extents import Extent
 from optpoline.patch.layout import BlockKind
 from optpoline.x86.assembler import JMP32_OPCODE, JMP32_SIZE
-from optpoline.x86.blocks import LINE_SIZE, encode_block, encode_redirect, place_block
+from optpoline.x86.blocks import LINE_SIZE, encode_redirect, place_block
 
 __all__ = ["Block", "add_block", "counter_cells", "point_back", "redirect", "redirection_of"]
 
@@ -69,10 +69,10 @@ def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr) -> Block:
     is_counting = plan.rows is not None
     room = _find_room(arena, LINE_SIZE + 1 if is_counting else 1, is_counting)
     guess = Addr(arena.addr + room.at)
-    code = encode_block(plan, guess, arena)
+    code = arena.templates.encode(plan, guess)
     room = _find_room(arena, len(code.code), is_counting)
     if arena.addr + room.at != guess:
-        code = encode_block(plan, Addr(arena.addr + room.at), arena)
+        code = arena.templates.encode(plan, Addr(arena.addr + room.at))
     kind = BlockKind.COUNTING if is_counting else BlockKind.PROMOTED
     addr = arena.put_block(room, code, site_addr=site_addr, kind=kind, cells=counter_cells(plan))
     size = len(code.code)

@@ -12,12 +12,18 @@ not reach become long, until nothing changes. Lengths only grow, so it ends.
 
 Behind the instructions may lie *records*, data that is never executed: padding of
 ``int3`` up to their alignment, then each record's words.
+
+Whoever wants to have the same block elsewhere too asks for its *relocations*: the places
+in the bytes that follow from an address (``x86/templates.py``). Low halves that splits
+compare with are not among them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
+from typing import NamedTuple
 
 from optpoline.errors import EncodeRangeError
 from optpoline.model import Addr
@@ -33,6 +39,9 @@ __all__ = [
     "BlockCode",
     "Condition",
     "Label",
+    "Relocation",
+    "RelocationKind",
+    "RowOffset",
     "encode_disp32",
     "encode_jmp32",
 ]
@@ -92,13 +101,44 @@ class BlockCode:
     text_size: int
 
 
+class RowOffset(int):
+    """Where in its row a counter cell is: an operand that is relocated with the cell."""
+
+
+class RelocationKind(Enum):
+    """How a place in a block follows from an address."""
+
+    RELATIVE = "i32: an address outside the block, from the end of its instruction"
+    VALUE = "i32: an address itself"
+    ROW_OFFSET = "i32: where in its row a cell is"
+    OWN = "u64: an address inside the block"
+
+
+class Relocation(NamedTuple):
+    """One place in the bytes of a block that follows from an address.
+
+    Attributes:
+        off: Where, in bytes from the start of the block.
+        kind: How.
+        value: The address; the offset in its row of a cell.
+    """
+
+    off: int
+    kind: RelocationKind
+    value: int
+
+
 @dataclass(slots=True)
 class _Bytes:
-    """Fixed bytes; ``data_addr`` is what a trailing rip-relative operand points to."""
+    """Fixed bytes; ``data_addr`` is what a trailing rip-relative operand points to.
+
+    Or bytes with the operand ``value``, which follows from an address.
+    """
 
     code: bytes
     data_addr: int | Label | None = None
-    disp_off: int = 0
+    operand_off: int = 0
+    value: int | None = None
 
 
 @dataclass(slots=True)
@@ -178,17 +218,27 @@ class Assembler:
         """
         self._items.append(_Bytes(code, data, disp_off))
 
+    def emit_value(self, code: bytes, value_off: int, value: int) -> None:
+        """Add an instruction with a 32-bit operand that follows from an address.
+
+        Args:
+            code: Its bytes.
+            value_off: Where in them the operand is.
+            value: What it is.
+        """
+        self._items.append(_Bytes(code, None, value_off, value))
+
     def cmp_imm32(self, register: str, value: int) -> None:
         """Compare a register with a value that fits a sign-extended imm32."""
         number = REGISTER_NUMBERS[register]
         imm = value.to_bytes(4, "little", signed=True)
         if number == 0:
             # cmp $imm32, %rax
-            self.emit(b"\x48\x3d" + imm)
+            self.emit_value(b"\x48\x3d" + imm, 2, value)
         else:
             # cmp $imm32, %reg     REX.W+B 81 /7
             rex = 0x48 | number >> 3
-            self.emit(bytes((rex, 0x81, 0xF8 | number & 7)) + imm)
+            self.emit_value(bytes((rex, 0x81, 0xF8 | number & 7)) + imm, 3, value)
 
     def cmp_low32(self, register: str, value: int) -> None:
         """Compare the low half of a register with a value of 32 bits.
@@ -283,8 +333,11 @@ class Assembler:
         """Return the bytes of the block, records and all."""
         return self.finish_block().code
 
-    def finish_block(self) -> BlockCode:
+    def finish_block(self, relocations: list[Relocation] | None = None) -> BlockCode:
         """Return the block.
+
+        Args:
+            relocations: Gets those of the block, in no order.
 
         Raises:
             EncodeRangeError: if something outside the block is out of reach.
@@ -292,73 +345,77 @@ class Assembler:
         while True:
             offsets, labels = self._layout()
             if not self._widen(offsets, labels):
-                return self._emit(offsets, labels)
+                break
+        if relocations is not None:
+            relocations += self._relocations(offsets, labels)
+        return self._emit(offsets, labels)
 
-    def _layout(self) -> tuple[list[int], dict[Label, int]]:
-        """Return each item's offset and each label's."""
+    def _layout(self) -> tuple[list[int], list[int]]:
+        """Return each item's offset and each label's, by its number."""
         offsets: list[int] = []
-        labels: dict[Label, int] = {}
+        labels = [0] * self._n_labels
         off = 0
         for item in self._items:
             offsets.append(off)
-            match item:
-                case _Bytes(code):
-                    off += len(code)
-                case _Branch():
-                    off += item.size()
-                case _Bind(label):
-                    labels[label] = off
+            if isinstance(item, _Bytes):
+                off += len(item.code)
+            elif isinstance(item, _Branch):
+                off += item.size()
+            else:
+                labels[item.label.number] = off
         for label, words in self._records:
             off += -(self._addr + off) % RECORD_ALIGNMENT
-            labels[label] = off
+            labels[label.number] = off
             off += WORD_SIZE * len(words)
         return offsets, labels
 
-    def _widen(self, offsets: list[int], labels: dict[Label, int]) -> bool:
+    def _widen(self, offsets: list[int], labels: list[int]) -> bool:
         """Make short branches long that do not reach; tell whether there were any."""
         changed = False
         for item, off in zip(self._items, offsets, strict=True):
             if not isinstance(item, _Branch) or item.label is None or item.is_long:
                 continue
-            if labels[item.label] - (off + 2) > 127:
+            if labels[item.label.number] - (off + 2) > 127:
                 item.is_long = changed = True
         return changed
 
-    def _emit(self, offsets: list[int], labels: dict[Label, int]) -> BlockCode:
+    def _emit(self, offsets: list[int], labels: list[int]) -> BlockCode:
         """Return the bytes, all lengths being settled."""
         out = bytearray()
         for item, off in zip(self._items, offsets, strict=True):
-            match item:
-                case _Bytes(code, None):
-                    out += code
-                case _Bytes(code, data, disp_off) if data is not None:
-                    data_addr = self._addr + labels[data] if isinstance(data, Label) else data
-                    disp = encode_disp32(self._addr + off + len(code), data_addr)
-                    out += code[:disp_off] + disp + code[disp_off + DISP32_SIZE :]
-                case _Branch():
-                    out += self._emit_branch(item, off, labels)
-                case _:
-                    pass
+            if isinstance(item, _Bytes):
+                out += self._emit_bytes(item, off, labels)
+            elif isinstance(item, _Branch):
+                out += self._emit_branch(item, off, labels)
         text_size = len(out)
         for label, words in self._records:
-            out += bytes((INT3,)) * (labels[label] - len(out))
+            out += bytes((INT3,)) * (labels[label.number] - len(out))
             for word in words:
                 out += self._word(word, labels).to_bytes(WORD_SIZE, "little")
         return BlockCode(code=bytes(out), text_size=text_size)
 
-    def _word(self, word: Word, labels: dict[Label, int]) -> int:
+    def _emit_bytes(self, item: _Bytes, off: int, labels: list[int]) -> bytes:
+        """Return one instruction that is no branch."""
+        data, code, at = item.data_addr, item.code, item.operand_off
+        if data is None:
+            return code
+        data_addr = self._addr + labels[data.number] if isinstance(data, Label) else data
+        disp = encode_disp32(self._addr + off + len(code), data_addr)
+        return code[:at] + disp + code[at + DISP32_SIZE :]
+
+    def _word(self, word: Word, labels: list[int]) -> int:
         """Return the value of a record's word."""
         match word:
             case int():
                 return word
             case Label():
-                return self._addr + labels[word]
+                return self._addr + labels[word.number]
             case (start, end):
-                return labels[end] - labels[start]
+                return labels[end.number] - labels[start.number]
 
-    def _emit_branch(self, item: _Branch, off: int, labels: dict[Label, int]) -> bytes:
+    def _emit_branch(self, item: _Branch, off: int, labels: list[int]) -> bytes:
         """Return one branch, with its int3 where it is unconditional."""
-        dst = item.dst_addr if item.label is None else self._addr + labels[item.label]
+        dst = item.dst_addr if item.label is None else self._addr + labels[item.label.number]
         src = self._addr + off
         if item.condition is None:
             if item.is_long:
@@ -371,3 +428,26 @@ class Assembler:
             return bytes((0x0F, 0x80 | item.condition)) + encode_disp32(src + 6, dst)
         # jcc rel8
         return bytes((0x70 | item.condition, dst - src - 2))
+
+    # --- relocations
+
+    def _relocations(self, offsets: list[int], labels: list[int]) -> Iterator[Relocation]:
+        """Yield all places that follow from an address, all lengths being settled."""
+        for item, off in zip(self._items, offsets, strict=True):
+            if isinstance(item, _Bytes):
+                if isinstance(item.data_addr, int):
+                    at = off + item.operand_off
+                    yield Relocation(at, RelocationKind.RELATIVE, item.data_addr)
+                elif item.value is not None:
+                    is_row = isinstance(item.value, RowOffset)
+                    kind = RelocationKind.ROW_OFFSET if is_row else RelocationKind.VALUE
+                    yield Relocation(off + item.operand_off, kind, item.value)
+            elif isinstance(item, _Branch) and item.label is None:
+                # jmp rel32 has one byte before its displacement, jcc rel32 two.
+                at = off + (1 if item.condition is None else 2)
+                yield Relocation(at, RelocationKind.RELATIVE, item.dst_addr)
+        for label, words in self._records:
+            for number, word in enumerate(words):
+                if isinstance(word, Label):
+                    at = labels[label.number] + WORD_SIZE * number
+                    yield Relocation(at, RelocationKind.OWN, self._addr + labels[word.number])

@@ -52,6 +52,7 @@ from optpoline.x86.assembler import (
     BlockCode,
     Condition,
     Label,
+    Relocation,
     encode_jmp32,
 )
 from optpoline.x86.counter_insns import CounterAssembler
@@ -119,7 +120,12 @@ def choose_base(targets: Collection[Addr]) -> Addr | None:
     return base if fits_immediate(max(targets) - base) else None
 
 
-def encode_block(plan: BlockPlan, addr: Addr, literals: LiteralPool) -> BlockCode:
+def encode_block(
+    plan: BlockPlan,
+    addr: Addr,
+    literals: LiteralPool,
+    relocations: list[Relocation] | None = None,
+) -> BlockCode:
     """Return the bytes of a block that starts at ``addr``.
 
     Where a block is decides on a few bytes of padding before its records, if it has any.
@@ -128,12 +134,13 @@ def encode_block(plan: BlockPlan, addr: Addr, literals: LiteralPool) -> BlockCod
         plan: What it is to do.
         addr: Where it will be, a multiple of ``HEAD_SIZE``.
         literals: Literals for targets that fit no immediate, and for counter rows.
+        relocations: Gets those of the block, in no order.
 
     Raises:
         EncodeRangeError: if a target, the thunk, a literal or a counter is out
             of reach of ``addr``.
     """
-    return _BlockEncoder(plan, addr, literals).encode()
+    return _BlockEncoder(plan, addr, literals).encode(relocations)
 
 
 def place_block(addr: int, size: int) -> Addr:
@@ -186,7 +193,7 @@ class _BlockEncoder:
         self._hits: list[tuple[Label, Addr]] = []
         self._miss = self._asm.label()
 
-    def encode(self) -> BlockCode:
+    def encode(self, relocations: list[Relocation] | None) -> BlockCode:
         """Write the tree, then the one miss path, then the counted hits."""
         base = self._plan.base
         if base is not None:
@@ -203,7 +210,7 @@ class _BlockEncoder:
             self._asm.bind(label)
             if self._counting is not None:
                 self._counting.hit(target)
-        return self._asm.finish_block()
+        return self._asm.finish_block(relocations)
 
     def _plain_miss(self) -> None:
         """Write the miss of a promoted block."""

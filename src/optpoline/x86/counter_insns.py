@@ -10,7 +10,7 @@ Encodings: Intel SDM vol. 2, each with its mnemonic beside it.
 
 from __future__ import annotations
 
-from optpoline.x86.assembler import DISP32_SIZE, REGISTER_NUMBERS, Assembler, Label
+from optpoline.x86.assembler import DISP32_SIZE, REGISTER_NUMBERS, Assembler, Label, RowOffset
 
 __all__ = ["CounterAssembler"]
 
@@ -65,47 +65,54 @@ class CounterAssembler(Assembler):
     def add_imm32(self, register: str, value: int) -> None:
         """Add a value that fits a sign-extended imm32."""
         number = REGISTER_NUMBERS[register]
-        imm = value.to_bytes(4, "little", signed=True)
         # add $imm32, %reg         REX.W+B 81 /0 id
-        self.emit(_rex(wide=True, base=number) + bytes((0x81, 0xC0 | number & 7)) + imm)
+        self._with_disp(_rex(wide=True, base=number) + bytes((0x81, 0xC0 | number & 7)), value)
 
     # --- memory through a register
 
     def cmp_at(self, base: str, disp: int, register: str) -> None:
         """Compare a register with the u64 at a distance from another."""
         # cmp disp32(%base), %reg  REX.W+RB 3b /r
-        self.emit(_based(b"\x3b", REGISTER_NUMBERS[register], base, disp))
+        self._with_disp(_based(b"\x3b", REGISTER_NUMBERS[register], base), disp)
 
     def cmp_at_zero(self, base: str, disp: int) -> None:
         """Compare the u64 at a distance from a register with 0."""
         # cmpq $0, disp32(%base)   REX.W+B 83 /7 ib
-        self.emit(_based(b"\x83", 7, base, disp) + b"\x00")
+        self._with_disp(_based(b"\x83", 7, base), disp, b"\x00")
 
     def mov_to(self, base: str, disp: int, register: str) -> None:
         """Store a register at a distance from another."""
         # mov %reg, disp32(%base)  REX.W+RB 89 /r
-        self.emit(_based(b"\x89", REGISTER_NUMBERS[register], base, disp))
+        self._with_disp(_based(b"\x89", REGISTER_NUMBERS[register], base), disp)
 
     def mov_from(self, register: str, base: str, disp: int) -> None:
         """Load a register from a distance from another."""
         # mov disp32(%base), %reg  REX.W+RB 8b /r
-        self.emit(_based(b"\x8b", REGISTER_NUMBERS[register], base, disp))
+        self._with_disp(_based(b"\x8b", REGISTER_NUMBERS[register], base), disp)
 
     def mov_imm32_to(self, base: str, disp: int, value: int) -> None:
         """Store a u32 at a distance from a register."""
         # movl $imm32, disp32(%base)   [REX.B] c7 /0 id
         imm = value.to_bytes(4, "little")
-        self.emit(_based(b"\xc7", 0, base, disp, wide=False) + imm)
+        self._with_disp(_based(b"\xc7", 0, base, wide=False), disp, imm)
 
     def inc_at(self, base: str, disp: int) -> None:
         """Add one to the u64 at a distance from a register; not atomic between CPUs."""
         # incq disp32(%base)       REX.W+B ff /0
-        self.emit(_based(b"\xff", 0, base, disp))
+        self._with_disp(_based(b"\xff", 0, base), disp)
 
     def lock_inc_at(self, base: str, disp: int) -> None:
         """Add one to the u64 at a distance from a register, atomically."""
         # lock incq disp32(%base)  f0 REX.W+B ff /0
-        self.emit(_LOCK + _based(b"\xff", 0, base, disp))
+        self._with_disp(_LOCK + _based(b"\xff", 0, base), disp)
+
+    def _with_disp(self, code: bytes, disp: int, rest: bytes = b"") -> None:
+        """Add an instruction with a signed number of 32 bits, between ``code`` and ``rest``."""
+        whole = code + _disp32(disp) + rest
+        if isinstance(disp, RowOffset):
+            self.emit_value(whole, len(code), disp)
+        else:
+            self.emit(whole)
 
     # --- shared memory
 
@@ -165,10 +172,10 @@ def _disp32(value: int) -> bytes:
     return value.to_bytes(DISP32_SIZE, "little", signed=True)
 
 
-def _based(opcode: bytes, reg: int, base: str, disp: int, *, wide: bool = True) -> bytes:
-    """Return an instruction up to its operand ``disp32(%base)``."""
+def _based(opcode: bytes, reg: int, base: str, *, wide: bool = True) -> bytes:
+    """Return an instruction up to the displacement of its operand ``disp32(%base)``."""
     number = REGISTER_NUMBERS[base]
     # ModRM: mod 10, disp32; r/m 4 means that a SIB byte follows, here with no index.
     sib = b"\x24" if number & 7 == 4 else b""
     modrm = bytes((0x80 | (reg & 7) << 3 | number & 7,))
-    return _rex(wide=wide, reg=reg, base=number) + opcode + modrm + sib + _disp32(disp)
+    return _rex(wide=wide, reg=reg, base=number) + opcode + modrm + sib

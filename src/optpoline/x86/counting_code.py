@@ -23,7 +23,7 @@ is counted. Addresses that are written to are a literal plus a checked number, t
 from __future__ import annotations
 
 from optpoline.model import CELL_SIZE, Addr, BlockPlan, CounterRows, OpenSlot, TraceRing
-from optpoline.x86.assembler import Condition
+from optpoline.x86.assembler import Condition, RowOffset
 from optpoline.x86.counter_insns import CounterAssembler
 from optpoline.x86.restartable import LiteralPool, RestartableSection
 
@@ -211,6 +211,6 @@ class CountingCode:
         self._asm.lock_inc_mem(slot.count_addr)
         self._asm.jump(self._plan.thunk_addr)
 
-    def _offset(self, cell: Addr) -> int:
+    def _offset(self, cell: Addr) -> RowOffset:
         """Return where in its row a cell is."""
-        return cell - self._rows.shared_addr
+        return RowOffset(cell - self._rows.shared_addr)

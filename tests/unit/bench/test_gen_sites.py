@@ -12,7 +12,13 @@ import pytest
 from bench.build import Variant, compile_program, variant_flags
 from bench.driver import Driver
 from bench.errors import BenchError
-from bench.gen_sites import generate_hot_sites, generate_sites, hot_functions
+from bench.gen_sites import (
+    busy_functions,
+    generate_busy_sites,
+    generate_hot_sites,
+    generate_sites,
+    hot_functions,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +80,27 @@ def test_few_of_many_run() -> None:
 def test_too_few_functions() -> None:
     with pytest.raises(ValueError, match="too few"):
         generate_hot_sites(40, n_hot=11)
+
+
+def test_all_run_and_some_often() -> None:
+    source = generate_busy_sites(800, n_hot=160)
+    called = [int(number) for number in re.findall(r"= function_(\d+)\(x\)", source)]
+    often = set(busy_functions(800, 160))
+    assert len(often) == 160
+    assert {number: called.count(number) for number in range(800)} == {
+        number: 10 if number in often else 1 for number in range(800)
+    }
+
+
+def test_the_busy_program_has_a_site_in_each_function(tmp_path: Path) -> None:
+    source = tmp_path / "busy.c"
+    source.write_text(generate_busy_sites(80, n_hot=8))
+    flags = variant_flags(Variant.RETPOLINE)
+    program = compile_program(
+        [source], output=tmp_path / "busy", flags=flags, libraries=("-pthread",)
+    )
+    dump = subprocess.run(["objdump", "-d", program], capture_output=True, text=True, check=True)
+    sites = re.findall(r"call +[0-9a-f]+ <__x86_indirect_thunk_\w+>", dump.stdout)
+    assert len(sites) == 80
+    with Driver("busy", [str(program)]) as driver:
+        assert driver.ask("0").startswith("ok ")

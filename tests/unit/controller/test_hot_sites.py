@@ -17,9 +17,12 @@ from optpoline.controller.hot_sites import (
 )
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.rediscovery import (
+    AFTER_FINDS_S,
+    AFTER_MANY_FINDS_S,
     AFTER_NOTHING_S,
     FORGET_S,
     LOOK_EVERY_S,
+    MANY_FINDS,
     MIN_SAMPLES,
     Rediscovery,
 )
@@ -119,6 +122,29 @@ def test_what_is_met_rarely_is_remembered_for_a_while(records: list[SiteRecord])
     now_s += 600.0
     assert rediscovery.find([], now_s) == []
     assert rediscovery.find([], now_s + FORGET_S) == []
+
+
+@pytest.mark.parametrize(
+    ("n_promoted", "pause_s"),
+    [
+        (0, AFTER_NOTHING_S),
+        (1, AFTER_FINDS_S),
+        (MANY_FINDS - 1, AFTER_FINDS_S),
+        (MANY_FINDS, AFTER_MANY_FINDS_S),
+    ],
+)
+def test_the_more_was_found_the_sooner_comes_the_next_look(n_promoted: int, pause_s: float) -> None:
+    records = [make_record(0x1000 + 16 * n, SiteKind.CALL) for n in range(MANY_FINDS + 1)]
+    for record in records[:n_promoted]:
+        record.state = SiteState.PROMOTED
+    hot = ToldHotSites(records)
+    rediscovery = Rediscovery(hot, 0.0)
+    now_s = 10.0
+    rediscovery.learned(records, now_s)
+    rediscovery.find([], now_s + pause_s - 0.01)
+    assert hot.n_looks == 0
+    rediscovery.find([], now_s + pause_s)
+    assert hot.n_looks == 1
 
 
 def test_an_idle_program_says_nothing(records: list[SiteRecord]) -> None:

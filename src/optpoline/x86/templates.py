@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode a block once, then relocate it: for thousands of blocks that differ in addresses only.
+
+Most blocks of a program have one of a few *shapes*: a first learning block of a call
+through ``rax`` is the same wherever it is, but for where it lies, its cells and its thunk.
+The first block of a shape is encoded and kept as a *template*: constant bytes, and between
+them the fields that follow from addresses, each a constant plus one of a handful of sums::
+
+    own address               descriptors of restartable sequences
+    cells, thunk, - own       displacements to them; a literal that all share does not move
+    cells - shared row        offsets in a row
+    target, - own; target     branches to it; immediates that are compared with it
+    its literal, - own
+
+Encoding a first learning block takes 80 us, relocating it 7; of one guard 10 and 6.
+
+Invariants:
+  * A block made from a template is the block that ``encode_block`` makes, byte for byte;
+    and where that refuses, so does this.
+  * A shape holds all that the encoder looks at beside addresses. Blocks that it decides more
+    about by the values of their targets (splits, a base) or that lead to more memory (traces)
+    have none: they are encoded, as are big trees, of which hardly two are alike.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from optpoline.model import CELL_SIZE, Addr, BlockPlan, CounterRows, Guard, Miss, TreeNode
+from optpoline.x86.assembler import (
+    DISP32_SIZE,
+    RECORD_ALIGNMENT,
+    BlockCode,
+    Relocation,
+    RelocationKind,
+)
+from optpoline.x86.blocks import encode_block, fits_immediate
+from optpoline.x86.restartable import LiteralPool
+
+__all__ = ["BlockTemplates"]
+
+MAX_GUARDS = 8
+"""Guards of a block that has a shape."""
+
+MAX_TEMPLATES = 512
+"""Templates kept, of one to four KiB; a program uses a few dozen."""
+
+_OWN, _CELLS, _THUNK, _FIXED, _ROW, _N_SHARED_SUMS = range(6)
+"""What is added to a field, as places in ``_sums``: then three sums for each target."""
+_TO_TARGET, _VALUE, _TO_LITERAL, _N_TARGET_SUMS = range(4)
+_UNKNOWN = -1
+
+_WORD_SIZE = 8
+
+
+class _Shape(NamedTuple):
+    """All that the bytes of a block depend on beside addresses.
+
+    Attributes:
+        operand: Register that holds the target.
+        tree: For each node of the tree, root first, what decides on its code.
+        cells: Where the cells lie, from that of the misses; by target of the tree those of
+            hits, None where none are counted, then those of slots, one after the other.
+        has_misses: Whether misses are counted.
+        to_thunk: Which targets are led to the thunk.
+        rows: What is counted in.
+        is_below_stack_free: As in the plan.
+        addr_rest: Where the block starts, as far as the alignment of records depends on it.
+    """
+
+    operand: str
+    tree: tuple[int, ...]
+    cells: tuple[int | None, ...]
+    has_misses: bool
+    to_thunk: tuple[bool, ...]
+    rows: CounterRows | None
+    is_below_stack_free: bool
+    addr_rest: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """The bytes of all blocks of one shape.
+
+    Attributes:
+        layout: Constant bytes and fields in turn, constant bytes last.
+        constants: The constant bytes.
+        fields: Of each field what is constant, and which sum is added.
+        has_literal: By target, whether the block reads its literal.
+        text_size: Bytes that are instructions.
+    """
+
+    layout: struct.Struct
+    constants: tuple[bytes, ...]
+    fields: tuple[tuple[int, int], ...]
+    has_literal: tuple[bool, ...]
+    text_size: int
+
+    def relocate(self, sums: Sequence[int]) -> BlockCode:
+        """Return the block.
+
+        Raises:
+            struct.error: if an address is out of reach.
+        """
+        parts: list[bytes | int] = [b""] * (2 * len(self.fields) + 1)
+        parts[::2] = self.constants
+        parts[1::2] = [constant + sums[which] for constant, which in self.fields]
+        return BlockCode(code=self.layout.pack(*parts), text_size=self.text_size)
+
+
+class BlockTemplates:
+    """The templates of one arena.
+
+    Args:
+        literals: Its literals; they stay where they are.
+    """
+
+    def __init__(self, literals: LiteralPool) -> None:
+        """Begin with none."""
+        self._literals = literals
+        self._templates: dict[_Shape, _Template] = {}
+
+    def encode(self, plan: BlockPlan, addr: Addr) -> BlockCode:
+        """Return what ``encode_block`` returns.
+
+        Args:
+            plan: What the block is to do.
+            addr: Where it will be, a multiple of ``HEAD_SIZE``.
+
+        Raises:
+            EncodeRangeError: as ``encode_block``.
+        """
+        targets: list[Addr] = []
+        tree: list[int] = []
+        if plan.base is not None or plan.trace is not None or not _walk(plan.tree, targets, tree):
+            return encode_block(plan, addr, self._literals)
+        shape = _shape_of(plan, addr, targets, tree)
+        template = self._templates.get(shape)
+        if template is None:
+            return self._encode_first(shape, plan, addr, targets)
+        try:
+            return template.relocate(self._sums(plan, addr, targets, template.has_literal))
+        except struct.error:
+            return encode_block(plan, addr, self._literals)  # says what is out of reach
+
+    def _encode_first(
+        self, shape: _Shape, plan: BlockPlan, addr: Addr, targets: Sequence[Addr]
+    ) -> BlockCode:
+        """Encode the first block of a shape; keep it as a template if all is clear."""
+        relocations: list[Relocation] = []
+        literals = _NotedLiterals(self._literals)
+        code = encode_block(plan, addr, literals, relocations)
+        known = _name_values(plan, targets, literals.addrs)
+        places = [(relocation, _name(relocation, known)) for relocation in relocations]
+        # Where two addresses are the same it cannot be told which of them is meant.
+        if all(name != _UNKNOWN for _, name in places):
+            if len(self._templates) >= MAX_TEMPLATES:
+                self._templates.clear()
+            self._templates[shape] = self._make(code, plan, addr, targets, places)
+        return code
+
+    def _make(
+        self,
+        code: BlockCode,
+        plan: BlockPlan,
+        addr: Addr,
+        targets: Sequence[Addr],
+        places: Sequence[tuple[Relocation, int]],
+    ) -> _Template:
+        """Return the template of a block whose places have names."""
+        named = {name for _, name in places}
+        has_literal = tuple(
+            _N_SHARED_SUMS + number * _N_TARGET_SUMS + _TO_LITERAL in named
+            for number in range(len(targets))
+        )
+        sums = self._sums(plan, addr, targets, has_literal)
+        constants: list[bytes] = []
+        fields: list[tuple[int, int]] = []
+        layout, end = "<", 0
+        for relocation, name in sorted(places, key=lambda place: place[0].off):
+            size = _WORD_SIZE if relocation.kind is RelocationKind.OWN else DISP32_SIZE
+            constants.append(code.code[end : relocation.off])
+            end = relocation.off + size
+            layout += f"{len(constants[-1])}s{'Q' if size == _WORD_SIZE else 'i'}"
+            field = int.from_bytes(
+                code.code[relocation.off : end], "little", signed=size == DISP32_SIZE
+            )
+            fields.append((field - sums[name], name))
+        constants.append(code.code[end:])
+        return _Template(
+            layout=struct.Struct(f"{layout}{len(constants[-1])}s"),
+            constants=tuple(constants),
+            fields=tuple(fields),
+            has_literal=has_literal,
+            text_size=code.text_size,
+        )
+
+    def _sums(
+        self, plan: BlockPlan, addr: Addr, targets: Sequence[Addr], has_literal: Sequence[bool]
+    ) -> list[int]:
+        """Return what may be added to fields."""
+        cells = plan.miss_count_addr or 0
+        shared = 0 if plan.rows is None else plan.rows.shared_addr
+        sums = [addr, cells - addr, plan.thunk_addr - addr, -addr, cells - shared]
+        for target, reads in zip(targets, has_literal, strict=True):
+            literal = self._literals.addr_of(target) - addr if reads else 0
+            sums += (target - addr, target, literal)
+        return sums
+
+
+class _NotedLiterals:
+    """Literals, with a note of which were asked for."""
+
+    def __init__(self, literals: LiteralPool) -> None:
+        """Begin with none."""
+        self._literals = literals
+        self.addrs: dict[int, Addr] = {}
+
+    def addr_of(self, value: int) -> Addr:
+        """Return the address of a literal."""
+        self.addrs[value] = addr = self._literals.addr_of(value)
+        return addr
+
+
+def _name_values(
+    plan: BlockPlan, targets: Sequence[Addr], literals: dict[int, Addr]
+) -> dict[int, int]:
+    """Return for each address that a block names which sum has it."""
+    names: list[tuple[int, int]] = [(plan.thunk_addr, _THUNK)]
+    names += [(cell, _CELLS) for cell in _cells_of(plan)]
+    of_target: dict[int, int] = {}
+    for number, target in enumerate(targets):
+        first = _N_SHARED_SUMS + number * _N_TARGET_SUMS
+        names.append((target, first + _TO_TARGET))
+        of_target[target] = first + _TO_LITERAL
+    # The literals of no target are those of rows, the same for all blocks of these rows.
+    names += [(addr, of_target.get(value, _FIXED)) for value, addr in literals.items()]
+    known: dict[int, int] = {}
+    for value, name in names:
+        if known.setdefault(value, name) != name:
+            known[value] = _UNKNOWN
+    return known
+
+
+def _walk(node: TreeNode, targets: list[Addr], tree: list[int]) -> bool:
+    """Note the targets and the nodes of a tree; False if it has no shape."""
+    match node:
+        case Miss():
+            tree.append(0)
+            return True
+        case Guard(target, below, otherwise, falls_below):
+            if len(targets) == MAX_GUARDS:
+                return False
+            targets.append(target)
+            tree.append(1 | fits_immediate(target) << 1 | falls_below << 2 | (below is None) << 3)
+            if below is not None and not _walk(below, targets, tree):
+                return False
+            return _walk(otherwise, targets, tree)
+        case _:
+            return False
+
+
+def _cells_of(plan: BlockPlan) -> list[Addr]:
+    """Return the addresses of all cells that a block names."""
+    cells = [addr for _, addr in plan.hit_count_addrs]
+    for slot in plan.open_slots:
+        cells += (slot.target_addr, slot.count_addr)
+    if plan.miss_count_addr is not None:
+        cells += (plan.miss_count_addr, Addr(plan.miss_count_addr - CELL_SIZE))
+    return cells
+
+
+def _shape_of(plan: BlockPlan, addr: Addr, targets: Sequence[Addr], tree: list[int]) -> _Shape:
+    """Return the shape of a block."""
+    first = plan.miss_count_addr or 0
+    cells: list[int | None] = []
+    if targets:
+        hits = dict(plan.hit_count_addrs)
+        cells += [hits[target] - first if target in hits else None for target in targets]
+    for slot in plan.open_slots:
+        cells += (slot.target_addr - first, slot.count_addr - first)
+    return _Shape(
+        plan.operand,
+        tuple(tree),
+        tuple(cells),
+        plan.miss_count_addr is not None,
+        tuple(target in plan.thunk_targets for target in targets),
+        plan.rows,
+        plan.is_below_stack_free,
+        addr % RECORD_ALIGNMENT,
+    )
+
+
+def _name(relocation: Relocation, known: dict[int, int]) -> int:
+    """Return the sum that a relocation takes."""
+    match relocation.kind:
+        case RelocationKind.OWN:
+            return _OWN
+        case RelocationKind.ROW_OFFSET:
+            return _ROW
+        case RelocationKind.RELATIVE:
+            return known.get(relocation.value, _UNKNOWN)
+        case RelocationKind.VALUE:
+            name = known.get(relocation.value, _UNKNOWN)
+            return _UNKNOWN if name < _N_SHARED_SUMS else name - _TO_TARGET + _VALUE
