@@ -25,7 +25,7 @@ from bench.errors import BenchError
 from bench.sources import REDIS, fetch_source
 from bench.workload import Workload
 
-__all__ = ["WORKLOADS", "RedisServer", "build_redis"]
+__all__ = ["IN_TURN", "WORKLOADS", "RedisServer", "build_redis"]
 
 _TESTS = {
     "get": 150_000,
@@ -36,6 +36,9 @@ _TESTS = {
     "mset": 25_000,
 }
 """Test of redis-benchmark to requests per iteration, about 0.1 s of the server's time."""
+
+_TURN_S = 0.7
+"""Time of each test where all take turns."""
 
 _CLIENT = ("-P", "16", "-c", "20", "-r", "10000", "--csv")
 _SERVER = ("--port", "0", "--save", "", "--appendonly", "no", "--daemonize", "no")
@@ -146,6 +149,21 @@ class RedisServer:
         raise BenchError(f"{self.name} did not start within {_START_S:.0f} s")
 
 
+class _InTurn(RedisServer):
+    """A server that is asked for all tests in turn: a real program with real phases."""
+
+    def __init__(self, name: str, executable: Path) -> None:
+        """Start with the test that needs something to be there."""
+        super().__init__(name, executable, "lrange_100")
+        self._start_s = time.monotonic()
+
+    def iterate(self) -> int:
+        """Run the test whose turn it is."""
+        turn = int((time.monotonic() - self._start_s) / _TURN_S)
+        self._test = tuple(_TESTS)[turn % len(_TESTS)]
+        return super().iterate()
+
+
 def _workload(test: str) -> Workload:
     """Return the workload of one test of redis-benchmark."""
 
@@ -156,6 +174,12 @@ def _workload(test: str) -> Workload:
 
 
 WORKLOADS = tuple(_workload(test) for test in _TESTS)
+
+IN_TURN = Workload(
+    group="redis",
+    name=f"redis, {len(_TESTS)} tests in turn",
+    start=lambda executable, name: _InTurn(name, executable),
+)
 
 
 def build_redis(variant: Variant) -> Path:

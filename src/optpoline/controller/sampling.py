@@ -96,11 +96,18 @@ class Sampler:
 
     def schedule(self, records: Collection[SiteRecord], now_s: float) -> None:
         """Put newly promoted sites on the schedule, spread over their first interval."""
-        for number, record in enumerate(records):
-            if record.state is SiteState.PROMOTED and record.next_sample_s == 0.0:
-                record.sample_every_s = self._interval_s(record, now_s)
-                share = 1.0 - number * GOLDEN_RATIO % 1.0
-                record.next_sample_s = now_s + share * self._stretch * record.sample_every_s
+        new = [
+            (number, record)
+            for number, record in enumerate(records)
+            if record.state is SiteState.PROMOTED and record.next_sample_s == 0.0
+        ]
+        for _, record in new:
+            record.sample_every_s = self._interval_s(record, now_s)
+        # The bound on overhead holds for their first interval as well.
+        self._stretch = self._stretch_of(records)
+        for number, record in new:
+            share = 1.0 - number * GOLDEN_RATIO % 1.0
+            record.next_sample_s = now_s + share * self._stretch * record.sample_every_s
         self._review(records, now_s)
 
     def _interval_s(
@@ -113,6 +120,7 @@ class Sampler:
             rate_hz=record.rate_hz or 0.0,
             stake_cycles=stake,
             since_change_s=now_s - record.changed_s,
+            n_changes=record.n_changes,
             wants_confirmation=action is Action.CONFIRM,
             hold_s=hold_s,
         )
@@ -121,9 +129,17 @@ class Sampler:
         """Take in which sites are promoted, and what looking at them costs."""
         self._watch.use(records)
         self._next_review_s = now_s + REVIEW_EVERY_S
-        self._stretch = stretch_factor(
+        self._stretch = self._stretch_of(self._watch.records)
+
+    def _stretch_of(self, records: Iterable[SiteRecord]) -> float:
+        """Return by what intervals are to be longer, so that all windows cost what they may."""
+        return stretch_factor(
             self._schedule,
-            ((record.rate_hz or 0.0, record.sample_every_s) for record in self._watch.records),
+            (
+                (record.rate_hz or 0.0, record.sample_every_s)
+                for record in records
+                if record.state is SiteState.PROMOTED
+            ),
         )
 
     def poll(self, records: Collection[SiteRecord], now_s: float) -> list[SiteRecord]:

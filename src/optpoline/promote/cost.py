@@ -36,8 +36,10 @@ class CostModel:
             of the site's branches to be worth its bytes.
         cpu_hz: Cycles a second, to turn rates into shares of a CPU.
         min_cpu_ratio: Share of one CPU that promoting a site must save. A promoted
-            block costs nothing but some 50 bytes, so this only keeps out noise:
-            1,500 branches a second; 2,000 such sites are worth 2 % of a CPU.
+            block costs some 50 bytes and 0.5 ms of the controller once, so this only
+            keeps out noise: 150 branches a second, which pay for that in ten minutes.
+            With ten times as much, the cold sites of a program with 2,000 together
+            lost it 10 % of what a branch costs.
         max_targets: Guards in one tree. 128 literals and their guards fill
             about 2.5 KiB, a twelfth of a first-level instruction cache.
     """
@@ -50,7 +52,7 @@ class CostModel:
     mispredict_ratio: float = 0.05
     min_gain_cycles: float = 0.005
     cpu_hz: float = CPU_HZ
-    min_cpu_ratio: float = 0.00001
+    min_cpu_ratio: float = 0.000001
     max_targets: int = 128
 
     def worthwhile(self, *, saved_cycles: float, rate_hz: float) -> bool:

@@ -12,9 +12,10 @@ tree is out of date (its *stake*), and let its workload change every ``p``
 seconds. With windows ``t`` apart a change is noticed ``t / 2`` late on average,
 so looking costs ``c / t`` and not looking costs ``s * t / (2 * p)``: the sum is
 least at ``t = sqrt(2 * c * p / s)``. ``p`` is not known; a site that has been calm
-for a while is taken to stay so about as long again. So the intervals of a steady
-site grow with the square root of time, and a site with a single guard, where
-only misses could show anything, has no stake and is hardly looked at.
+for a while is taken to stay so about as long again, and one that has changed lately
+to do so again as soon. So the intervals of a steady site grow with the square root of
+time, and a site with a single guard, where only misses could show anything, has no
+stake and is hardly looked at.
 
 Pure functions of numbers: the controller and the simulator use the same.
 """
@@ -52,12 +53,17 @@ class WatchSchedule:
             ``inf`` in both: a site is never looked at again.
         confirm_every_s: Interval after a decision that wants a second window.
         change_every_s: How often the workload of a site nobody knows is taken to change.
+        n_followed_changes: Changes up to which a site that has had so many lately is taken
+            to change that much more often. One with more never settles: it is not
+            followed any more, and is looked at as one that nobody knows.
         overhead_ratio: What all later windows may cost on average, as a share of one
             CPU, the program's and the controller's work together.
         counting_cycles: What a counted branch costs more than a guarded one. Measured: 0.5
             to 0.9 ns of CPU time, 1.6 to 2.6 cycles, per branch counted in its CPU's row.
         window_cost_s: What a window costs whatever it counts: the controller's work
             on its parts, and the program's instruction cache misses in the counting block.
+        change_cost_s: What promoting a site anew costs, in CPU seconds of the controller:
+            counting until its targets are known, planning and writing the block. Measured: 10 ms.
         miss_rate_floor_hz: Misses a second below which a site is not looked at early:
             at 20 cycles each they cost 0.01 % of a CPU. ``inf``: never early.
         miss_growth: Early look when the miss rate has grown by this factor since the
@@ -76,9 +82,11 @@ class WatchSchedule:
     sample_every_max_s: float = 60.0
     confirm_every_s: float = 0.0
     change_every_s: float = 5.0
+    n_followed_changes: int = 4
     overhead_ratio: float = 0.01
     counting_cycles: float = 3.0
     window_cost_s: float = 0.001
+    change_cost_s: float = 0.01
     miss_rate_floor_hz: float = 20_000.0
     miss_growth: float = 2.0
     max_slots: int = 0
@@ -119,6 +127,7 @@ def next_interval(
     rate_hz: float,
     stake_cycles: float,
     since_change_s: float,
+    n_changes: int = 0,
     stretch: float = 1.0,
     wants_confirmation: bool = False,
     hold_s: float = 0.0,
@@ -131,6 +140,7 @@ def next_interval(
         stake_cycles: What its tree may cost more per branch than the best one,
             should the weights of its targets change (``stake_cycles`` of promote/tree).
         since_change_s: How long the site has been as it is.
+        n_changes: Its changes lately, those not lived down.
         stretch: ``stretch_factor`` of all sites.
         wants_confirmation: Whether the last decision was CONFIRM.
         hold_s: How long no change would be made anyway.
@@ -142,7 +152,8 @@ def next_interval(
     stake = stake_cycles * rate_hz / CPU_HZ
     best_s = math.inf
     if stake > 0.0:
-        calm_s = schedule.change_every_s + max(0.0, since_change_s)
+        hurry = 1 + n_changes if n_changes < schedule.n_followed_changes else 1
+        calm_s = schedule.change_every_s / hurry + max(0.0, since_change_s)
         best_s = math.sqrt(2.0 * schedule.window_cpu_s(rate_hz) * calm_s / stake)
     interval_s = min(schedule.sample_every_max_s, max(schedule.sample_every_s, best_s))
     return max(hold_s, interval_s * max(1.0, stretch))

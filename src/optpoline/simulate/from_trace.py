@@ -4,8 +4,9 @@
 A burst is a sample of what the program did from its begin to the begin of the
 next one. It is cut into pieces as long as a slice, and these are repeated until
 the next burst: short phases stay what they are, and long ones last as long as
-they did. How fast the program branches is taken from the counts made before
-tracing, since tracing slows it down; bursts keep their rates relative to each
+they did. Only a burst itself took longer than it would have: tracing slows a program
+down. How fast the program branches is taken from the counts made before
+tracing; bursts keep their rates relative to each
 other.
 """
 
@@ -50,8 +51,9 @@ def workload_of_trace(trace: Trace, name: str, slice_s: float = SLICE_S) -> Work
         rows = _pieces(burst, rank, n_pieces)
         # Each piece stands for one slice at the burst's own rate.
         rows *= slice_s / (real_s / n_pieces)
-        end_ns = bursts[number + 1].start_ns if number + 1 < len(bursts) else burst.end_ns
-        n_slices = max(1, round((end_ns - burst.start_ns) / 1e9 / slice_s))
+        next_ns = bursts[number + 1].start_ns if number + 1 < len(bursts) else burst.end_ns
+        until_next_s = max(0, next_ns - burst.end_ns) / 1e9
+        n_slices = max(1, round((real_s + until_next_s) / slice_s))
         contents.append(rows)
         slices.append(n_rows + np.arange(n_slices) % n_pieces)
         factors.append(np.ones(n_slices))

@@ -45,13 +45,14 @@ class Sampler:
 
     def schedule(self, now_s: float) -> None:
         """Put newly promoted sites on the schedule, spread over their first interval."""
-        for site in self._state.sites:
-            if site.is_promoted and site.interval_s == 0.0:
-                site.interval_s = self._interval_s(site, now_s)
-                share = 1.0 - site.number * GOLDEN_RATIO % 1.0
-                self._state.due_s[site.number] = now_s + share * self._stretch * site.interval_s
+        new = [site for site in self._state.sites if site.is_promoted and site.interval_s == 0.0]
+        for site in new:
+            site.interval_s = self._interval_s(site, now_s)
         self._last_poll_s = now_s
         self._review(now_s)
+        for site in new:
+            share = 1.0 - site.number * GOLDEN_RATIO % 1.0
+            self._state.due_s[site.number] = now_s + share * self._stretch * site.interval_s
 
     def _interval_s(
         self,
@@ -67,6 +68,7 @@ class Sampler:
             rate_hz=site.rate_hz,
             stake_cycles=stake_cycles(site.tree, _STAKE_MODEL),
             since_change_s=now_s - site.history.changed_s,
+            n_changes=site.history.n_changes,
             wants_confirmation=wants_confirmation,
             hold_s=hold_s,
         )

@@ -16,7 +16,12 @@ SCHEDULE = WatchSchedule()
 
 
 def interval(
-    *, rate_hz: float, stake_cycles: float, since_change_s: float = 0.0, stretch: float = 1.0
+    *,
+    rate_hz: float,
+    stake_cycles: float,
+    since_change_s: float = 0.0,
+    n_changes: int = 0,
+    stretch: float = 1.0,
 ) -> float:
     """Return the next interval of a site by the default schedule."""
     return next_interval(
@@ -24,6 +29,7 @@ def interval(
         rate_hz=rate_hz,
         stake_cycles=stake_cycles,
         since_change_s=since_change_s,
+        n_changes=n_changes,
         stretch=stretch,
     )
 
@@ -55,6 +61,13 @@ def test_calm_site_is_looked_at_ever_more_rarely() -> None:
     ]
     assert times == sorted(times)
     assert times[2] == pytest.approx(times[3] / math.sqrt(10), rel=0.01)
+
+
+def test_site_that_changed_lately_is_looked_at_more_often_unless_it_never_settles() -> None:
+    times = [interval(rate_hz=1e7, stake_cycles=3.0, n_changes=n) for n in range(8)]
+    assert times[3] == pytest.approx(times[0] / 2)
+    assert times[:4] == sorted(times[:4], reverse=True)
+    assert times[4:] == [times[0]] * 4
 
 
 def test_confirmation_is_wanted_at_once_and_holding_waits() -> None:

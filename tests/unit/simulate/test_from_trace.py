@@ -91,10 +91,24 @@ def test_burst_stands_for_the_time_until_the_next() -> None:
 
 
 def test_speed_is_what_it_was_before_tracing() -> None:
-    # 20 branches in 10 ms while traced, 2 sites x 3000 a second before: three times faster.
-    trace = make_trace(make_burst(0, 10, [0, 1] * 10), rate_hz=3000.0)
+    # 60 branches in 30 ms while traced, 2 sites x 3000 a second before: three times faster.
+    trace = make_trace(make_burst(0, 30, [0] * 30 + [1] * 30), rate_hz=3000.0)
     workload = workload_of_trace(trace, "t")
-    assert sum(taken(workload, 0, 10)) == pytest.approx(60)
+    assert workload.seconds == pytest.approx(0.01)
+    assert taken(workload, 0, 5) == pytest.approx([0, 0, 30])
+    assert taken(workload, 5, 10) == pytest.approx([30, 0, 0])
+
+
+def test_bursts_without_a_pause_last_as_long_as_the_program_would_have_taken() -> None:
+    # Traced at a third of its speed, and 10 ms at full speed in between.
+    trace = make_trace(
+        make_burst(0, 30, [0] * 30 + [1] * 30), make_burst(40, 70, [2] * 60), rate_hz=3000.0
+    )
+    workload = workload_of_trace(trace, "t")
+    assert workload.seconds == pytest.approx(0.03)
+    # What a burst showed goes on until the next one.
+    assert taken(workload, 0, 20) == pytest.approx([60, 0, 60])
+    assert taken(workload, 20, 30) == pytest.approx([0, 60, 0])
 
 
 def test_what_was_dropped_is_made_up_and_told() -> None:

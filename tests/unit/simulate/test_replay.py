@@ -250,6 +250,15 @@ def test_more_sites_than_are_learned_at_once() -> None:
     assert outcome.hit_ratio > 0.5
 
 
+def test_windows_of_many_sites_cost_what_they_may_from_the_first_on() -> None:
+    workload = synthetic("alternating:sites=300,targets=2,rate=4e8,seconds=5")
+    policy = policy_named("adaptive")
+    windows_hz = policy.schedule.overhead_ratio / policy.schedule.window_cost_s
+    n_windows = replay(workload, policy).n_windows
+    # Learning takes the first second; more than the bound would be wanted, so it is used up.
+    assert 0.5 * 4.0 * windows_hz <= n_windows <= 1.2 * 4.0 * windows_hz
+
+
 def test_same_seed_same_replay() -> None:
     workload = synthetic("bursts:seconds=10")
     policy = policy_named("adaptive")

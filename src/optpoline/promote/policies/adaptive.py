@@ -15,7 +15,9 @@ present tree and for the best one:
 * *A site that never settles* has changed ``n_free_changes`` times without being calm
   for a while in between (``CALM_S``). From then on single windows count no more, only
   the profile, whose tree covers all phases in turn; and each further change has to
-  wait twice as long as the one before, up to ``hold_max_s``.
+  wait twice as long as the one before, up to ``hold_max_s``. No longer, though, than is
+  reasonable by what waiting costs: misses wait until they would have paid for a change,
+  other weights ``hold_paybacks`` times as long.
 
 A profile keeps what was known when it takes in a surprise, at a lower weight: a
 phase that returns finds its targets guarded still.
@@ -58,6 +60,9 @@ class AdaptivePolicy:
             that never settles. Phases of 5 s need one or two each and live down two.
         hold_first_s: How long such a site is left alone; doubled with each change.
         hold_max_s: The most that comes to.
+        hold_paybacks: The most that comes to for weights, in times that the gain takes to
+            pay for a change (``change_cost_s`` of the schedule). The gain is what the profile
+            expects, and of a site that never settles most of it does not last.
     """
 
     name: str = "adaptive"
@@ -73,6 +78,7 @@ class AdaptivePolicy:
     n_free_changes: int = 4
     hold_first_s: float = 1.0
     hold_max_s: float = 600.0
+    hold_paybacks: float = 20.0
 
     def decide(self, view: SiteView) -> Decision:
         """See ``Policy``."""
@@ -111,31 +117,67 @@ class AdaptivePolicy:
         """Decide about a site whose window was full of unguarded targets."""
         is_restless = view.n_changes >= self.n_free_changes
         ratio = self.calm_ratio if is_restless else self.followed_ratio
-        return self._plan(view, current, blend(view.profile, view.window, ratio))
+        known = blend(view.profile, view.window, ratio)
+        left_s = self._hold_s(view, current, view.window, known, 1.0) - view.since_change_s
+        if left_s > 0.0:
+            return Decision(action=Action.HOLD, profile=known, hold_s=left_s)
+        return self._plan(current, known)
 
     def _decide_calm(self, view: SiteView, current: PlannedTree) -> Decision:
         """Decide about a site whose targets have their guards, by weights alone."""
+        is_restless = view.n_changes >= self.n_free_changes
         known = blend(view.profile, view.window, self.calm_ratio)
         is_known_better = self._is_better(current, known)
         is_window_better = self._is_better(current, view.window)
-        is_restless = view.n_changes >= self.n_free_changes
         if is_window_better and not is_known_better and is_restless:
             # Good for the moment only: such moments have come and gone before.
             return Decision(action=Action.HOLD, profile=known)
         if not is_window_better and not is_known_better:
             return Decision(action=Action.KEEP, profile=known)
+        hold_s = self._hold_s(view, current, known, known, self.hold_paybacks)
+        if view.since_change_s < hold_s:
+            # Windows go on: the profile learns, and misses are none of this.
+            return Decision(action=Action.HOLD, profile=known)
         if view.n_confirmed + 1 < self.n_confirmations:
             return Decision(action=Action.CONFIRM, profile=known)
         if is_window_better and not is_restless:
             known = blend(view.profile, view.window, self.followed_ratio)
-        return self._plan(view, current, known)
+        return self._plan(current, known)
 
-    def _plan(self, view: SiteView, current: PlannedTree, known: SiteCounts) -> Decision:
-        """Promote anew or demote, unless the site has changed too often lately."""
-        hold_s = self.hold_s(view.n_changes) - view.since_change_s
-        if hold_s > 0.0:
-            # Not even planned: with 128 targets that takes 70 ms.
-            return Decision(action=Action.HOLD, profile=known, hold_s=hold_s)
+    def _hold_s(
+        self,
+        view: SiteView,
+        current: PlannedTree,
+        seen: SiteCounts,
+        known: SiteCounts,
+        n_paybacks: float,
+    ) -> float:
+        """Return how long after its last change a site is left alone.
+
+        Who waits until waiting has cost as much as a change loses twice the least possible,
+        whatever comes: the old question of when to buy what one rents.
+
+        Args:
+            view: The site.
+            current: Its tree.
+            seen: Counts that the present tree's cost is judged by.
+            known: Counts that the next tree's is.
+            n_paybacks: Longest wait, in times that the difference takes to pay for a change.
+        """
+        hold_s = self.hold_s(view.n_changes)
+        if hold_s <= 0.0:
+            return 0.0
+        other = quick_cost(known.counts, known.n_unknown, self.model)
+        lost = max(0.0, self._cost(current, seen) - other)
+        rate_hz = view.window.total / view.window_s if view.window_s > 0.0 else 0.0
+        # A site's changes take no more of a CPU than all windows may.
+        lost_ratio = min(lost * rate_hz / self.model.cpu_hz, self.schedule.overhead_ratio)
+        if lost_ratio <= 0.0:
+            return hold_s
+        return min(hold_s, n_paybacks * self.schedule.change_cost_s / lost_ratio)
+
+    def _plan(self, current: PlannedTree, known: SiteCounts) -> Decision:
+        """Promote anew or demote, if what is known makes that a gain."""
         best = plan_tree(known.counts, known.n_unknown, self.model)
         now_cycles = self._cost(current, known)
         if min(now_cycles, best.cycles) >= self.model.retpoline_cycles:

@@ -468,6 +468,69 @@ def test_ever_new_targets_are_held_back_but_remembered() -> None:
     assert Action.HOLD in actions
 
 
+def decide_restless(
+    hits: dict[Addr, int], *, since_change_s: float, rate_hz: float
+) -> tuple[PlannedTree, Decision]:
+    """Decide about a site that A or B took once, C never, and that has changed 20 times."""
+    current = plan_for({A: 900, B: 100})
+    window = to_counts(hits)
+    view = SiteView(
+        current=current,
+        profile=window,
+        window=window,
+        window_s=window.total / rate_hz,
+        n_changes=20,
+        since_change_s=since_change_s,
+    )
+    return current, POLICY.decide(view)
+
+
+def test_misses_wait_no_longer_than_until_they_would_have_paid_for_a_change() -> None:
+    rate_hz = 1e6
+    schedule = POLICY.schedule
+    current, held = decide_restless({C: 10_000}, since_change_s=0.5, rate_hz=rate_hz)
+    lost = tree_cost(current.tree, {C: 1.0}, MODEL) - plan_for({C: 1}).cycles
+    pays_s = schedule.change_cost_s / (lost * rate_hz / MODEL.cpu_hz)
+    assert 0.5 < pays_s < POLICY.hold_s(20)
+    assert held.action is Action.HOLD
+    assert held.hold_s == pytest.approx(pays_s - 0.5)
+    _, after = decide_restless({C: 10_000}, since_change_s=pays_s * 1.01, rate_hz=rate_hz)
+    assert after.action is Action.PROMOTE
+
+
+def test_changes_of_a_hot_site_that_misses_are_bounded_all_the_same() -> None:
+    least_s = POLICY.schedule.change_cost_s / POLICY.schedule.overhead_ratio
+    _, held = decide_restless({C: 10_000}, since_change_s=0.0, rate_hz=3e8)
+    assert held.hold_s == pytest.approx(least_s)
+
+
+def test_other_weights_wait_many_times_as_long_and_windows_go_on() -> None:
+    rate_hz = 3e8
+    current, held = decide_restless({B: 10_000}, since_change_s=1.0, rate_hz=rate_hz)
+    assert (held.action, held.hold_s) == (Action.HOLD, 0.0)
+    gain = tree_cost(current.tree, {B: 1.0}, MODEL) - plan_for({B: 1}).cycles
+    schedule = POLICY.schedule
+    gain_ratio = min(gain * rate_hz / MODEL.cpu_hz, schedule.overhead_ratio)
+    pays_s = POLICY.hold_paybacks * schedule.change_cost_s / gain_ratio
+    assert pays_s < POLICY.hold_s(20)
+    for since_change_s, action in ((0.99, Action.HOLD), (1.01, Action.CONFIRM)):
+        _, decision = decide_restless(
+            {B: 10_000}, since_change_s=since_change_s * pays_s, rate_hz=rate_hz
+        )
+        assert decision.action is action
+
+
+def test_hot_site_with_ever_new_targets_has_guards_for_all_of_them_at_last() -> None:
+    targets = [Addr(0x1000 + 64 * i) for i in range(16)]
+    site = Promoted.from_first(to_counts({targets[0]: 1_000_000}), every_s=0.75)
+    # 50 million a second, each target for a second and a half, round and round.
+    for i in range(2 * 16 * 6):
+        site.window(to_counts({targets[i // 2 % 16]: 1_000_000}))
+    assert set(site.plan.targets) == set(targets)
+    # One change for each target, and a few of weights since.
+    assert 15 <= site.n_changes <= 15 + 10
+
+
 @pytest.mark.parametrize("period", [1, 2, 3, 4, 5, 7, 10, 20, 50])
 def test_phases_of_any_length_end_in_no_retpolines_and_few_changes(period: int) -> None:
     windows = phases(np.random.default_rng(period), period, 400)
