@@ -28,17 +28,12 @@
 #include "attribs.h"
 #include "file-prefix-map.h"
 
-// One note, as docs/declared.md describes it. What calls are to the header that programs declare
-// sites with has other kinds.
+// One note, as docs/declared.md describes it.
 static const int VERSION = 1;
-enum kind
-{
-  KIND_INDIRECT_CALL = 8,
-  KIND_INDIRECT_TAIL_CALL = 9,
-  KIND_COMPUTED_GOTO = 10
-};
+static const int KIND_INDIRECT_SITE = 8;
 static const int FLAG_EXCLUDED = 16; // its programmer does not want it patched
 static const int FLAG_COLD = 32;     // runs once, or hardly ever: not padded
+static const int FLAG_GOTO = 64;     // leads to labels of its function, not to functions
 
 // The one thing that is said about the architecture: what is put before a call so that a branch
 // with a 32-bit displacement fits in its place. 0x2e, a CS override, is ignored in 64-bit mode.
@@ -86,19 +81,18 @@ is_cold_function (tree function)
   return node && node->frequency == NODE_FREQUENCY_UNLIKELY_EXECUTED;
 }
 
-// What a branch is, or 0 if it is none of ours.
-static int
-classify (const rtx_insn *insn)
+// A computed goto. Jumps through switch tables are none: their targets are the compiler's.
+static bool
+is_goto (const rtx_insn *insn)
 {
-  if (CALL_P (insn))
-    {
-      rtx call = get_call_rtx_from (insn);
-      if (!call || CONSTANT_P (XEXP (XEXP (call, 0), 0)))
-	return 0;
-      return SIBLING_CALL_P (insn) ? KIND_INDIRECT_TAIL_CALL : KIND_INDIRECT_CALL;
-    }
-  // Jumps through switch tables are none: their targets are the compiler's.
-  return JUMP_P (insn) && computed_jump_p (insn) ? KIND_COMPUTED_GOTO : 0;
+  return JUMP_P (insn) && computed_jump_p (insn);
+}
+
+static bool
+is_indirect_call (const rtx_insn *insn)
+{
+  rtx call = CALL_P (insn) ? get_call_rtx_from (insn) : NULL_RTX;
+  return call && !CONSTANT_P (XEXP (XEXP (call, 0), 0));
 }
 
 // Return where in the source a branch is. The compiler makes one of all computed gotos of a function
@@ -113,24 +107,25 @@ locate (const rtx_insn *insn)
 
 struct site
 {
-  int kind;
   int flags;
   int n_branches;
   std::string type;
   expanded_location place;
   section *text;
+
+  bool is_padded () const { return !(flags & (FLAG_EXCLUDED | FLAG_COLD)); }
 };
 
 static site
-describe (const rtx_insn *insn, int kind, bool is_cold)
+describe (const rtx_insn *insn, bool is_cold)
 {
-  tree function = current_function_decl;
   site_tag tag = { { wish::NONE, 0 }, "" };
-  if (kind == KIND_COMPUTED_GOTO || !carried_tag (insn, &tag))
-    tag.choice = decide_function (function);
+  if (is_goto (insn) || !carried_tag (insn, &tag))
+    tag.choice = decide_function (current_function_decl);
   bool is_out = tag.choice.what == wish::OUT || (options.opt_in && tag.choice.what == wish::NONE);
-  int flags = (is_out ? FLAG_EXCLUDED : 0) | (is_cold ? FLAG_COLD : 0);
-  return { kind, flags, tag.choice.n_branches, tag.type, locate (insn), current_function_section () };
+  int flags = (is_out ? FLAG_EXCLUDED : 0) | (is_cold ? FLAG_COLD : 0)
+	      | (is_goto (insn) ? FLAG_GOTO : 0);
+  return { flags, tag.choice.n_branches, tag.type, locate (insn), current_function_section () };
 }
 
 static std::string
@@ -140,7 +135,7 @@ write_before (const site &made, int number)
   if (anchors.insert ({ made.text, anchors.size () }).second)
     text = format (".Loptpoline_plugin_text%d:\n", anchors[made.text]);
   text += format (".Loptpoline_plugin_site%d:\n", number);
-  if (!made.flags)
+  if (made.is_padded ())
     {
       std::string missing
 	= format ("(%d-(.Loptpoline_plugin_end%d-.Loptpoline_plugin_insn%d))", SITE_SIZE, number, number);
@@ -163,7 +158,7 @@ write_behind (const site &made, int number)
   // An ELF note: sizes of owner and description, type, owner.
   text += "\t.long 10,36,0x706f\n\t.asciz \"optpoline\"\n\t.balign 4\n";
   text += format ("\t.byte %d,%d,%d,.Loptpoline_plugin_end%d-.Loptpoline_plugin_site%d\n", VERSION,
-		  made.kind, made.flags, number, number);
+		  KIND_INDIRECT_SITE, made.flags, number, number);
   text += format ("\t.long .Loptpoline_plugin_site%d-.\n", number);
   text += "\t.long 0,0,0\n"; // object, target, name
   text += "\t.long " + refer_to (made.type) + "\n";
@@ -210,10 +205,9 @@ mark_pass::execute (function *)
       next = NEXT_INSN (insn);
       if (NOTE_P (insn) && NOTE_KIND (insn) == NOTE_INSN_SWITCH_TEXT_SECTIONS)
 	in_cold_section_p = !in_cold_section_p; // current_function_section() asks this
-      int kind = classify (insn);
-      if (!kind)
+      if (!is_goto (insn) && !is_indirect_call (insn))
 	continue;
-      site made = describe (insn, kind, is_cold || in_cold_section_p);
+      site made = describe (insn, is_cold || in_cold_section_p);
       int number = n_sites++;
       std::string before = write_before (made, number);
       finish_asm (emit_insn_before (build_asm (before), insn), insn);
