@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from optpoline.errors import ToolchainError
 from optpoline.toolchain.compiler import find_compiler
-from optpoline.toolchain.gcc_plugin import build_plugin
+from optpoline.toolchain.gcc_plugin import build_plugin, find_plugin_headers
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -26,9 +27,14 @@ def plugin() -> Path:
     """
     if not shutil.which("gcc"):
         pytest.skip("gcc is not installed")
+    compiler = find_compiler("gcc")
+    try:
+        find_plugin_headers(compiler)
+    except ToolchainError as error:
+        pytest.skip(str(error))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(ROOT / "build" / "cache"))
-        return build_plugin(find_compiler("gcc"))
+        return build_plugin(compiler)
 
 
 @pytest.fixture

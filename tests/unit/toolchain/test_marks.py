@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from elftools.dwarf.callframe import FDE
+from elftools.elf.elffile import ELFFile
 
 from tests.unit.toolchain.conftest import ROOT
 from tests.unit.toolchain.marked_code import COLD, EXCLUDED, GOTO, Code, read_code
@@ -206,6 +208,26 @@ def test_stripped(make: Make, tmp_path: Path) -> None:
     assert read(stripped).notes == read(whole).notes
 
 
+def test_debug_information_knows_no_place_inside_a_site(make: Make) -> None:
+    path = make("marked.c", flags=("-O2", "-g", *SHARED))
+    code = read(path)
+    with path.open("rb") as stream:
+        dwarf = ELFFile(stream).get_dwarf_info()
+        places = {
+            entry.state.address
+            for unit in dwarf.iter_CUs()
+            if (lines := dwarf.line_program_for_CU(unit)) is not None
+            for entry in lines.get_entries()
+            if entry.state is not None
+        }
+        for frame in dwarf.EH_CFI_entries():
+            if isinstance(frame, FDE):
+                places |= {int(row["pc"]) for row in frame.get_decoded().table}
+    assert len(places & set(code.notes)) > 5
+    for note in code.notes.values():
+        assert not places & set(range(note.site + 1, note.site + note.length))
+
+
 def test_source_prefixes_are_mapped(make: Make) -> None:
     code = read(make("marked.c", flags=("-O2", *SHARED, f"-ffile-prefix-map={TARGETS}=src")))
     assert {note.file for note in code.notes.values()} == {"src/marked.c"}
@@ -216,6 +238,7 @@ def test_source_prefixes_are_mapped(make: Make) -> None:
     [
         (("-fplugin-arg-optpoline-mode=all",), "", "mode=opt-out"),
         (("-fplugin-arg-optpoline-moed=opt-in",), "", "unknown option"),
+        (("-mindirect-branch=thunk-inline", "-fcf-protection=none"), "", "nothing to patch"),
         ((), "void f(void) __attribute__((optpoline(0)));", "from 1 to 255"),
         ((), 'void f(void) __attribute__((optpoline("x")));', "from 1 to 255"),
     ],

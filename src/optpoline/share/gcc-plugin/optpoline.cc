@@ -7,7 +7,7 @@
 
 #include "site.h"
 #include "plugin-version.h"
-#include "target.h"
+#include "options.h"
 #include "diagnostic-core.h"
 
 int plugin_is_GPL_compatible;
@@ -44,6 +44,18 @@ read_options (const plugin_name_args *name)
   return true;
 }
 
+// Say whether branches have a form that can be patched at all.
+static bool
+is_form_patchable ()
+{
+  // A retpoline written out in place has no branch that could lead elsewhere.
+  if (global_options.x_ix86_indirect_branch != indirect_branch_thunk_inline)
+    return true;
+  error ("optpoline: %<-mindirect-branch=thunk-inline%> leaves nothing to patch; use "
+	 "%<thunk%> or %<thunk-extern%>");
+  return false;
+}
+
 static void
 add_pass (const char *name, opt_pass *pass, const char *reference, pass_positioning_ops position)
 {
@@ -62,7 +74,7 @@ plugin_init (plugin_name_args *name, plugin_gcc_version *version)
 	     gcc_version.basever, gcc_version.datestamp, version->basever, version->datestamp);
       return 1;
     }
-  if (!read_options (name))
+  if (!read_options (name) || !is_form_patchable ())
     return 1;
   register_callback (name->base_name, PLUGIN_INFO, NULL, &information);
   register_callback (name->base_name, PLUGIN_ATTRIBUTES, register_attributes, NULL);
