@@ -17,6 +17,7 @@ __all__ = [
     "EncodeRangeError",
     "ExclusionError",
     "NoSites",
+    "NotesError",
     "OperationError",
     "OptpolineError",
     "PermissionDenied",
@@ -97,6 +98,10 @@ class UnsupportedTarget(AttachError):
     """The target is of a kind we cannot or will not touch (32-bit, kernel thread, ...)."""
 
     exit_code = 6
+
+
+class NotesError(UnsupportedTarget):
+    """The notes of a module about declared sites are damaged, contradictory or too new."""
 
 
 class Unsettled(UnsupportedTarget):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
+    DeclaredSummary,
     DetachResult,
     LeftBehind,
     ModuleSummary,
@@ -109,6 +110,10 @@ class SiteListing(Protocol):
     @property
     def sites(self) -> tuple[SiteSummary, ...]:
         """Every site found."""
+
+    @property
+    def declared(self) -> tuple[DeclaredSummary, ...]:
+        """Everything that the source declares."""
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``optpoline sites PID|FILE``: list the retpoline sites, touching nothing."""
+"""``optpoline sites PID|FILE``: list retpoline and declared sites, touching nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import PID_MAX, parse_pid, pass_invocation, shared_options
 from optpoline.controller.summary import SiteState
 from optpoline.errors import NoSites, UsageError
+from optpoline.report.declared_text import format_declared
 from optpoline.report.json_document import sites_document
 from optpoline.report.session_text import count_of
 from optpoline.report.sites_text import format_no_sites, format_sites
@@ -31,17 +32,24 @@ def sites_command(invocation: Invocation, target: str) -> None:
         what = "not a process id" if pid <= 0 else f"above the largest process id, {PID_MAX}"
         raise UsageError(f"{target} is {what}", hint=f"for a file write ./{target}")
     listing = invocation.api.find_sites(target if pid is None else pid)
-    if not listing.sites:
+    if not listing.sites and not listing.declared:
         name = target if pid is None else f"process {pid}"
         instead = format_no_sites(listing.modules, is_file=pid is None)
         raise NoSites(f"{name} has no retpoline site: {instead}")
-    invocation.sink.write(sites_document(target, listing.modules, listing.sites, listing.notes))
+    modules, sites, declared = listing.modules, listing.sites, listing.declared
+    invocation.sink.write(sites_document(target, modules, sites, listing.notes, declared))
     if not invocation.sink.takes_stdout:
         style = invocation.stdout_style()
-        invocation.print_data(format_sites(listing.modules, listing.sites, style))
+        lines = format_sites(modules, sites, style)
+        also = format_declared(declared, style)
+        invocation.print_data([*lines, *([""] if lines and also else []), *also])
     console = invocation.console()
-    n_modules = len({site.module for site in listing.sites})
-    n_promoted = sum(site.state is SiteState.PROMOTED for site in listing.sites)
-    counts = f"{count_of(len(listing.sites), 'site')} in {count_of(n_modules, 'module')}"
-    console.say(f"{counts}, {n_promoted} promoted" if n_promoted else counts)
+    n_modules = len({site.module for site in sites})
+    n_promoted = sum(site.state is SiteState.PROMOTED for site in sites)
+    counts = f"{count_of(len(sites), 'site')} in {count_of(n_modules, 'module')}"
+    if n_promoted:
+        counts += f", {n_promoted} promoted"
+    if declared:
+        counts += f"; {count_of(len(declared), 'declaration')}"
+    console.say(counts)
     console.say_all(f"note: {note}" for note in listing.notes)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from optpoline.controller.arguments import validate_pid
 from optpoline.controller.baseline_memory import BaselineMemory
+from optpoline.controller.declared_summaries import summarise_declared
 from optpoline.controller.left_arenas import is_controller_alive
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import (
+    DeclaredSummary,
     ModuleSummary,
     ReclaimSummary,
     SessionState,
@@ -23,7 +25,7 @@ from optpoline.controller.summary import (
 from optpoline.controller.target import LoadedModule, StopLog, Target
 from optpoline.discover import ModuleImage, count_plain_indirect
 from optpoline.discover import find_sites as scan_image
-from optpoline.errors import PermissionDenied, ProcessGone
+from optpoline.errors import NotesError, PermissionDenied, ProcessGone, TargetFault
 from optpoline.model import Module, Site
 from optpoline.patch.layout import ARENA_NAME
 from optpoline.process.memory import RemoteMemory
@@ -50,12 +52,14 @@ class SiteReport:
         modules: Modules looked at that have sites or thunks.
         sites: All sites in address order.
         notes: Sentences worth telling.
+        declared: What the modules' sources declare, by module and address.
     """
 
     subject: str
     modules: tuple[ModuleSummary, ...]
     sites: tuple[SiteSummary, ...]
     notes: tuple[str, ...]
+    declared: tuple[DeclaredSummary, ...] = ()
 
 
 def find_sites(subject: int | str | Path) -> SiteReport:
@@ -72,6 +76,8 @@ def find_sites(subject: int | str | Path) -> SiteReport:
         ProcessGone: if there is no such process.
         PermissionDenied: if its memory may not be read.
         UnsupportedTarget: if it is no 64-bit x86 ELF file or process.
+        NotesError: if a file's notes on declared sites are damaged or too new; in a process
+            that is a note on the module.
     """
     if not isinstance(subject, str | Path):
         return _find_in_process(validate_pid(subject))
@@ -117,6 +123,15 @@ def _report(
         baseline: What a process's images are read from, None for a file.
     """
     loaded = [LoadedModule(module=m, image=i, scan=scan_image(i)) for m, i in images]
+    declared: list[DeclaredSummary] = []
+    damaged: list[str] = []
+    for one in loaded:
+        try:
+            declared += summarise_declared(one.image)
+        except (NotesError, TargetFault) as error:
+            if baseline is None:
+                raise
+            damaged.append(str(error))
     states = {} if baseline is None else baseline.read_states()
     sites = [
         _with_state(_site_summary(site, one.module, None, _no_symbol), states.get(site.addr))
@@ -127,7 +142,12 @@ def _report(
         subject=subject,
         modules=_module_summaries(loaded, [], count_plain=True),
         sites=tuple(sorted(sites, key=lambda site: site.address)),
-        notes=scan_notes(loaded) + (() if baseline is None else _arena_notes(baseline)),
+        notes=(
+            *scan_notes(loaded),
+            *damaged,
+            *(() if baseline is None else _arena_notes(baseline)),
+        ),
+        declared=tuple(declared),
     )
 
 

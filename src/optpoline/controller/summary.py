@@ -12,6 +12,8 @@ from enum import Enum
 
 __all__ = [
     "ChildSummary",
+    "DeclaredKind",
+    "DeclaredSummary",
     "DetachOutcome",
     "DetachResult",
     "LeftBehind",
@@ -120,6 +122,51 @@ class ModuleSummary:
     n_thunks: int
     n_plain: int | None
     n_inline: int = 0
+
+
+class DeclaredKind(Enum):
+    """What the source declares; the values are what users see."""
+
+    KEY = "key"
+    BRANCH = "branch"
+    STATIC_CALL = "static_call"
+    CALL = "call"
+    TARGET = "target"
+    DYNAMIC_CALL = "dynamic_call"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeclaredSummary:
+    """Something that the source of a module declares (``optpoline.h``, compiler plugin).
+
+    Attributes:
+        module: Path of the module.
+        address: Of its count (key), its instruction (branch, call, dynamic call), its
+            trampoline (static call) or the function itself (target).
+        offset: Address minus the module's load bias.
+        kind: What it is.
+        name: Of the key, static call or table; None for a call that has none.
+        type: Its type as written in the source; for a target the target's name; or None.
+        function: The function it is in, or None.
+        file: Source file, or None.
+        line: Line in it, or None.
+        size: Of its instruction in bytes, 0 where it has none.
+        begins_on: Whether a key begins enabled, a branch as a jump; None for all else.
+        problem: Why it cannot be changed, or None.
+    """
+
+    module: str
+    address: int
+    offset: int
+    kind: DeclaredKind
+    name: str | None
+    type: str | None
+    function: str | None
+    file: str | None
+    line: int | None
+    size: int
+    begins_on: bool | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,7 @@ class ElfFacts:
         entry: Where it begins to run, 0 if nowhere.
         segments: Its PT_LOADs.
         dynamic: Address and size of PT_DYNAMIC, or None.
+        note_segments: Address and size of each PT_NOTE.
         eh_frame_hdr: Address and size of PT_GNU_EH_FRAME, or None.
         eh_frame: Address and size of the .eh_frame section, or None.
         text_sections: (start, end) of each executable section.
@@ -92,6 +93,7 @@ class ElfFacts:
     entry: int
     segments: tuple[Segment, ...]
     dynamic: tuple[int, int] | None
+    note_segments: tuple[tuple[int, int], ...]
     eh_frame_hdr: tuple[int, int] | None
     eh_frame: tuple[int, int] | None
     text_sections: tuple[tuple[int, int], ...]
@@ -168,7 +170,7 @@ def _facts(elf: ELFFile, path: str) -> ElfFacts:
         raise UnsupportedTarget(
             f"{path} is neither an executable nor a shared library", hint="link it first"
         )
-    loads, special = _read_segments(elf)
+    loads, notes, special = _read_segments(elf)
     sections = _read_sections(elf)
     text = [(s.name, (s.addr, s.addr + s.size)) for s in sections if s.is_executable]
     return ElfFacts(
@@ -177,6 +179,7 @@ def _facts(elf: ELFFile, path: str) -> ElfFacts:
         entry=elf.header["e_entry"],
         segments=loads,
         dynamic=special.get("PT_DYNAMIC"),
+        note_segments=notes,
         eh_frame_hdr=special.get("PT_GNU_EH_FRAME"),
         eh_frame=next(((s.addr, s.size) for s in sections if s.name == ".eh_frame"), None),
         text_sections=tuple(span for _, span in text),
@@ -187,14 +190,20 @@ def _facts(elf: ELFFile, path: str) -> ElfFacts:
     )
 
 
-def _read_segments(elf: ELFFile) -> tuple[tuple[Segment, ...], dict[str, tuple[int, int]]]:
-    """Read the PT_LOADs, and where the other segments are, by type."""
+def _read_segments(
+    elf: ELFFile,
+) -> tuple[tuple[Segment, ...], tuple[tuple[int, int], ...], dict[str, tuple[int, int]]]:
+    """Read the PT_LOADs, where the PT_NOTEs are, and where the other segments are, by type."""
     loads: list[Segment] = []
+    notes: list[tuple[int, int]] = []
     special: dict[str, tuple[int, int]] = {}
     # Not by elf.iter_segments(), which decodes every entry of hash tables on the way.
     for index in range(elf.num_segments()):
         pos = elf["e_phoff"] + index * elf["e_phentsize"]
         header = struct_parse(elf.structs.Elf_Phdr, elf.stream, stream_pos=pos)
+        if header["p_type"] == "PT_NOTE":
+            notes.append((header["p_vaddr"], header["p_memsz"]))
+            continue
         if header["p_type"] != "PT_LOAD":
             special[header["p_type"]] = (header["p_vaddr"], header["p_memsz"])
             continue
@@ -209,7 +218,7 @@ def _read_segments(elf: ELFFile) -> tuple[tuple[Segment, ...], dict[str, tuple[i
                 is_executable=bool(header["p_flags"] & _PF_X),
             )
         )
-    return tuple(loads), special
+    return tuple(loads), tuple(notes), special
 
 
 def _read_sections(elf: ELFFile) -> list[_Section]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from optpoline.discover.branches import decode_branches
 from optpoline.discover.critical_sections import find_critical_sections
 from optpoline.discover.flags import FlagsAnalysis
 from optpoline.discover.image import ModuleImage
@@ -30,7 +31,6 @@ from optpoline.x86.decode import (
     Flow,
     Insn,
     count_indirect_branches,
-    decode_ending_at,
     is_redirectable,
     plt_entries_before,
     scan_branches,
@@ -145,23 +145,12 @@ class _SiteFinder:
         """Yield the sites of one text in address order."""
         ends = scan_branches(text.array, text.addr, self._image.thunks.addrs)
         ends = ends[~self._is_excluded(ends - 1)]
-        if ends.size == 0:
-            return
-        boundaries = self._image.functions.boundaries_before(ends - _DISP_SIZE - 1)
-        starts = np.maximum(boundaries, text.addr)
-        # Both ascend: what has the same boundary lies side by side.
-        firsts = np.flatnonzero(np.diff(starts, prepend=-1))
-        groups = np.split(ends, firsts[1:])
-        for start, group in zip(starts[firsts].tolist(), groups, strict=True):
-            wanted = group.tolist()
-            code = text.code_at(start, wanted[-1] - start)
-            n_sites = 0
-            for insn in decode_ending_at(code, Addr(start), set(wanted)):
-                thunk = self._find_thunk(insn, text)
-                if thunk is not None:
-                    n_sites += 1
-                    yield self._site(insn, thunk, text)
-            self.n_unverified += len(wanted) - n_sites
+        self.n_unverified += ends.size
+        for insn in decode_branches(self._image, text, ends):
+            thunk = self._find_thunk(insn, text)
+            if thunk is not None:
+                self.n_unverified -= 1
+                yield self._site(insn, thunk, text)
 
     def _is_excluded(self, addrs: AddrArray) -> NDArray[np.bool_]:
         """Say of each address whether it is in a thunk's own code, or in the PLT's."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
     ChildSummary,
+    DeclaredSummary,
     DetachResult,
     LeftBehind,
     ModuleSummary,
@@ -109,6 +110,7 @@ def sites_document(
     modules: Sequence[ModuleSummary],
     sites: Sequence[SiteSummary],
     notes: Sequence[str],
+    declared: Sequence[DeclaredSummary] = (),
 ) -> JsonObject:
     """Return what ``sites`` writes."""
     return {
@@ -119,6 +121,7 @@ def sites_document(
         "notes": list(notes),
         "modules": [_module_object(module) for module in modules],
         "sites": [_site_object(site) for site in sites],
+        "declared": [_declared_object(one) for one in declared],
     }
 
 
@@ -248,6 +251,24 @@ def _site_object(site: SiteSummary) -> JsonObject:
         "hit_rate": site.hit_rate,
         "rate_hz": site.rate_hz,
         "targets": [_target_object(target) for target in site.targets],
+    }
+
+
+def _declared_object(one: DeclaredSummary) -> JsonObject:
+    """Something that the source declares."""
+    return {
+        "module": one.module,
+        "address": hex(one.address),
+        "offset": hex(one.offset),
+        "kind": one.kind.value,
+        "name": one.name,
+        "type": one.type,
+        "function": one.function,
+        "file": one.file,
+        "line": one.line,
+        "size": one.size,
+        "begins_on": one.begins_on,
+        "problem": one.problem,
     }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from optpoline.cli.api import OnEvent, SessionSettings
 from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
+    DeclaredSummary,
     DetachOutcome,
     DetachResult,
     LeftBehind,
@@ -64,6 +65,7 @@ class FakeListing:
     modules: tuple[ModuleSummary, ...]
     sites: tuple[SiteSummary, ...] = ()
     notes: tuple[str, ...] = ()
+    declared: tuple[DeclaredSummary, ...] = ()
 
 
 def make_site(

@@ -14,7 +14,14 @@ import pytest
 
 from optpoline.cli.machine import SHARE_DIR, check_machine
 from optpoline.cli.main import main
-from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind, ModuleSummary
+from optpoline.controller.summary import (
+    DeclaredKind,
+    DeclaredSummary,
+    DetachOutcome,
+    DetachResult,
+    LeftBehind,
+    ModuleSummary,
+)
 from optpoline.errors import ControllerActive, OptpolineError
 from optpoline.process.checks import CheckStatus, Diagnosis
 from tests.unit.cli.fakes import FakeApi, FakeListing, make_site
@@ -157,6 +164,43 @@ def test_sites_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["n_sites"] == 1
     assert document["modules"][0]["n_plain"] == 7
     assert document["sites"][0]["address"] == "0x401136"
+
+
+def test_declarations_are_listed_without_any_site(capsys: pytest.CaptureFixture[str]) -> None:
+    declared = tuple(
+        DeclaredSummary(
+            module="/usr/bin/codec",
+            address=0x401000 + 16 * number,
+            offset=0x1000,
+            kind=kind,
+            name=name,
+            type=None,
+            function=None,
+            file="/src/codec.c",
+            line=7,
+            size=5,
+            begins_on=begins_on,
+            problem=problem,
+        )
+        for number, (kind, name, begins_on, problem) in enumerate(
+            [
+                (DeclaredKind.KEY, "trace", True, None),
+                (DeclaredKind.BRANCH, "trace", False, None),
+                (DeclaredKind.DYNAMIC_CALL, None, None, "too short"),
+            ]
+        )
+    )
+    api = FakeApi(listing=FakeListing(modules=(), declared=declared))
+    assert main(["sites", "./codec"], api=api) == 0
+    out, err = capsys.readouterr()
+    assert [line.split() for line in out.splitlines()] == [
+        ["/usr/bin/codec:", "3", "declared", "in", "its", "source"],
+        ["address", "declared", "name", "now", "source", "changeable"],
+        ["0x401000", "key", "trace", "on", "codec.c:7", "yes"],
+        ["0x401010", "branch", "trace", "nop", "codec.c:7", "yes"],
+        ["0x401020", "dynamic", "call", "-", "-", "codec.c:7", "no:", "too", "short"],
+    ]
+    assert "0 sites in 0 modules; 3 declarations" in err
 
 
 def test_no_sites_says_what_there_is_instead(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from optpoline.controller.summary import (
     ChildSummary,
+    DeclaredKind,
+    DeclaredSummary,
     DetachOutcome,
     DetachResult,
     LeftBehind,
@@ -57,9 +59,23 @@ GCC = Compiler(command=("gcc",), family=Family.GCC, version="12.2.0")
 CHECK = Check(name="kind", status=CheckStatus.OK, sentence="fine")
 SUMMARY = make_summary()
 
+DECLARED = DeclaredSummary(
+    module="/m",
+    address=0x401000,
+    offset=0x1000,
+    kind=DeclaredKind.BRANCH,
+    name="trace",
+    type=None,
+    function="f+0x3",
+    file="a.c",
+    line=7,
+    size=6,
+    begins_on=False,
+)
+
 DOCUMENTS: dict[str, JsonObject] = {
     "session": session_document(SUMMARY, RESULT, command="attach"),
-    "sites": sites_document("1", SUMMARY.modules, SUMMARY.sites, ("n",)),
+    "sites": sites_document("1", SUMMARY.modules, SUMMARY.sites, ("n",), (DECLARED,)),
     "status": status_document(1, LEFT),
     "detach": detach_document(1, RESULT),
     "doctor": checks_document(1, (CHECK,), (CHECK,), 0),
@@ -107,6 +123,25 @@ def test_what_was_promised_is_there() -> None:
     site = sites[0]
     assert isinstance(site, Mapping)
     assert {"module", "address", "function", "kind", "targets"} <= set(site)
+
+
+def test_declarations_field_by_field() -> None:
+    assert DOCUMENTS["sites"]["declared"] == [
+        {
+            "module": "/m",
+            "address": "0x401000",
+            "offset": "0x1000",
+            "kind": "branch",
+            "name": "trace",
+            "type": None,
+            "function": "f+0x3",
+            "file": "a.c",
+            "line": 7,
+            "size": 6,
+            "begins_on": False,
+            "problem": None,
+        }
+    ]
 
 
 def test_reclaiming_is_told() -> None:
