@@ -20,7 +20,8 @@ static int method(struct ops *ops, int i) { return ops ? i + 2 : 0; }
 static void nothing(void) {}
 static long variadic(char *text, ...) { return text[0]; }
 
-int (*table[4])(int) = {increment, increment, increment, increment};
+typedef int number;
+int (*table[4])(number) = {increment, increment, increment, increment};
 int (*loud_table[4])(int) __attribute__((optpoline(7))) = {increment, increment, increment, increment};
 
 int field(struct ops *ops) { return ops->plain(ops, 1) + 1; }         // site

@@ -105,14 +105,14 @@ WISHES = {
     "loud_field": (0, 4, "long int(char *, ...)"),
     "quiet_typedef": (EXCLUDED, 0, "int(int)"),
     "quiet_struct": (EXCLUDED, 0, "int(int)"),
-    "array": (0, 0, "int(int)"),
+    "array": (0, 0, "int(number)"),
     "loud_array": (0, 7, "int(int)"),
     "quiet_parameter": (EXCLUDED, 0, "int(int)"),
     "has_inlined": (0, 0, "int(struct ops *, int)"),
-    "loud_function": (0, 2, "int(int)"),
-    "cold_function": (COLD, 0, "int(int)"),
-    "set_up": (COLD, 0, "int(int)"),
-    "start_up": (COLD, 0, "int(int)"),
+    "loud_function": (0, 2, "int(number)"),
+    "cold_function": (COLD, 0, "int(number)"),
+    "set_up": (COLD, 0, "int(number)"),
+    "start_up": (COLD, 0, "int(number)"),
 }
 ASKED_FOR = {"loud_field", "loud_array", "loud_function"}
 

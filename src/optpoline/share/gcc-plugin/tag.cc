@@ -32,6 +32,10 @@ write_type (tree type)
     if (*letter != ' ' || letter[1] != ' ') // between parameters there may be two
       text += *letter;
   delete printer;
+  // As it is written in the source; messages add what its names stand for.
+  size_t explained = text.find (" {aka ");
+  if (explained != std::string::npos)
+    text.resize (explained);
   return text;
 }
 
