@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import pytest
 from elftools.dwarf.callframe import FDE
 from elftools.elf.elffile import ELFFile
 
+from optpoline.cli.main import main
 from tests.unit.toolchain.conftest import ROOT
 from tests.unit.toolchain.marked_code import COLD, EXCLUDED, GOTO, Code, read_code
 
@@ -249,3 +251,11 @@ def test_what_is_wrong_is_said(plugin: Path, flags: tuple[str, ...], text: str, 
     assert done.returncode != 0
     assert said in done.stderr
     assert "internal compiler error" not in done.stderr
+
+
+def test_sites_lists_what_is_marked(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make("marked.c", flags=("-O2", "-g", *SHARED))
+    assert main(["sites", str(path), "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    code = read(path)
+    assert {int(one["address"], 16) for one in document["declared"]} == set(code.notes)
