@@ -25,6 +25,7 @@ __all__ = [
     "SiteChanged",
     "StopTimeout",
     "TargetFault",
+    "ToolchainError",
     "Unsettled",
     "UnsupportedTarget",
     "UsageError",
@@ -56,6 +57,10 @@ class UsageError(OptpolineError):
     """The command line or an argument of the API makes no sense."""
 
     exit_code = 2
+
+
+class ToolchainError(OptpolineError):
+    """A compiler, or something that comes with one, is missing or not what is needed."""
 
 
 class NoSites(OptpolineError):

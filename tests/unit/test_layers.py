@@ -12,7 +12,7 @@ SRC = Path(__file__).parents[2] / "src"
 PACKAGE = "optpoline"
 LAYERS = (
     *("errors", "model", "x86", "process", "discover", "learn", "promote", "simulate"),
-    *("patch", "controller", "report", "cli"),
+    *("patch", "controller", "toolchain", "report", "cli"),
 )
 """Each imports only itself and those before it."""
 
@@ -20,6 +20,7 @@ ONLY = {
     "errors": set[str](),
     "model": {"errors"},
     "x86": {"errors", "model"},
+    "toolchain": {"errors"},
     "simulate": {"errors", "model", "learn", "promote"},
 }
 """Layers that must know even less."""

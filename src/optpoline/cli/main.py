@@ -32,7 +32,10 @@ EXIT_RUN_FAILED = 125
 
 _PROGRAM = "optpoline"
 _COMPLETION_VARIABLE = "_OPTPOLINE_COMPLETE"
-_VERBS = ("run", "attach", "status", "check", "detach", "sites", "doctor", "record", "simulate")
+_VERBS = (
+    *("run", "attach", "status", "check", "detach", "sites", "doctor", "record", "simulate"),
+    *("cflags", "ldflags", "plugin"),
+)
 
 
 class _VerbGroup(click.Group):
@@ -81,6 +84,18 @@ class _VerbGroup(click.Group):
                 from optpoline.cli.simulate import simulate_command
 
                 return simulate_command
+            case "cflags":
+                from optpoline.cli.flags import cflags_command
+
+                return cflags_command
+            case "ldflags":
+                from optpoline.cli.flags import ldflags_command
+
+                return ldflags_command
+            case "plugin":
+                from optpoline.cli.plugin import plugin_command
+
+                return plugin_command
             case _:
                 return None
 

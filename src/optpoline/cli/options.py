@@ -13,12 +13,14 @@ from optpoline.cli.api import SessionSettings
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.output import JsonSink
 from optpoline.errors import UsageError
+from optpoline.toolchain.compiler import DEFAULT_COMMAND
 
 __all__ = [
     "MILLISECONDS",
     "MILLISECONDS_OR_NONE",
     "PID",
     "SECONDS",
+    "compiler_option",
     "make_settings",
     "parse_pid",
     "pass_invocation",
@@ -134,6 +136,19 @@ def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> No
     invocation = ctx.find_object(Invocation)
     if invocation is not None:
         invocation.verbose = value
+
+
+def compiler_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add the option of the verbs that are about a compiler."""
+    decorate = click.option(
+        "--cc",
+        metavar="COMMAND",
+        envvar="CC",
+        default=DEFAULT_COMMAND,
+        show_default=True,
+        help="The C compiler, as in $CC.",
+    )
+    return decorate(function)
 
 
 def shared_options(function: Callable[P, R]) -> Callable[P, R]:

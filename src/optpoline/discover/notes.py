@@ -79,6 +79,12 @@ class NoteFlag(IntFlag):
     """A static call is changed at its trampoline, not at its calls."""
     NEAR = 8
     """The site is the next call from that address on, not at it."""
+    EXCLUDED = 16
+    """The site's programmer does not want it changed."""
+    COLD = 32
+    """The site runs once or hardly ever, and is not padded."""
+    GOTO = 64
+    """The site leads to labels of its own function, not to functions."""
 
 
 _ALLOWED_FLAGS: dict[NoteKind, NoteFlag] = {
@@ -89,7 +95,7 @@ _ALLOWED_FLAGS: dict[NoteKind, NoteFlag] = {
     NoteKind.CALL_TARGET: NoteFlag(0),
     NoteKind.DYNAMIC_SITE: NoteFlag.NEAR,
     NoteKind.READERS: NoteFlag(0),
-    NoteKind.INDIRECT_SITE: NoteFlag.NEAR,
+    NoteKind.INDIRECT_SITE: NoteFlag.NEAR | NoteFlag.EXCLUDED | NoteFlag.COLD | NoteFlag.GOTO,
 }
 
 _REQUIRED: dict[NoteKind, tuple[str, ...]] = {

@@ -23,6 +23,7 @@ from optpoline.controller.summary import (
 )
 from optpoline.errors import OptpolineError
 from optpoline.process.checks import Check, CheckStatus
+from optpoline.report.flags_document import flags_document, plugin_document
 from optpoline.report.json_document import (
     JsonObject,
     JsonValue,
@@ -34,6 +35,7 @@ from optpoline.report.json_document import (
     sites_document,
     status_document,
 )
+from optpoline.toolchain.compiler import Compiler, Family
 from tests.unit.cli.fakes import make_summary
 
 RESULT = DetachResult(
@@ -53,6 +55,7 @@ LEFT = LeftBehind(
     foreign=0,
     site_addresses=((0x10, "patched"),),
 )
+GCC = Compiler(command=("gcc",), family=Family.GCC, version="12.2.0")
 CHECK = Check(name="kind", status=CheckStatus.OK, sentence="fine")
 SUMMARY = make_summary()
 
@@ -76,6 +79,8 @@ DOCUMENTS: dict[str, JsonObject] = {
     "status": status_document(1, LEFT),
     "detach": detach_document(1, RESULT),
     "doctor": checks_document(1, (CHECK,), (CHECK,), 0),
+    "cflags": flags_document("cflags", GCC, ("-O2",)),
+    "plugin": plugin_document(GCC, Path("/x/optpoline.so")),
     "error": error_document(OptpolineError("m", hint="h"), 1),
 }
 
