@@ -63,7 +63,7 @@ class Summary:
         stop_ms_max: Longest of these, first interrupt to last detach.
         stop_ms_total: All of them together.
         learning_s: Seconds spent learning.
-        promoted_functions: Functions that had a promoted site at the end.
+        promoted_functions: Functions that had a promoted site at the end, by name.
     """
 
     state: str
@@ -74,7 +74,7 @@ class Summary:
     stop_ms_max: float
     stop_ms_total: float
     learning_s: float
-    promoted_functions: frozenset[str]
+    promoted_functions: tuple[str, ...]
 
     @classmethod
     def from_file(cls, path: Path) -> Summary:
@@ -101,14 +101,14 @@ class Summary:
             raise BenchError(f"optpoline's summary cannot be read: {error!r}") from error
 
 
-def _promoted_functions(sites: object) -> frozenset[str]:
+def _promoted_functions(sites: object) -> tuple[str, ...]:
     """Return the functions of the promoted ones of a summary's sites."""
     found: set[str] = set()
     for site in cast(list[dict[str, object]], sites):
         if site["state"] == "promoted":
             name, _, _ = str(site["function"]).partition("+")
             found.add(name)
-    return frozenset(found)
+    return tuple(sorted(found))
 
 
 class Controller:

@@ -124,7 +124,7 @@ def _wait(controller: Controller) -> tuple[int, int | None]:
 def _hot_share(summary: Summary) -> float:
     """Return which share of the hot functions had their site promoted at the end."""
     hot = {f"function_{number}" for number in busy_functions(_N_SITES, _N_HOT)}
-    return len(hot & summary.promoted_functions) / len(hot)
+    return len(hot.intersection(summary.promoted_functions)) / len(hot)
 
 
 def _peak_memory_mb(pid: int) -> float:
