@@ -51,6 +51,8 @@ def are_made_alike(
         memory: The program's.
         read_list: Asks the kernel.
     """
+    if not sleepers:
+        return True  # the program stands meanwhile: ask of nobody what nobody needs
     lists = {one.thread_pointer: read_list(one.tid) for one in standing if one.area_addr}
     distances = {head - pointer for pointer, head in lists.items() if head}
     for pid, tid in sleepers:
