@@ -93,8 +93,14 @@ class Linker:
             self._lead_on(by_entry[poke.entry.addr])
         for poke in result.reloaded:
             by_entry[poke.entry.addr].record.forget_links()
+        if result.foreign:
+            self._target.read_maps()
         for poke in result.foreign:
             record = by_entry[poke.entry.addr].record
+            if not self._target.has_site(record):
+                # Its module was unloaded in the last moment, and another one is there.
+                record.forget_links()
+                continue
             record.state = SiteState.REFUSED
             record.refusal = Refusal.FOREIGN_BYTES
         return len(pokes) - len(result.done)
