@@ -19,6 +19,9 @@ from optpoline.simulate.workload import SLICE_S, Workload, WorkloadSite
 
 __all__ = ["workload_of_trace"]
 
+MAX_SLICES = 1 << 26
+"""Two days; a number of each takes 512 MiB."""
+
 MAX_CELLS = 1 << 26
 """Pieces times pairs: 512 MiB. Longer traces are cut into fewer, longer pieces."""
 
@@ -32,9 +35,12 @@ def workload_of_trace(trace: Trace, name: str, slice_s: float = SLICE_S) -> Work
         slice_s: Length of a slice in seconds.
 
     Raises:
-        TraceError: if there is nothing in it.
+        TraceError: if there is nothing in it, or if it cannot be from one recording.
     """
     bursts = [burst for burst in trace.bursts if len(burst.pairs)]
+    begins_ns = [burst.start_ns for burst in bursts]
+    if begins_ns != sorted(begins_ns) or sum(_n_slices(bursts, slice_s)) > MAX_SLICES:
+        raise TraceError(f"{name} lasts too long, or not at all", hint="record it again")
     if not bursts:
         raise TraceError(f"{name} holds no branch", hint="record for longer, or a busy program")
     order, rank = _order_pairs(trace)
@@ -44,14 +50,12 @@ def workload_of_trace(trace: Trace, name: str, slice_s: float = SLICE_S) -> Work
     slices: list[NDArray[np.int64]] = []
     factors: list[NDArray[np.float64]] = []
     n_rows = 0
-    for number, burst in enumerate(bursts):
+    for burst, n_slices in zip(bursts, _n_slices(bursts, slice_s), strict=True):
         real_s = max(1e-9, burst.seconds) / stretch
         n_pieces = min(most_pieces, max(1, round(real_s / slice_s)))
         rows = _pieces(burst, rank, n_pieces)
         # Each piece stands for one slice at the burst's own rate.
         rows *= slice_s / (real_s / n_pieces)
-        end_ns = bursts[number + 1].start_ns if number + 1 < len(bursts) else burst.end_ns
-        n_slices = max(1, round((end_ns - burst.start_ns) / 1e9 / slice_s))
         contents.append(rows)
         slices.append(n_rows + np.arange(n_slices) % n_pieces)
         factors.append(np.ones(n_slices))
@@ -69,6 +73,15 @@ def workload_of_trace(trace: Trace, name: str, slice_s: float = SLICE_S) -> Work
         slice_s=slice_s,
         notes=_notes(trace),
     )
+
+
+def _n_slices(bursts: list[Burst], slice_s: float) -> list[int]:
+    """Return how many slices each burst stands for: until the next one begins."""
+    ends_ns = [*(burst.start_ns for burst in bursts[1:]), *(one.end_ns for one in bursts[-1:])]
+    return [
+        max(1, round((end_ns - burst.start_ns) / 1e9 / slice_s))
+        for burst, end_ns in zip(bursts, ends_ns, strict=True)
+    ]
 
 
 def _order_pairs(trace: Trace) -> tuple[list[int], NDArray[np.int64]]:
