@@ -72,7 +72,8 @@ class Linker:
                 move.record.forget_links()
         pokes = [(move, poke) for move, poke in pokes if self._target.has_site(move.record)]
         if not self._target.memory.is_current():
-            raise ProcessGone(self._target.pid)
+            pid = self._target.pid
+            raise ProcessGone(pid, f"process {pid} has exited or runs a new program")
         by_entry = {poke.entry.addr: move for move, poke in pokes}
         batch = [poke for _, poke in pokes]
         try:
