@@ -643,6 +643,10 @@ class Session:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+        self._unlock()
+
+    def _unlock(self) -> None:
+        """Let others attach."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -658,8 +662,12 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         """Detach, restoring everything, unless that was done."""
-        if self._target is not None:
-            self.detach()
+        try:
+            if self._target is not None:
+                self.detach()
+        finally:
+            # Ctrl-C may come in there as well: whoever goes on can attach again all the same.
+            self._unlock()
 
 
 def _state_after(outcome: DetachOutcome) -> SessionState:
