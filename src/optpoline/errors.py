@@ -10,6 +10,7 @@ standard error and an exit status.
 from __future__ import annotations
 
 __all__ = [
+    "AddressTaken",
     "ArenaError",
     "AttachError",
     "ControllerActive",
@@ -118,6 +119,10 @@ class ArenaError(OptpolineError):
     """No arena can be had: no room within reach, or a limit of the target forbids it."""
 
     exit_code = 7
+
+
+class AddressTaken(ArenaError):
+    """The program has mapped something of its own where an arena was to be."""
 
 
 class SiteChanged(OptpolineError):

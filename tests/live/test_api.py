@@ -141,3 +141,21 @@ def test_a_program_without_sites_is_named(start_target: StartTarget) -> None:
     assert f"process {target.pid} ({read_status(target.pid).name}) has" in caught.value.message
     assert "0 inline retpolines" in caught.value.message
     assert "not built with retpolines" in (caught.value.hint or "")
+
+
+def test_who_was_interrupted_while_detaching_can_attach_again(
+    target: LiveTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Witness.of(target.pid)
+
+    def press_ctrl_c() -> None:
+        raise KeyboardInterrupt
+
+    session = optpoline.attach(target.pid)
+    monkeypatch.setattr(session, "detach", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt), session:
+        session.learn(0.05)
+    with optpoline.attach(target.pid) as again:
+        assert again.detach().outcome is optpoline.DetachOutcome.CLEAN
+    session.close()
+    before.check(target.pid)

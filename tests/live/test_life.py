@@ -169,7 +169,7 @@ def test_exec_during_a_session(start_target: StartTarget, when: str) -> None:
             asker.start()
             session.learn(0.4)
             asker.join()
-            with pytest.raises(ProcessGone):
+            with pytest.raises(ProcessGone, match="runs a new program"):
                 session.promote()
         else:
             session.learn(0.4)

@@ -9,6 +9,7 @@ import pytest
 
 from optpoline import errors
 from optpoline.errors import (
+    AddressTaken,
     ArenaError,
     AttachError,
     ControllerActive,
@@ -41,6 +42,7 @@ EXAMPLES = (
     NotesError("a.out has two keys with one name"),
     Unsettled(),
     ArenaError("no room within reach"),
+    AddressTaken("the address was taken meanwhile"),
     SiteChanged(0x1000, b"\xe8\1", b"\xcc\1"),
     ControllerActive("process 9 already works on process 5"),
     StopTimeout(1_500_000, (7, 8)),
@@ -68,6 +70,7 @@ def test_every_error_is_named_here() -> None:
         (PermissionDenied, 5),
         (UnsupportedTarget, 6),
         (ArenaError, 7),
+        (AddressTaken, 7),
         (SiteChanged, 7),
         (ControllerActive, 7),
         (StopTimeout, 7),

@@ -31,6 +31,9 @@ __all__ = [
 PID_MAX = 1 << 22
 """No process id is larger (PID_MAX_LIMIT, include/linux/threads.h)."""
 
+MAX_LENGTH = 1e9
+"""Of seconds, 31 years; of milliseconds, 11 days. What is longer is a mistake."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -40,13 +43,15 @@ pass_invocation = click.make_pass_decorator(Invocation)
 def parse_pid(text: str) -> int | None:
     """Return a process id written in decimal or hex, None if it is not a number.
 
-    >>> parse_pid("4711"), parse_pid("0x1267"), parse_pid("./4711")
-    (4711, 4711, None)
+    >>> parse_pid("4711"), parse_pid("0x1267"), parse_pid("./4711"), parse_pid("4_711")
+    (4711, 4711, None, None)
     """
     digits = text.strip()
     is_hex = digits[:2].lower() == "0x"
     try:
-        return int(digits, 16 if is_hex else 10) if digits.isascii() else None
+        # Python's own spellings of numbers, such as 4_711, are file names to a shell.
+        is_plain = digits.isascii() and "_" not in digits
+        return int(digits, 16 if is_hex else 10) if is_plain else None
     except ValueError:
         return None
 
@@ -93,6 +98,8 @@ class _TimeType(click.ParamType[float]):
             self.fail(f"{value!r} is not a number of {self.name}", param, ctx)
         if length == 0 and not self._may_be_zero:
             self.fail(f"{value!r} is not a number of {self.name} above 0", param, ctx)
+        if length > MAX_LENGTH:
+            self.fail(f"{value!r} is more than {MAX_LENGTH:.0f} {self.name}", param, ctx)
         return length
 
 

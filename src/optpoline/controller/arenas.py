@@ -8,7 +8,7 @@ import fcntl
 import mmap
 import os
 
-from optpoline.errors import ArenaError
+from optpoline.errors import AddressTaken, ArenaError
 from optpoline.model import Addr
 from optpoline.patch.arena import Arena
 from optpoline.patch.geometry import ArenaGeometry
@@ -50,6 +50,7 @@ def map_arena(pid: int, stop: Stop, memory: Memory, addr: Addr, geometry: ArenaG
     On error: nothing of it stays mapped or open in the target.
 
     Raises:
+        AddressTaken: if something of the target's is there by now.
         ArenaError: if the target's limits forbid a file or a mapping.
     """
     target_fd = _create_memfd(stop)
@@ -136,12 +137,10 @@ def _map_parts(
             for done_first, done_last, _ in parts[:number]:
                 stop.inject(SYS_MUNMAP, addr + done_first, done_last - done_first)
             arena.close()
-            reason = os.strerror(-result) if result < 0 else "the address was taken meanwhile"
-            raise ArenaError(
-                f"the target cannot map {last - first} bytes of an arena at {addr + first:#x}: "
-                f"{reason}",
-                hint=_MAP_HINTS.get(-result),
-            )
+            what = f"the target cannot map {last - first} bytes of an arena at {addr + first:#x}"
+            if result >= 0 or result == -errno.EEXIST:
+                raise AddressTaken(f"{what}: the address was taken meanwhile")
+            raise ArenaError(f"{what}: {os.strerror(-result)}", hint=_MAP_HINTS.get(-result))
         if number == 0:
             fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
     return arena

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import SupportsIndex
+from contextlib import suppress
+from typing import SupportsFloat, SupportsIndex
 
 from optpoline.errors import UsageError
 
-__all__ = ["validate_pid"]
+__all__ = ["MAX_SETTING", "validate_pid", "validate_setting"]
+
+MAX_SETTING = 1e9
+"""The largest number that a setting may have: 31 years, where it is in seconds. In
+nanoseconds it still fits the 64 bits of the kernel's."""
 
 
 def validate_pid(pid: object) -> int:
@@ -28,3 +34,23 @@ def validate_pid(pid: object) -> int:
     if number <= 0:
         raise UsageError(f"{pid!r} is not a process id", hint="those are whole numbers from 1 up")
     return number
+
+
+def validate_setting(name: str, value: object) -> None:
+    """Check a length of time, or another number of which there can be none or some.
+
+    Args:
+        name: What it is called.
+        value: What the caller has set.
+
+    Raises:
+        UsageError: if it is no number from 0 to ``MAX_SETTING``.
+
+    >>> validate_setting("learn_s", 0.5)
+    """
+    number = math.nan  # which is in no range
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            number = float(value)
+    if not 0 <= number <= MAX_SETTING:
+        raise UsageError(f"{name} is {value!r}, not a number from 0 to {MAX_SETTING:.0f}")

@@ -5,12 +5,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from optpoline.controller.arguments import validate_setting
 from optpoline.promote.policies import DEFAULT_POLICY, policy_named
 from optpoline.promote.policy import Policy, WatchSchedule
 
 __all__ = ["LEARN_S", "Config"]
 
 LEARN_S = 1.0
+
+_NUMBERS = (
+    "learn_s",
+    "relearn_s",
+    "wave_s",
+    "poll_s",
+    "maps_every_s",
+    "relink_after_s",
+    "stop_timeout_s",
+    "max_stop_s",
+    "reclaim_after_size",
+    "reclaim_every_s",
+    "reclaim_duty",
+)
+_NUMBERS_OR_NONE = ("sample_s", "sample_every_s", "sample_every_max_s", "overhead_ratio")
+"""Settings of ``Config`` that are numbers."""
 
 
 def _default_policy() -> Policy:
@@ -70,6 +87,18 @@ class Config:
     follow_fork: bool = False
     shared_counters: bool = False
     policy: Policy = field(default_factory=_default_policy)
+
+    def __post_init__(self) -> None:
+        """Check what was set: a number that makes no sense would only show while attached.
+
+        Raises:
+            UsageError: if it is none, or too large.
+        """
+        for name in _NUMBERS:
+            validate_setting(name, getattr(self, name))
+        for name in _NUMBERS_OR_NONE:
+            if getattr(self, name) is not None:
+                validate_setting(name, getattr(self, name))
 
     @property
     def schedule(self) -> WatchSchedule:

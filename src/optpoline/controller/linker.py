@@ -72,7 +72,8 @@ class Linker:
                 move.record.forget_links()
         pokes = [(move, poke) for move, poke in pokes if self._target.has_site(move.record)]
         if not self._target.memory.is_current():
-            raise ProcessGone(self._target.pid)
+            pid = self._target.pid
+            raise ProcessGone(pid, f"process {pid} has exited or runs a new program")
         by_entry = {poke.entry.addr: move for move, poke in pokes}
         batch = [poke for _, poke in pokes]
         try:
@@ -93,8 +94,14 @@ class Linker:
             self._lead_on(by_entry[poke.entry.addr])
         for poke in result.reloaded:
             by_entry[poke.entry.addr].record.forget_links()
+        if result.foreign:
+            self._target.read_maps()
         for poke in result.foreign:
             record = by_entry[poke.entry.addr].record
+            if not self._target.has_site(record):
+                # Its module was unloaded in the last moment, and another one is there.
+                record.forget_links()
+                continue
             record.state = SiteState.REFUSED
             record.refusal = Refusal.FOREIGN_BYTES
         return len(pokes) - len(result.done)

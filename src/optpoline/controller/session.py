@@ -16,7 +16,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import assert_never
 
-from optpoline.controller.arguments import validate_pid
+from optpoline.controller.arguments import validate_pid, validate_setting
 from optpoline.controller.children import Children
 from optpoline.controller.collector import collector_paused
 from optpoline.controller.config import LEARN_S, Config
@@ -284,9 +284,11 @@ class Session:
         Raises:
             OptpolineError: if the session is over.
             ProcessGone: if the target exits meanwhile.
+            UsageError: if ``seconds`` is no number from 0 up.
         """
         self._check_open()
         length_s = self.config.learn_s if seconds is None else seconds
+        validate_setting("seconds", length_s)
         baseline = [r for r in self.records if r.state is SiteState.BASELINE]
         if length_s == LEARN_S and len(baseline) > ALL_AT_ONCE_SITES:
             length_s = FIRST_HOT_S
@@ -436,8 +438,11 @@ class Session:
 
         Raises:
             OptpolineError: if the session is over.
+            UsageError: if ``seconds`` is no number from 0 up.
         """
         self._check_open()
+        if seconds is not None:
+            validate_setting("seconds", seconds)
         self.state = SessionState.WATCHING
         end_s = None if seconds is None else time.monotonic() + seconds
         while self.state is SessionState.WATCHING and not (stop is not None and stop.is_set()):
@@ -623,6 +628,10 @@ class Session:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+        self._unlock()
+
+    def _unlock(self) -> None:
+        """Let others attach."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -638,8 +647,12 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         """Detach, restoring everything, unless that was done."""
-        if self._target is not None:
-            self.detach()
+        try:
+            if self._target is not None:
+                self.detach()
+        finally:
+            # Ctrl-C may come in there as well: whoever goes on can attach again all the same.
+            self._unlock()
 
 
 def _state_after(outcome: DetachOutcome) -> SessionState:

@@ -212,6 +212,21 @@ def _with_children(pid: int, result: DetachResult, arenas: Sequence[LeftArena]) 
     return replace(result, children=children, notes=notes)
 
 
+def _find_stuck(
+    memory: RemoteMemory, pokes: Sequence[Poke], arenas: Sequence[LeftArena]
+) -> list[Poke]:
+    """Return the pokes whose sites lead into an arena now, whatever became of them."""
+    found = read_entries(memory, [poke.entry for poke in pokes])
+    return [
+        poke
+        for poke in pokes
+        if any(
+            leads_into(poke.entry, found[poke.entry.addr], arena.start, arena.end)
+            for arena in arenas
+        )
+    ]
+
+
 def _restore(target: Target, arenas: Sequence[LeftArena]) -> DetachResult:
     """Undo what can be read; an arena of another version is that version's to undo."""
     unreadable = [arena for arena in arenas if arena.header is None and arena.has_code]
@@ -243,9 +258,11 @@ def _restore_readable(target: Target, arenas: Sequence[LeftArena]) -> DetachResu
     if pokes:
         result = poke_patiently(target, pokes)
         restored = len(result.done)
-        if restored < len(pokes):
-            foreign = tuple(int(p.entry.addr) for p in result.foreign)
-            note = f"{len(pokes) - restored} sites could not be restored; their arenas stay mapped"
+        # A module that was unloaded in the last moment has left nothing to restore.
+        stuck = _find_stuck(target.memory, pokes, arenas) if restored < len(pokes) else []
+        if stuck:
+            foreign = tuple(int(p.entry.addr) for p in result.foreign if p in stuck)
+            note = f"{len(stuck)} sites could not be restored; their arenas stay mapped"
             return DetachResult(
                 outcome=DetachOutcome.FOREIGN_BYTES if foreign else DetachOutcome.INCOMPLETE,
                 restored=restored,

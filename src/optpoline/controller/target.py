@@ -13,7 +13,13 @@ from optpoline.controller.pace import Pace
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.discover import ModuleImage, SiteScan, find_sites, flags_dead_at, operand_dead_at
-from optpoline.errors import ArenaError, OptpolineError, PermissionDenied, ProcessGone
+from optpoline.errors import (
+    AddressTaken,
+    ArenaError,
+    OptpolineError,
+    PermissionDenied,
+    ProcessGone,
+)
 from optpoline.model import Addr, Mapping, Module, Refusal, Site, SiteKind
 from optpoline.patch.arena import Arena
 from optpoline.patch.geometry import ArenaGeometry
@@ -37,6 +43,10 @@ from optpoline.process.stop import Stop, Wake, stop_threads
 from optpoline.x86.syscalls import Disturbance, rank_disturbance
 
 __all__ = ["LoadedModule", "StopLog", "Target"]
+
+MAX_PLACES = 8
+"""How often a place for an arena is looked for: the program may map something there before we
+do, such as the stacks of threads that it starts all the time."""
 
 
 @dataclass(slots=True)
@@ -321,6 +331,24 @@ class Target:
                 return arena
         n_cpus = read_n_possible_cpus() if self._has_cpu_rows else 0
         geometry = ArenaGeometry.for_sites(n_sites, n_cpus)
+        for left in reversed(range(MAX_PLACES)):
+            try:
+                arena = self._make_arena(module, geometry)
+                break
+            except AddressTaken:
+                if not left:
+                    raise
+        self.arenas.append(arena)
+        self.read_maps()
+        return arena
+
+    def _make_arena(self, module: Module, geometry: ArenaGeometry) -> Arena:
+        """Map an arena where there is room for it now.
+
+        Raises:
+            AddressTaken: if a thread of the program was faster.
+            ArenaError: if there is no room within reach, or a limit forbids it.
+        """
         size, near_size = geometry.size, geometry.near_size
         start, end = self._reach_of(module)
         addr = choose_arena_addr(self.read_maps(), start, end, size, near_size)
@@ -331,10 +359,7 @@ class Target:
                 f"no room for an arena of {geometry.size >> 10} KiB within reach of {module.path}"
             )
         with self.stop(Wake.ONE_FOR_INJECTION) as stop:
-            arena = map_arena(self.pid, stop, self.memory, addr, geometry)
-        self.arenas.append(arena)
-        self.read_maps()
-        return arena
+            return map_arena(self.pid, stop, self.memory, addr, geometry)
 
     def _reach_of(self, module: Module) -> tuple[int, int]:
         """Return a range to reach that includes neighbours a module may branch to."""

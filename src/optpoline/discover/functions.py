@@ -44,6 +44,10 @@ _AUGMENTATIONS = (b"zR", b"zRS", b"zPR", b"zLR", b"zPLR")
 _PCREL_SDATA4 = 0x1B
 
 
+_END_ADDR = 1 << 63
+"""Behind all addresses of programs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Addresses from ``start`` up to, not including, ``end``.
@@ -113,7 +117,9 @@ class FunctionIndex:
         """Merge the starts of both sources."""
         self.named = named
         self.unwound = unwound
-        self._boundaries = sorted({*named.starts, *unwound.starts, *boundaries})
+        # A damaged file's headers name any address.
+        others = (addr for addr in boundaries if 0 <= addr < _END_ADDR)
+        self._boundaries = sorted({*named.starts, *unwound.starts, *others})
 
     def is_start(self, addr: int) -> bool:
         """Say whether a function begins at an address."""

@@ -22,6 +22,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -141,9 +142,12 @@ class Arena:
         """Unmap our view; the program's stays, and says that nobody works on it."""
         self.store_u64(Addr(self.addr + ArenaHeader.CONTROLLER_START_OFF), 0)
         self._counters.close()
-        self._words.release()
-        self._view.release()
-        self._memory.close()
+        # Who catches an exception (Ctrl-C, above all) still holds the frames that it came
+        # through, and what they were looking at: then it is unmapped when they are gone.
+        with suppress(BufferError):
+            self._words.release()
+            self._view.release()
+            self._memory.close()
 
     # --- handing out memory
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from optpoline.process.ptrace import Tracer
 
@@ -23,6 +23,42 @@ __all__ = ["TracerThread"]
 _T = TypeVar("_T")
 _POLL_S = 50e-6
 _STALL_S = 0.02
+
+
+class _Job(Generic[_T]):
+    """One function to run, and what became of it."""
+
+    def __init__(self, work: Callable[[Tracer], _T]) -> None:
+        """Run nothing yet."""
+        self._work = work
+        self._results: list[_T] = []
+        self._error: BaseException | None = None
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._is_done = False
+
+    def run(self, tracer: Tracer) -> None:
+        """Run it; on the tracer thread."""
+        try:
+            self._results.append(self._work(tracer))
+        except BaseException as error:
+            self._error = error
+        self._is_done = True
+        self._bell.put(None)
+
+    def wait(self, on_stall: Callable[[], None] | None) -> None:
+        """Wait until it is done; may be interrupted anywhere, and called again."""
+        while not self._is_done:
+            try:
+                self._bell.get(timeout=_STALL_S)
+            except Empty:
+                if on_stall is not None:
+                    on_stall()
+
+    def outcome(self) -> _T:
+        """Return its result or raise its exception."""
+        if self._error is not None:
+            raise self._error
+        return self._results[0]
 
 
 class TracerThread:
@@ -35,51 +71,37 @@ class TracerThread:
     def __init__(self) -> None:
         """Start the thread."""
         self.on_stall: Callable[[], None] | None = None
-        self._requests: SimpleQueue[Callable[[Tracer], None] | None] = SimpleQueue()
-        self._outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Callable[[Tracer], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="optpoline-tracer", daemon=True)
         self._thread.start()
 
     def call(self, work: Callable[[Tracer], _T]) -> _T:
-        """Run a function there and return its result or raise its exception."""
-        results: list[_T] = []
-        self._requests.put(lambda tracer: results.append(work(tracer)))
+        """Run a function there and return its result or raise its exception.
+
+        Whoever is interrupted (Ctrl-C) before that gets the interrupt, once what runs there
+        has ended by its own deadline. An interrupt may also come just when it ends, so that
+        is noted in the job, where nobody can take it away twice, or for another job's.
+        """
+        job = _Job(work)
+        self._jobs.put(job.run)
         try:
-            error = self._wait()
+            job.wait(self.on_stall)
         except BaseException:
-            # Interrupted while waiting (Ctrl-C): what runs there ends by its own
-            # deadline, and its outcome must not be taken for the next one's.
-            self._wait()
+            job.wait(self.on_stall)
             raise
-        if error is not None:
-            raise error
-        return results[0]
+        return job.outcome()
 
     def finish(self) -> None:
         """End the thread; on return the kernel has let go of every tracee."""
         tid = self._thread.native_id
-        self._requests.put(None)
+        self._jobs.put(None)
         self._thread.join()
         # join() returns a little before the OS thread is gone.
         while tid is not None and os.path.exists(f"/proc/self/task/{tid}"):
             time.sleep(_POLL_S)
 
-    def _wait(self) -> BaseException | None:
-        """Return the outcome of the function that runs."""
-        while True:
-            try:
-                return self._outcomes.get(timeout=_STALL_S)
-            except Empty:
-                if self.on_stall is not None:
-                    self.on_stall()
-
     def _serve(self) -> None:
-        """Run requests until told to end."""
+        """Run jobs until told to end."""
         tracer = Tracer()
-        while (request := self._requests.get()) is not None:
-            outcome: BaseException | None = None
-            try:
-                request(tracer)
-            except BaseException as error:
-                outcome = error
-            self._outcomes.put(outcome)
+        while (run := self._jobs.get()) is not None:
+            run(tracer)

@@ -20,6 +20,9 @@ from optpoline.simulate.workload import SLICE_S, Workload, WorkloadSite
 
 __all__ = ["workload_of_trace"]
 
+MAX_SLICES = 1 << 26
+"""Two days; a number of each takes 512 MiB."""
+
 MAX_CELLS = 1 << 26
 """Pieces times pairs: 512 MiB. Longer traces are cut into fewer, longer pieces."""
 
@@ -33,27 +36,28 @@ def workload_of_trace(trace: Trace, name: str, slice_s: float = SLICE_S) -> Work
         slice_s: Length of a slice in seconds.
 
     Raises:
-        TraceError: if there is nothing in it.
+        TraceError: if there is nothing in it, or if it cannot be from one recording.
     """
     bursts = [burst for burst in trace.bursts if len(burst.pairs)]
     if not bursts:
         raise TraceError(f"{name} holds no branch", hint="record for longer, or a busy program")
-    order, rank = _order_pairs(trace)
     stretch = _stretch(trace, bursts)
+    n_slices_of = _n_slices(bursts, slice_s, stretch)
+    begins_ns = [burst.start_ns for burst in bursts]
+    if begins_ns != sorted(begins_ns) or sum(n_slices_of) > MAX_SLICES:
+        raise TraceError(f"{name} lasts too long, or not at all", hint="record it again")
+    order, rank = _order_pairs(trace)
     most_pieces = max(1, MAX_CELLS // len(order) // len(bursts))
     contents: list[NDArray[np.float64]] = []
     slices: list[NDArray[np.int64]] = []
     factors: list[NDArray[np.float64]] = []
     n_rows = 0
-    for number, burst in enumerate(bursts):
+    for burst, n_slices in zip(bursts, n_slices_of, strict=True):
         real_s = max(1e-9, burst.seconds) / stretch
         n_pieces = min(most_pieces, max(1, round(real_s / slice_s)))
         rows = _pieces(burst, rank, n_pieces)
         # Each piece stands for one slice at the burst's own rate.
         rows *= slice_s / (real_s / n_pieces)
-        next_ns = bursts[number + 1].start_ns if number + 1 < len(bursts) else burst.end_ns
-        until_next_s = max(0, next_ns - burst.end_ns) / 1e9
-        n_slices = max(1, round((real_s + until_next_s) / slice_s))
         contents.append(rows)
         slices.append(n_rows + np.arange(n_slices) % n_pieces)
         factors.append(np.ones(n_slices))
@@ -71,6 +75,24 @@ def workload_of_trace(trace: Trace, name: str, slice_s: float = SLICE_S) -> Work
         slice_s=slice_s,
         notes=_notes(trace),
     )
+
+
+def _n_slices(bursts: list[Burst], slice_s: float, stretch: float) -> list[int]:
+    """Return how many slices each burst stands for: until the next one begins.
+
+    The burst itself lasts as long as it would have without tracing.
+    """
+    nexts_ns = [*(burst.start_ns for burst in bursts[1:]), *(one.end_ns for one in bursts[-1:])]
+    return [
+        max(
+            1,
+            round(
+                (max(1e-9, burst.seconds) / stretch + max(0, next_ns - burst.end_ns) / 1e9)
+                / slice_s
+            ),
+        )
+        for burst, next_ns in zip(bursts, nexts_ns, strict=True)
+    ]
 
 
 def _order_pairs(trace: Trace) -> tuple[list[int], NDArray[np.int64]]:

@@ -36,6 +36,8 @@ TARGET_SPACING = 64
 
 MAX_PAIRS = 1 << 17
 MAX_SLICES = 1 << 22
+MAX_RATE_HZ = 1e15
+"""More than all CPUs of a large machine branch; counts of a slice are drawn as 64 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +90,12 @@ class Synthetic:
             raise UsageError("seed must not be negative")
         if self.mode not in {"targets", "weights"}:
             raise UsageError(f"mode is {self.mode!r}; it can be targets or weights")
-        if self.sites * self.targets > MAX_PAIRS or self.seconds / SLICE_S > MAX_SLICES:
+        if self.phase < SLICE_S:
+            raise UsageError(f"phase must be {SLICE_S:g} at least, the length of a slice")
+        if self.rate > MAX_RATE_HZ:
+            raise UsageError(f"rate must be {MAX_RATE_HZ:.0f} at most")
+        n_slices = max(self.seconds, self.phase) / SLICE_S
+        if self.sites * self.targets > MAX_PAIRS or n_slices > MAX_SLICES:
             raise UsageError("so large a workload would not fit into memory")
 
 

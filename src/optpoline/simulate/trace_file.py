@@ -58,6 +58,11 @@ MAX_FRAME_SIZE = 1 << 28
 
 MAX_BURST_PAIRS = 1 << 26
 
+MAX_NS = 1 << 62
+MAX_ADDR = 1 << 63
+MAX_RATE_HZ = 1e15
+"""Beyond these no time, address or rate of a program is."""
+
 _FILE = struct.Struct("<8sII")
 _FRAME = struct.Struct("<4sII")
 _BURST = struct.Struct("<QQQQIIII")
@@ -237,7 +242,7 @@ class _Reader:
         """Return a JSON object."""
         try:
             document = json.load(io.BytesIO(payload))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._damaged("a table is not JSON") from error
         if not isinstance(document, dict):
             raise self._damaged("a table is no object")
@@ -285,7 +290,11 @@ class _Reader:
         data_off = _BURST.size + 16 * n_marks
         if width not in _DTYPES or n_pairs > MAX_BURST_PAIRS or data_off > len(payload):
             raise self._damaged("the head of a burst is wrong")
-        marks = np.frombuffer(payload, "<u8", 2 * n_marks, _BURST.size).astype(np.int64)
+        words = np.frombuffer(payload, "<u8", 2 * n_marks, _BURST.size).reshape(-1, 2)
+        is_in_time = start_ns <= end_ns <= MAX_NS and bool(np.all(words[:, 1] <= MAX_NS))
+        if not is_in_time or bool(np.any(words[:, 0] > n_pairs)):
+            raise self._damaged("the times of a burst are wrong")
+        marks = words.astype(np.int64)
         try:
             # Bounded: what a few damaged bytes unpack to may be anything.
             numbers = zlib.decompressobj().decompress(payload[data_off:], n_pairs * width + 1)
@@ -300,7 +309,7 @@ class _Reader:
             start_ns=start_ns,
             end_ns=end_ns,
             pairs=pairs,
-            marks=marks.reshape(-1, 2),
+            marks=marks,
             n_dropped=n_dropped,
             n_unknown=n_unknown,
         )
@@ -320,7 +329,7 @@ def _site(row: object) -> TraceSite:
             "function": str() | None as function,
             "kind": str(kind),
             "rate_hz": int() | float() | None as rate_hz,
-        }:
+        } if 0 <= address < MAX_ADDR and (rate_hz is None or 0 <= rate_hz < MAX_RATE_HZ):
             return TraceSite(
                 module=module,
                 address=address,
@@ -340,7 +349,10 @@ def _target(row: object) -> TraceTarget:
         ValueError: if a field is missing or of another type.
     """
     match row:
-        case {"address": int(address), "symbol": str() | None as symbol}:
+        case {
+            "address": int(address),
+            "symbol": str() | None as symbol,
+        } if 0 <= address < MAX_ADDR:
             return TraceTarget(address=address, symbol=symbol)
         case _:
             raise ValueError("not a target")

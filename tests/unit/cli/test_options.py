@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import pytest
 
@@ -94,6 +96,8 @@ def test_attach_passes_the_policy_on() -> None:
         (["--policy-set", "speed=9"], "has no setting 'speed'"),
         (["--policy-set", "min_count=few"], "min_count is a whole number"),
         (["--policy-set", "min_count"], "NAME=VALUE"),
+        (["--max-stop-ms", "1e308"], "more than 1000000000 milliseconds"),
+        (["--duration", "1e18"], "more than 1000000000 seconds"),
     ],
 )
 def test_what_cannot_be_set_is_told_before_anything_is_touched(
@@ -125,6 +129,14 @@ def test_config_overrides_the_policys_schedule() -> None:
     assert (schedule.learn_s, schedule.sample_s, schedule.overhead_ratio) == (0.5, 0.008, 0.5)
     assert (schedule.sample_every_s, schedule.sample_every_max_s) == (0.1, 0.2)
     assert schedule.n_parts == policy.schedule.n_parts
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), 1e308, "1", True], ids=repr)
+@pytest.mark.parametrize("name", ["learn_s", "max_stop_s", "stop_timeout_s", "overhead_ratio"])
+def test_config_refuses_what_is_no_number(name: str, value: object) -> None:
+    make_config = cast(Callable[..., Config], Config)
+    with pytest.raises(UsageError, match=name):
+        make_config(**{name: value})
 
 
 def test_config_stays_consistent_whatever_is_set() -> None:

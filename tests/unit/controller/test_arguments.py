@@ -10,7 +10,7 @@ import numpy
 import pytest
 
 import optpoline
-from optpoline.controller.arguments import validate_pid
+from optpoline.controller.arguments import validate_pid, validate_setting
 
 NO_PIDS = (-1, 0, None, 3.5, "x", "self", "4711", b"1", True)
 
@@ -35,3 +35,8 @@ def test_whole_numbers_are_process_ids() -> None:
     assert validate_pid(1) == 1
     assert validate_pid(1 << 40) == 1 << 40
     assert validate_pid(numpy.int64(4711)) == 4711
+
+
+def test_any_number_from_0_up_is_a_setting() -> None:
+    for value in (0, 0.5, 1e9, numpy.float32(3)):
+        validate_setting("learn_s", value)

@@ -83,3 +83,10 @@ def test_sources_are_merged() -> None:
     assert not index.is_inside(0x160)
     addrs = np.array([0x7F, 0x80, 0xFF, 0x12F], dtype=np.int64)
     assert index.boundaries_before(addrs).tolist() == [0, 0x80, 0x80, 0x110]
+
+
+def test_addresses_that_no_program_has_are_no_boundaries() -> None:
+    """Headers of a damaged file may hold any number of 64 bits."""
+    index = FunctionIndex(table((0x1000, 16)), table(), [0x2000, 1 << 63, (1 << 64) - 1])
+    addrs = np.array([0x1008, 0x2008, (1 << 63) - 1], dtype=np.int64)
+    assert index.boundaries_before(addrs).tolist() == [0x1000, 0x2000, 0x2000]

@@ -280,3 +280,11 @@ def test_close_lets_go_of_the_memory(arena_fd: int) -> None:
     header = ArenaHeader.unpack(os.pread(arena_fd, HEADER_SIZE, 0))
     assert header is not None
     assert header.controller_start == 0
+
+
+def test_closes_while_somebody_looks(arena_fd: int) -> None:
+    """As who catches Ctrl-C does: the exception holds the frames it came through."""
+    arena = Arena(ARENA_ADDR, arena_fd, GEOMETRY, make_header())
+    cells = arena._counters._cells[:, :1]
+    arena.close()
+    assert not cells.any()

@@ -79,6 +79,14 @@ def test_those_who_come_too_fast_are_not_passed_over(monkeypatch: pytest.MonkeyP
         find_sharers(os.getpid())
 
 
+def test_a_program_that_starts_threads_all_the_time_is_looked_at_till_it_pauses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    numbers = iter(range(800))
+    monkeypatch.setattr(births, "count_forks", lambda: next(numbers, 800))
+    assert find_sharers(os.getpid()) == ()
+
+
 def test_who_was_not_asked_because_of_an_error_is_asked_later(
     child: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

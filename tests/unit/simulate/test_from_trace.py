@@ -134,3 +134,10 @@ def test_empty_bursts_are_left_out() -> None:
 def test_nothing_in_it() -> None:
     with pytest.raises(TraceError, match="t holds no branch"):
         workload_of_trace(make_trace(), "t")
+
+
+@pytest.mark.parametrize("starts_ms", [(0, 1 << 40), (50, 20)])
+def test_no_recording_has_such_times(starts_ms: tuple[int, int]) -> None:
+    bursts = [make_burst(start_ms, start_ms + 10, [0]) for start_ms in starts_ms]
+    with pytest.raises(TraceError, match="lasts too long, or not at all"):
+        workload_of_trace(make_trace(*bursts), "t")

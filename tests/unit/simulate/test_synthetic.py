@@ -93,6 +93,9 @@ def test_bursts_are_idle_between() -> None:
         ("phases:seed=-1", "seed"),
         ("phases:sites=1000000,targets=8", "memory"),
         ("phases:seconds=1e9", "memory"),
+        ("phases:phase=1e12", "memory"),
+        ("phases:phase=1e-9", "phase must be 0.0025 at least"),
+        ("phases:rate=1e300", "rate must be"),
     ],
 )
 def test_what_makes_no_sense(text: str, words: str) -> None:

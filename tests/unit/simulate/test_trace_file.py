@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -151,18 +152,20 @@ def frame(tag: bytes, payload: bytes) -> bytes:
     return struct.pack("<4sII", tag, len(payload), zlib.crc32(payload)) + payload
 
 
+SITE: dict[str, object] = {
+    "module": "m",
+    "address": 1,
+    "offset": 1,
+    "function": None,
+    "kind": "call",
+    "rate_hz": None,
+}
+
+
 def tables(**changes: object) -> bytes:
     """Return a frame of tables, some of them replaced."""
-    site = {
-        "module": "m",
-        "address": 1,
-        "offset": 1,
-        "function": None,
-        "kind": "call",
-        "rate_hz": None,
-    }
     document: dict[str, object] = {
-        "sites": [site],
+        "sites": [SITE],
         "targets": [{"address": 1, "symbol": None}],
         "pairs": [[0, 0]],
         "notes": [],
@@ -170,9 +173,11 @@ def tables(**changes: object) -> bytes:
     return frame(b"PAIR", json.dumps(document | changes).encode())
 
 
-def burst(pairs: bytes, *, n_pairs: int = 1, n_marks: int = 0, width: int = 1) -> bytes:
+def burst(
+    pairs: bytes, *, n_pairs: int = 1, n_marks: int = 0, width: int = 1, end_ns: int = 2
+) -> bytes:
     """Return a frame of a burst."""
-    head = struct.pack("<QQQQIIII", 1, 2, 0, 0, n_pairs, n_marks, width, 0)
+    head = struct.pack("<QQQQIIII", 1, end_ns, 0, 0, n_pairs, n_marks, width, 0)
     return frame(b"BRST", head + zlib.compress(pairs))
 
 
@@ -191,7 +196,13 @@ END = frame(b"TEND", b"")
         ([frame(b"HEAD", b"[]"), END], "no object"),
         ([PROGRAM, frame(b"WHAT", b""), END], "unknown kind"),
         ([PROGRAM, tables(sites=[{"module": 1}]), END], "not a site"),
+        ([frame(b"HEAD", b"[" * 100_000), END], "not JSON"),
         ([PROGRAM, tables(targets=[7]), END], "not a target"),
+        ([PROGRAM, tables(targets=[{"address": 1 << 70, "symbol": None}]), END], "not a target"),
+        ([PROGRAM, tables(sites=[SITE | {"rate_hz": math.inf}]), END], "not a site"),
+        ([PROGRAM, tables(sites=[SITE | {"address": -1}]), END], "not a site"),
+        ([PROGRAM, tables(), burst(b"\0", end_ns=1 << 63), END], "times of a burst"),
+        ([PROGRAM, tables(), burst(b"\0", end_ns=0), END], "times of a burst"),
         ([PROGRAM, tables(pairs=[[0, 1]]), END], "is no pair"),
         ([PROGRAM, tables(pairs=[[-1, 0]]), END], "is no pair"),
         ([PROGRAM, tables(notes=None), END], "no table of notes"),
