@@ -42,8 +42,9 @@ _PHASE_S = 5.0
 _PHASES = ("one", "other", "one", "weights", "many", "turned") * 2
 _PHASES_BAR = 0.95
 _STEADY_S = 10.0
-_PAIRS = 24
-_SLICE_S = 0.25
+_PAIRS = 32
+_SLICE_S = 0.1
+_TURNS = 4
 _WATCHING_BAR = 0.01
 _LEARN_S = 4.0
 _SCALING_BAR = 1.1
@@ -157,7 +158,7 @@ def measure_watching(executable: Path) -> Iterator[Figure]:
     One process, with the same blocks in both: between two of one program the places of
     memory alone make more difference than a watch does. A watch that has returned leaves
     nothing in the program that counts, so what follows is what ``--leave`` leaves. Each
-    pair is of slices in the order ABBA BAAB, against what drifts.
+    pair is of slices in the order ABBA BAAB ABBA ..., against what drifts.
     """
     ratios: list[float] = []
     with Phases(executable, start="many") as program, optpoline.attach(program.pid) as session:
@@ -167,7 +168,7 @@ def measure_watching(executable: Path) -> Iterator[Figure]:
         session.watch(_SETTLE_S)
         for number in range(_PAIRS):
             left = watched = Snap(calls=0, cpu_ns=0)
-            for first in (number, number + 1):
+            for first in range(number, number + 2 * _TURNS):
                 for slot in (first, first + 1, first + 1, first):
                     begin = program.snap()
                     if slot % 2:

@@ -121,9 +121,9 @@ def test_unknown_targets_are_counted(start_target: StartTarget, tmp_path: Path) 
         session.learn(0.5)
         target.ask("1")
         trace, _ = record(session, tmp_path / "trace", BURSTS, 5_000)
-    # Two branches in ten go to f4, which nobody had met; a cycle may be cut at both ends.
-    cuts = 10 * len(trace.bursts)
-    assert trace.n_unknown == pytest.approx(trace.n_branches / 4, abs=cuts)
+    # Two branches in ten go to f4, which nobody had met. The two sites of a burst begin and end one
+    # after the other: whoever is put off its CPU in between sees more of one than of the other.
+    assert trace.n_unknown == pytest.approx(trace.n_branches / 4, rel=0.25)
     assert trace.n_dropped == 0
     assert "f4" not in {one.symbol for one in trace.targets}
     before.check(target.pid)
