@@ -304,7 +304,7 @@ class Sampler:
         record.hold_until_s = now_s + decision.hold_s
         action = decision.action
         record.sample_every_s = self._interval_s(
-            record, now_s, action=action, hold_s=max(decision.hold_s, decision.rest_s)
+            record, now_s, action=action, hold_s=decision.hold_s
         )
         stretch = 1.0 if action is Action.CONFIRM else self._stretch
         record.next_sample_s = now_s + stretch * record.sample_every_s

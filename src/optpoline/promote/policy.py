@@ -57,14 +57,12 @@ class Decision:
         profile: What the policy keeps of the site's counts, handed back to it next
             time; a blend of windows or a sum, as it likes.
         hold_s: How long nothing would be changed anyway; no window is wanted before.
-        rest_s: How long no window is wanted, unless the site misses.
     """
 
     action: Action
     plan: PlannedTree | None = None
     profile: SiteCounts | None = None
     hold_s: float = 0.0
-    rest_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

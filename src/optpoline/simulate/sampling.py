@@ -200,10 +200,7 @@ class Sampler:
         state.hold_s[site.number] = now_s + decision.hold_s
         is_confirming = decision.action is Action.CONFIRM
         site.interval_s = self._interval_s(
-            site,
-            now_s,
-            wants_confirmation=is_confirming,
-            hold_s=max(decision.hold_s, decision.rest_s),
+            site, now_s, wants_confirmation=is_confirming, hold_s=decision.hold_s
         )
         stretch = 1.0 if is_confirming else self._stretch
         state.due_s[site.number] = now_s + stretch * site.interval_s

@@ -63,8 +63,6 @@ class AdaptivePolicy:
         hold_paybacks: The most that comes to for weights, in times that the gain takes to
             pay for a change (``change_cost_s`` of the schedule). The gain is what the profile
             expects, and of a site that never settles most of it does not last.
-        hold_windows: Windows of a site that is left alone for its weights until it is changed:
-            its profile learns from them.
     """
 
     name: str = "adaptive"
@@ -80,8 +78,7 @@ class AdaptivePolicy:
     n_free_changes: int = 4
     hold_first_s: float = 1.0
     hold_max_s: float = 600.0
-    hold_paybacks: float = 200.0
-    hold_windows: float = 4.0
+    hold_paybacks: float = 20.0
 
     def decide(self, view: SiteView) -> Decision:
         """See ``Policy``."""
@@ -134,15 +131,13 @@ class AdaptivePolicy:
         is_window_better = self._is_better(current, view.window)
         if is_window_better and not is_known_better and is_restless:
             # Good for the moment only: such moments have come and gone before.
-            rest_s = self.hold_s(view.n_changes) / self.hold_windows
-            return Decision(action=Action.HOLD, profile=known, rest_s=rest_s)
+            return Decision(action=Action.HOLD, profile=known)
         if not is_window_better and not is_known_better:
             return Decision(action=Action.KEEP, profile=known)
         hold_s = self._hold_s(view, current, known, known, self.hold_paybacks)
         if view.since_change_s < hold_s:
-            # Misses are none of this: for those it is looked at all the same.
-            rest_s = hold_s / self.hold_windows
-            return Decision(action=Action.HOLD, profile=known, rest_s=rest_s)
+            # Windows go on: the profile learns, and misses are none of this.
+            return Decision(action=Action.HOLD, profile=known)
         if view.n_confirmed + 1 < self.n_confirmations:
             return Decision(action=Action.CONFIRM, profile=known)
         if is_window_better and not is_restless:
