@@ -20,7 +20,7 @@ from optpoline.learn.counting import NO_COUNTS, SiteCounts, cells_of, read_count
 from optpoline.model import Addr, Count
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block
-from tests.unit.controller.test_learning import TARGETS, Guards, arena, make_record
+from tests.unit.controller.test_learning import TARGETS, Guards, arena, linked_record
 
 __all__ = ["arena"]  # a fixture
 
@@ -66,7 +66,7 @@ def counts_of(hits: dict[Addr, int], n_unknown: int = 0) -> SiteCounts:
 
 
 def test_drained_in_the_middle(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     block = first_block(record)
     count(block, {TARGETS[0]: 700, TARGETS[1]: 10}, n_unknown=4)
     begin_window([record], 1.0)
@@ -83,7 +83,7 @@ def test_drained_in_the_middle(arena: Arena) -> None:
 
 
 def test_all_drained_at_the_end(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     block = first_block(record)
     begin_window([record], 1.0)
     count(block, {TARGETS[0]: 30})
@@ -93,7 +93,7 @@ def test_all_drained_at_the_end(arena: Arena) -> None:
 
 
 def test_earlier_blocks_are_drained_too(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     first = first_block(record)
     begin_window([record], 1.0)
     count(first, {TARGETS[0]: 300, TARGETS[1]: 200}, n_unknown=100)
@@ -112,7 +112,7 @@ def test_earlier_blocks_are_drained_too(arena: Arena) -> None:
 
 
 def test_only_a_part_could_be_taken(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     block = first_block(record)
     count(block, {TARGETS[0]: 100}, cpu=0)
     count(block, {TARGETS[0]: 50}, cpu=1)
@@ -126,7 +126,7 @@ def test_only_a_part_could_be_taken(arena: Arena) -> None:
 
 
 def test_used_blocks_are_emptied_for_a_window(arena: Arena) -> None:
-    used, fresh = make_record(arena), make_record(arena, 1)
+    used, fresh = linked_record(arena), linked_record(arena, 1)
     block = first_block(used)
     count(block, {TARGETS[0]: 9})
     asked: list[SiteRecord] = []
@@ -145,7 +145,7 @@ def test_used_blocks_are_emptied_for_a_window(arena: Arena) -> None:
 
 
 def test_what_cannot_be_emptied_is_remembered(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     count(first_block(record), {TARGETS[0]: 9})
     begin_window([record], 1.0, lambda _: False)
     assert record.counts_before == counts_of({TARGETS[0]: 9})

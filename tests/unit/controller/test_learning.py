@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -33,24 +32,16 @@ from optpoline.model import (
     Guard,
     Miss,
     Refusal,
-    Site,
     SiteKind,
-    Thunk,
-    ThunkFlavour,
     tree_targets,
 )
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, redirection_of
-from optpoline.patch.geometry import ArenaGeometry
-from optpoline.patch.layout import ArenaHeader, JournalEntry
 from optpoline.promote.tree import PlannedTree
+from tests.unit.controller.lone_arena import N_CPUS, THUNK, make_arena, make_record, make_site
 
-ARENA_ADDR = Addr(0x5000_0000)
-THUNK = Thunk(addr=Addr(0x4F00_0000), operand="rax", flavour=ThunkFlavour.GCC, symbol=None)
-N_CPUS = 2
 TARGETS = [Addr(0x4F00_2000 + 16 * i) for i in range(20)]
 FAR = Addr(0x7F00_0000_0000)
-CODE = bytes.fromhex("e8 fb ef ff ff")
 
 
 @dataclass
@@ -76,49 +67,14 @@ class Guards:
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     """Return an arena with no program on the other side."""
-    geometry = ArenaGeometry.for_sites(1, N_CPUS)
-    fd = os.memfd_create("optpoline", os.MFD_CLOEXEC)
-    os.ftruncate(fd, geometry.size)
-    header = ArenaHeader(
-        size=geometry.size,
-        block_off=geometry.block_off,
-        code_off=geometry.code_off,
-        literal_off=geometry.literal_off,
-        counter_off=geometry.counter_off,
-        controller_pid=1,
-        controller_start=2,
-        target_pid=3,
-        n_entries=0,
-        row_shift=geometry.row_shift,
-        n_cpus=geometry.n_cpus,
-    )
-    made = Arena(ARENA_ADDR, fd, geometry, header)
-    os.close(fd)
+    made = make_arena()
     yield made
     made.close()
 
 
-def make_record(arena: Arena, number: int = 0, kind: SiteKind = SiteKind.CALL) -> SiteRecord:
+def linked_record(arena: Arena, number: int = 0, kind: SiteKind = SiteKind.CALL) -> SiteRecord:
     """Return the record of a site that is linked to its first counting block."""
-    addr = Addr(0x4F00_1000 + 16 * number)
-    site = Site(
-        addr=addr,
-        code=CODE,
-        kind=kind,
-        disp_addr=Addr(addr + 1),
-        thunk=THUNK,
-        module="/bin/program",
-        function=None,
-        function_addr=None,
-    )
-    record = SiteRecord(
-        site=site,
-        arena=arena,
-        state=SiteState.LEARNING,
-        entry=JournalEntry(addr=addr, code=CODE, disp_off=1),
-        inode=0,
-        disp=site.disp,
-    )
+    record = make_record(arena, make_site(number, kind), SiteState.LEARNING)
     record.home = first_block(record)
     return record
 
@@ -165,7 +121,7 @@ def by_target(counts: SiteCounts) -> dict[Addr, int]:
 
 def test_first_block_of_a_call_and_of_a_jump(arena: Arena) -> None:
     for kind in SiteKind:
-        plan = first_block(make_record(arena, kind=kind)).plan
+        plan = first_block(linked_record(arena, kind=kind)).plan
         assert plan.rows == arena.rows
         assert len(plan.open_slots) == FIRST_OPEN_SLOTS
         # Below a jump's stack pointer is its function's red zone.
@@ -173,7 +129,7 @@ def test_first_block_of_a_call_and_of_a_jump(arena: Arena) -> None:
 
 
 def test_all_blocks_of_a_window_are_counted(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     begin_window([record], 1.0)
     first = current(record)
     for target in TARGETS[:8]:
@@ -202,7 +158,7 @@ def test_all_blocks_of_a_window_are_counted(arena: Arena) -> None:
 
 
 def test_all_blocks_tell_shares_while_the_last_has_counted_little(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     begin_window([record], 1.0)
     for target in TARGETS[:4]:
         count(current(record), target, 1, 500)
@@ -217,7 +173,7 @@ def test_all_blocks_tell_shares_while_the_last_has_counted_little(arena: Arena) 
 
 
 def test_what_was_counted_before_is_no_part_of_a_window(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     for number in range(3):
         record.home = first_block(record)
         begin_window([record], 1.0)
@@ -231,7 +187,7 @@ def test_what_was_counted_before_is_no_part_of_a_window(arena: Arena) -> None:
 
 
 def test_ending_many_windows_is_ending_each(arena: Arena) -> None:
-    records = [make_record(arena, number) for number in range(12)]
+    records = [linked_record(arena, number) for number in range(12)]
     begin_window(records, 1.0)
     for record in records[3:6]:
         for target in TARGETS[:4]:
@@ -256,7 +212,7 @@ def test_ending_many_windows_is_ending_each(arena: Arena) -> None:
 
 
 def test_only_sites_with_unknown_targets_grow(arena: Arena) -> None:
-    records = [make_record(arena, number) for number in range(50)]
+    records = [linked_record(arena, number) for number in range(50)]
     begin_window(records, 1.0)
     for record in records:
         for target in TARGETS[:2]:
@@ -269,7 +225,7 @@ def test_only_sites_with_unknown_targets_grow(arena: Arena) -> None:
 
 
 def test_far_target_is_counted_but_led_to_the_thunk(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     begin_window([record], 1.0)
     for target in (FAR, TARGETS[0], TARGETS[1]):
         count(current(record), target, 1, 1000)
@@ -288,7 +244,7 @@ def test_far_target_is_counted_but_led_to_the_thunk(arena: Arena) -> None:
 @pytest.mark.parametrize("n_before", [0, FIRST_OPEN_SLOTS])
 def test_jump_to_what_reads_flags_is_refused_at_once(arena: Arena, row: int, n_before: int) -> None:
     """Whichever row the target is in, and if it found no slot as well."""
-    record = make_record(arena, kind=SiteKind.JUMP)
+    record = linked_record(arena, kind=SiteKind.JUMP)
     begin_window([record], 1.0)
     guards = Guards(unsafe={TARGETS[9]})
     for target in TARGETS[:n_before]:
@@ -304,7 +260,7 @@ def test_jump_to_what_reads_flags_is_refused_at_once(arena: Arena, row: int, n_b
 
 
 def test_jump_with_nothing_new_is_not_looked_at_again(arena: Arena) -> None:
-    record = make_record(arena, kind=SiteKind.JUMP)
+    record = linked_record(arena, kind=SiteKind.JUMP)
     begin_window([record], 1.0)
     guards = Guards()
     count(current(record), TARGETS[0], 1)
@@ -319,7 +275,7 @@ def test_jump_with_nothing_new_is_not_looked_at_again(arena: Arena) -> None:
 
 
 def test_calls_are_not_looked_at_before_they_grow(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     begin_window([record], 1.0)
     guards = Guards(unsafe={TARGETS[0]})
     count(current(record), TARGETS[0], 1)
@@ -328,7 +284,7 @@ def test_calls_are_not_looked_at_before_they_grow(arena: Arena) -> None:
 
 
 def test_sample_of_a_promoted_site(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     record.active = record.home
     tree = Guard(TARGETS[0], None, Miss())
     record.plan = PlannedTree(tree=tree, targets=(TARGETS[0],), hit_ratio=1.0, cycles=1.0)
@@ -351,7 +307,7 @@ def test_sample_of_a_promoted_site(arena: Arena) -> None:
 
 
 def test_refusal_forgets_the_window(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     begin_window([record], 1.0)
     for target in TARGETS[:4]:
         count(current(record), target, 1, 500)
@@ -362,7 +318,7 @@ def test_refusal_forgets_the_window(arena: Arena) -> None:
 
 
 def test_what_early_blocks_missed_is_of_what_later_ones_found(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     begin_window([record], 1.0)
     for target in TARGETS[:4]:
         count(current(record), target, 1, 500)  # two slots: half of it is unknown
@@ -380,7 +336,7 @@ def test_what_early_blocks_missed_is_of_what_later_ones_found(arena: Arena) -> N
 
 
 def test_a_window_goes_on_for_who_needs_little_more(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     begin_window([record], 1.0)
     for target in TARGETS[:4]:
         count(current(record), target, 1, 250)
@@ -394,7 +350,7 @@ def test_a_window_goes_on_for_who_needs_little_more(arena: Arena) -> None:
 
 
 def test_a_policy_bounds_the_slots(arena: Arena) -> None:
-    record = make_record(arena)
+    record = linked_record(arena)
     record.learner = None
     record.home = first_block(record, 4)
     assert len(record.home.plan.open_slots) == 4

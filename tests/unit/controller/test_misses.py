@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 
@@ -12,50 +11,22 @@ import pytest
 from optpoline.controller.misses import MissWatch
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
-from optpoline.model import Addr, BlockPlan, Guard, Miss, Site, SiteKind, Thunk, ThunkFlavour
+from optpoline.model import Addr, BlockPlan, Guard, Miss
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import add_block
-from optpoline.patch.geometry import ArenaGeometry
-from optpoline.patch.layout import ArenaHeader, JournalEntry
+from tests.unit.controller.lone_arena import THUNK, make_arena, make_record, make_site
 
-ARENA_ADDR = Addr(0x5000_0000)
-THUNK = Thunk(addr=Addr(0x4F00_0000), operand="rax", flavour=ThunkFlavour.GCC, symbol=None)
 TARGET = Addr(0x4F00_2000)
-CODE = bytes.fromhex("e8 fb ef ff ff")
 FLOOR_HZ, GROWTH = 1000.0, 2.0
 POLL_S = 0.05
 ALWAYS_S = 1e9
 """Time of a window that never comes."""
 
 
-def make_arena(addr: Addr, n_sites: int) -> Arena:
-    """Return an arena with no program on the other side."""
-    geometry = ArenaGeometry.for_sites(n_sites, 2)
-    header = ArenaHeader(
-        size=geometry.size,
-        block_off=geometry.block_off,
-        code_off=geometry.code_off,
-        literal_off=geometry.literal_off,
-        counter_off=geometry.counter_off,
-        controller_pid=1,
-        controller_start=2,
-        target_pid=3,
-        n_entries=0,
-        row_shift=geometry.row_shift,
-        n_cpus=geometry.n_cpus,
-    )
-    fd = os.memfd_create("test")
-    try:
-        os.ftruncate(fd, geometry.size)
-        return Arena(addr, fd, geometry, header)
-    finally:
-        os.close(fd)
-
-
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     """An arena."""
-    made = make_arena(ARENA_ADDR, 4)
+    made = make_arena(n_sites=4)
     yield made
     made.close()
 
@@ -76,27 +47,9 @@ def promote(record: SiteRecord) -> None:
     record.next_sample_s = ALWAYS_S
 
 
-def make_site(arena: Arena, number: int = 0) -> SiteRecord:
-    """Return a promoted site."""
-    addr = Addr(0x4F00_1000 + 16 * number)
-    site = Site(
-        addr=addr,
-        code=CODE,
-        kind=SiteKind.CALL,
-        disp_addr=Addr(addr + 1),
-        thunk=THUNK,
-        module="/bin/program",
-        function=None,
-        function_addr=None,
-    )
-    record = SiteRecord(
-        site=site,
-        arena=arena,
-        state=SiteState.BASELINE,
-        entry=JournalEntry(addr=addr, code=CODE, disp_off=1),
-        inode=0,
-        disp=site.disp,
-    )
+def promoted_record(arena: Arena, number: int = 0) -> SiteRecord:
+    """Return the record of a promoted site."""
+    record = make_record(arena, make_site(number))
     promote(record)
     return record
 
@@ -129,7 +82,7 @@ def test_nobody_to_watch() -> None:
 
 
 def test_misses_show_at_the_next_poll(arena: Arena) -> None:
-    sites = [make_site(arena, i) for i in range(3)]
+    sites = [promoted_record(arena, i) for i in range(3)]
     watch = watching(*sites)
     assert poll(watch) == ([], [])
     miss(sites[1], round(1.1 * FLOOR_HZ * POLL_S))
@@ -144,13 +97,13 @@ def test_misses_show_at_the_next_poll(arena: Arena) -> None:
 
 
 def test_what_was_missed_before_does_not_count(arena: Arena) -> None:
-    site = make_site(arena)
+    site = promoted_record(arena)
     miss(site, 10**9)
     assert poll(watching(site)) == ([], [])
 
 
 def test_level_that_was_judged_is_normal_until_it_doubles(arena: Arena) -> None:
-    site = make_site(arena)
+    site = promoted_record(arena)
     watch = watching(site)
     level = round(10 * FLOOR_HZ * POLL_S)
     for factor, expected in ((1.0, 1), (1.0, 0), (1.9, 0), (2.1, 1)):
@@ -162,7 +115,7 @@ def test_level_that_was_judged_is_normal_until_it_doubles(arena: Arena) -> None:
 
 
 def test_quiet_makes_watchful_again(arena: Arena) -> None:
-    site = make_site(arena)
+    site = promoted_record(arena)
     watch = watching(site)
     level = round(10 * FLOOR_HZ * POLL_S)
     miss(site, level)
@@ -174,7 +127,7 @@ def test_quiet_makes_watchful_again(arena: Arena) -> None:
 
 
 def test_site_on_hold_may_miss_as_it_likes(arena: Arena) -> None:
-    site = make_site(arena)
+    site = promoted_record(arena)
     site.hold_until_s = 5.0
     watch = watching(site)
     for now_s, expected in ((1.0, 0), (4.9, 0), (5.0, 1)):
@@ -183,7 +136,7 @@ def test_site_on_hold_may_miss_as_it_likes(arena: Arena) -> None:
 
 
 def test_sites_are_due_by_the_clock_longest_waiting_first(arena: Arena) -> None:
-    sites = [make_site(arena, i) for i in range(3)]
+    sites = [promoted_record(arena, i) for i in range(3)]
     for site, due_s in zip(sites, (3.0, 1.0, 2.0), strict=True):
         site.next_sample_s = due_s
     watch = watching(*sites)
@@ -197,7 +150,7 @@ def test_sites_are_due_by_the_clock_longest_waiting_first(arena: Arena) -> None:
 
 
 def test_missing_site_is_not_due_as_well(arena: Arena) -> None:
-    site = make_site(arena)
+    site = promoted_record(arena)
     site.next_sample_s = 0.0
     watch = watching(site)
     miss(site, 10**6)
@@ -206,7 +159,7 @@ def test_missing_site_is_not_due_as_well(arena: Arena) -> None:
 
 
 def test_demoted_site_is_left_alone_at_once(arena: Arena) -> None:
-    site = make_site(arena)
+    site = promoted_record(arena)
     watch = watching(site)
     site.state = SiteState.BASELINE
     miss(site, 10**6)
@@ -216,7 +169,7 @@ def test_demoted_site_is_left_alone_at_once(arena: Arena) -> None:
 
 
 def test_new_block_starts_anew_and_the_others_go_on(arena: Arena) -> None:
-    one, other = make_site(arena, 0), make_site(arena, 1)
+    one, other = promoted_record(arena, 0), promoted_record(arena, 1)
     watch = watching(one, other)
     miss(one, 10**6)
     miss(other, 10**6)
@@ -237,7 +190,7 @@ def test_new_block_starts_anew_and_the_others_go_on(arena: Arena) -> None:
 def test_sites_of_two_arenas(arena: Arena) -> None:
     second = make_arena(Addr(0x9000_0000), 4)
     try:
-        sites = [make_site(arena, 0), make_site(second, 1), make_site(arena, 2)]
+        sites = [promoted_record(arena, 0), promoted_record(second, 1), promoted_record(arena, 2)]
         watch = watching(*sites)
         for site in sites[:2]:
             miss(site, 10**6)
@@ -248,7 +201,7 @@ def test_sites_of_two_arenas(arena: Arena) -> None:
 
 
 def test_counter_that_wraps_is_no_burst(arena: Arena) -> None:
-    site = make_site(arena)
+    site = promoted_record(arena)
     miss(site, 2**64 - 5)
     watch = watching(site)
     miss(site, 10)
@@ -258,9 +211,9 @@ def test_counter_that_wraps_is_no_burst(arena: Arena) -> None:
 
 def test_two_thousand_sites_are_read_in_no_time() -> None:
     n_sites = 2000
-    arena = make_arena(ARENA_ADDR, n_sites)
+    arena = make_arena(n_sites=n_sites)
     try:
-        watch = watching(*(make_site(arena, i) for i in range(n_sites)))
+        watch = watching(*(promoted_record(arena, i) for i in range(n_sites)))
         times: list[float] = []
         for _ in range(50):
             begin_s = time.thread_time()

@@ -7,7 +7,6 @@ reclaimer asks them for, and threads are what an observer is told to see.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -21,31 +20,19 @@ from optpoline.controller.children import Children
 from optpoline.controller.config import Config
 from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.summary import SiteState
 from optpoline.controller.target import Target
 from optpoline.errors import Unsettled
 from optpoline.learn.counting import NO_COUNTS
-from optpoline.model import Addr, BlockPlan, Guard, Miss, Site, SiteKind, Thunk, ThunkFlavour
+from optpoline.model import Addr, BlockPlan, Guard, Miss
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, add_block, redirect, redirection_of
-from optpoline.patch.geometry import ArenaGeometry
 from optpoline.patch.grace import Look, ThreadKey
-from optpoline.patch.layout import ArenaHeader, BlockState, JournalEntry
+from optpoline.patch.layout import BlockState, JournalEntry
 from optpoline.patch.ranges import AddressRanges
 from optpoline.x86.blocks import POISON
+from tests.unit.controller.lone_arena import THUNK, make_arena, make_record, make_site
 
-ARENA_ADDR = Addr(0x5000_0000)
-THUNK = Thunk(addr=Addr(0x4F00_0000), operand="rax", flavour=ThunkFlavour.GCC, symbol=None)
-SITE = Site(
-    addr=Addr(0x4F00_1000),
-    code=bytes.fromhex("e8 fb ef ff ff"),
-    kind=SiteKind.CALL,
-    disp_addr=Addr(0x4F00_1001),
-    thunk=THUNK,
-    module="/bin/program",
-    function=None,
-    function_addr=None,
-)
+SITE = make_site()
 THREAD: ThreadKey = (100, 100)
 CONFIG = Config(reclaim_after_size=1, reclaim_every_s=1.0, reclaim_duty=1e9)
 
@@ -159,15 +146,7 @@ class Session:
 
     def add_record(self) -> SiteRecord:
         """Return the record of a site on its baseline."""
-        entry = JournalEntry(addr=SITE.addr, code=SITE.code, disp_off=1)
-        record = SiteRecord(
-            site=SITE,
-            arena=self.arena,
-            state=SiteState.BASELINE,
-            entry=entry,
-            inode=0,
-            disp=SITE.disp,
-        )
+        record = make_record(self.arena, SITE)
         self.records.append(record)
         return record
 
@@ -180,24 +159,7 @@ class Session:
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     """Return an arena with no program on the other side."""
-    geometry = ArenaGeometry.for_sites(1, n_cpus=2)
-    fd = os.memfd_create("optpoline", os.MFD_CLOEXEC)
-    os.ftruncate(fd, geometry.size)
-    header = ArenaHeader(
-        size=geometry.size,
-        block_off=geometry.block_off,
-        code_off=geometry.code_off,
-        literal_off=geometry.literal_off,
-        counter_off=geometry.counter_off,
-        controller_pid=1,
-        controller_start=2,
-        target_pid=3,
-        n_entries=0,
-        row_shift=geometry.row_shift,
-        n_cpus=geometry.n_cpus,
-    )
-    made = Arena(ARENA_ADDR, fd, geometry, header)
-    os.close(fd)
+    made = make_arena()
     yield made
     made.close()
 
