@@ -53,7 +53,7 @@ def workload_of_trace(trace: Trace, name: str, slice_s: float = SLICE_S) -> Work
     factors: list[NDArray[np.float64]] = []
     n_rows = 0
     for burst, n_slices in zip(bursts, n_slices_of, strict=True):
-        real_s = max(1e-9, burst.seconds) / stretch
+        real_s = _real_s(burst, stretch)
         n_pieces = min(most_pieces, max(1, round(real_s / slice_s)))
         rows = _pieces(burst, rank, n_pieces)
         # Each piece stands for one slice at the burst's own rate.
@@ -78,21 +78,18 @@ def workload_of_trace(trace: Trace, name: str, slice_s: float = SLICE_S) -> Work
 
 
 def _n_slices(bursts: list[Burst], slice_s: float, stretch: float) -> list[int]:
-    """Return how many slices each burst stands for: until the next one begins.
-
-    The burst itself lasts as long as it would have without tracing.
-    """
+    """Return how many slices each burst stands for: until the next one begins."""
     nexts_ns = [*(burst.start_ns for burst in bursts[1:]), *(one.end_ns for one in bursts[-1:])]
-    return [
-        max(
-            1,
-            round(
-                (max(1e-9, burst.seconds) / stretch + max(0, next_ns - burst.end_ns) / 1e9)
-                / slice_s
-            ),
-        )
-        for burst, next_ns in zip(bursts, nexts_ns, strict=True)
-    ]
+    counts: list[int] = []
+    for burst, next_ns in zip(bursts, nexts_ns, strict=True):
+        pause_s = max(0, next_ns - burst.end_ns) / 1e9
+        counts.append(max(1, round((_real_s(burst, stretch) + pause_s) / slice_s)))
+    return counts
+
+
+def _real_s(burst: Burst, stretch: float) -> float:
+    """Return how long a burst would have lasted without tracing."""
+    return max(1e-9, burst.seconds) / stretch
 
 
 def _order_pairs(trace: Trace) -> tuple[list[int], NDArray[np.int64]]:
