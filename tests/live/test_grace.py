@@ -17,6 +17,7 @@ from optpoline.controller.address_space import child_space
 from optpoline.controller.observer import ThreadObserver
 from optpoline.model import Addr
 from optpoline.patch.grace import GracePeriods, RetiredCode
+from optpoline.patch.ranges import AddressRanges
 from optpoline.process.procfs import list_tids, read_maps, read_thread_state
 from optpoline.process.ptrace import StopCode, Tracer
 from optpoline.process.tracer_thread import TracerThread
@@ -158,4 +159,24 @@ def test_stack_below_a_large_allocation(start_target: StartTarget) -> None:
     assert grace.synchronize(_TIMEOUT_S)
     assert grace.take_expired() == (places.first,)
     assert grace.statistics.n_stops == 0
+    target.finish()
+
+
+def test_threads_that_run_are_told_without_a_stop(start_target: StartTarget) -> None:
+    target = start_target("stacks", "spin")
+    places = Places.of(target)
+    space = child_space(target.pid, may_stop=False, timeout_ns=0)
+    observer = ThreadObserver(lambda: (space,))
+    ranges = AddressRanges((code.start, code.end) for code in (places.first, places.second))
+    spinner = (target.pid, target.pid)
+    deadline = time.monotonic() + _TIMEOUT_S
+    # Where it is, and not where it is not.
+    while spinner not in (look := observer.look(ranges, ())).holding:
+        assert spinner not in look.quiescent
+        assert time.monotonic() < deadline
+    assert all(places.first.start <= addr < places.first.end for addr in look.holding[spinner])
+    ranges = AddressRanges([(places.second.start, places.second.end)])
+    while spinner not in (look := observer.look(ranges, ())).quiescent:
+        assert spinner not in look.holding
+        assert time.monotonic() < deadline
     target.finish()

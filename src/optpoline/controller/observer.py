@@ -2,8 +2,9 @@
 """Look at the threads of a target for grace periods, and at those of its children.
 
 Threads that sleep in the kernel are looked at where they are: what was read counts
-only if they slept all the while (``has_slept_since``). Threads that run are looked at
-in a stop, as many as fit its length. A thread under another's tracer is not looked at:
+only if they slept all the while (``has_slept_since``). Threads that run are sampled
+(``running_threads``); those that samples do not tell of are looked at in a stop, as many
+as fit its length. A thread under another's tracer is not looked at:
 its registers may be ones that a debugger has put there for a call, and its own elsewhere.
 
 A program is *suspected* of switching its stacks when there is what a switch leaves, but
@@ -20,6 +21,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from optpoline.controller.address_space import AddressSpace
+from optpoline.controller.running_threads import RunningThreads, fill_holes, scan_sample
 from optpoline.errors import AttachError, ProcessGone
 from optpoline.patch.grace import Look, ThreadKey
 from optpoline.patch.memory_search import search_memory
@@ -97,6 +99,7 @@ class ThreadObserver:
         self._is_proved = False
         self._is_suspected = False
         self._is_excused = False
+        self._running = RunningThreads()
         self._has_nappers = False
         """Whether a stop of this grace period found threads asleep too briefly for a look."""
 
@@ -109,7 +112,7 @@ class ThreadObserver:
         self._is_suspected = not self._is_excused
 
     def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
-        """Look at threads that sleep."""
+        """Look at threads that sleep, then at some that run."""
         found = _Found()
         self._has_nappers &= bool(known)
         for space in self._spaces():
@@ -118,8 +121,32 @@ class ThreadObserver:
             for key in space.list_threads():
                 if key not in known:
                     found.add(key, self._scan_asleep(space, key, ranges))
+            if not self.is_switching():
+                self._look_at_running(space, ranges, known, found)
         # Listed behind the looks: a child forked by a thread before that was looked at is here.
         return found.as_look(self._list_all())
+
+    def _look_at_running(
+        self,
+        space: AddressSpace,
+        ranges: AddressRanges,
+        known: Collection[ThreadKey],
+        found: _Found,
+    ) -> None:
+        """Sample threads that do not sleep."""
+        left = [key for key in space.threads if key not in known and key not in found.looked_at]
+        for key, sample in self._running.sample(left).items():
+            scan = scan_sample(
+                sample,
+                find_resident=space.find_existing,
+                stacks=space.stack_map,
+                ranges=ranges,
+            )
+            found.add(key, scan)
+            if scan is not None:
+                space.scans[key] = scan
+            else:
+                fill_holes(sample, read=space.memory.read, stacks=space.stack_map)
 
     def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
         """Stop the threads that run, and look at all."""

@@ -57,7 +57,7 @@ from optpoline.patch.ranges import AddressRanges
 __all__ = ["GracePeriods", "GraceStatistics", "Look", "Observer", "RetiredCode", "ThreadKey"]
 
 PATIENCE = 5
-"""Looks without a stop before the threads that never slept are stopped for one."""
+"""Looks without a stop before the threads that no look could tell of are stopped for one."""
 
 _PAUSE_S = 0.005
 """Between the looks of ``synchronize``."""
@@ -108,7 +108,7 @@ class Observer(Protocol):
     """Looks at the threads of all processes that map the arena."""
 
     def look(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
-        """Look at threads that sleep, without stopping any; ``known`` need no look."""
+        """Look at threads without stopping any; ``known`` need no look."""
 
     def look_stopped(self, ranges: AddressRanges, known: Collection[ThreadKey]) -> Look:
         """Stop the threads that run for a look at all that are not in ``known``.

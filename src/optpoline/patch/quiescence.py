@@ -35,6 +35,7 @@ __all__ = [
     "ScannedStack",
     "ThreadPosition",
     "ThreadScan",
+    "interrupted_stacks",
     "scan_thread",
 ]
 
@@ -131,7 +132,7 @@ def scan_thread(
             for part in _parts(first, end, find_resident):
                 words = np.frombuffer(read(part[0], part[1] - part[0]), dtype="<u8")
                 held.update(ranges.pointing_into(words).tolist())
-                todo.extend(_interrupted_stacks(words))
+                todo.extend(interrupted_stacks(words))
         except TargetFault:
             return None
         if stack.is_own:
@@ -152,7 +153,7 @@ def _parts(first: int, end: int, find_resident: FindResident) -> Sequence[tuple[
     return parts
 
 
-def _interrupted_stacks(words: Words) -> list[int]:
+def interrupted_stacks(words: Words) -> list[int]:
     """Return the stack pointers saved in what looks like signal frames."""
     at = np.nonzero((words & np.uint64(FRAME_SEGMENTS_MASK)) == np.uint64(FRAME_SEGMENTS))[0]
     at = at[at >= FRAME_SP_WORDS]

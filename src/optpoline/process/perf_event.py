@@ -33,7 +33,14 @@ from pathlib import Path
 
 from optpoline.errors import OptpolineError, PermissionDenied, ProcessGone, UnsupportedTarget
 
-__all__ = ["MAX_STACK_WORDS", "RECORD_SIZE", "RingRecords", "SampleRing", "ThreadClock"]
+__all__ = [
+    "MAX_STACK_WORDS",
+    "RECORD_SIZE",
+    "RingRecords",
+    "SampleRing",
+    "StackSample",
+    "ThreadClock",
+]
 
 _SYS_PERF_EVENT_OPEN = 298  # arch/x86/entry/syscalls/syscall_64.tbl
 _PERF_FLAG_FD_CLOEXEC = 1 << 3
@@ -73,6 +80,8 @@ _SAMPLE = struct.Struct("=QII")  # ip, pid, tid
 # Behind it, with a stack: abi and, unless that is 0, the stack pointer; then the size asked
 # for, so many bytes, and how many of them are the stack's.
 _ABI = _SIZE = struct.Struct("=Q")
+_ABI_SP_SIZE = struct.Struct("=QQQ")
+_PERF_SAMPLE_REGS_ABI_64 = 2
 _WORD_SIZE = 8
 _LOST = struct.Struct("=QQ")  # id, lost
 RECORD_SIZE = _HEADER.size + _SAMPLE.size
@@ -97,6 +106,21 @@ class RingRecords:
 
     samples: tuple[tuple[int, ...], ...]
     n_lost: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackSample:
+    """A thread at one instant: the kernel took all of it in one interrupt of user code.
+
+    Attributes:
+        pc: User program counter.
+        sp: Stack pointer.
+        stack: The bytes from there up, as many as were wanted and are there.
+    """
+
+    pc: int
+    sp: int
+    stack: bytes
 
 
 class SampleRing:
@@ -126,18 +150,30 @@ class SampleRing:
         Raises:
             OptpolineError: if the ring holds no whole records; all of it is skipped.
         """
+        return _decode_records(self._take())
+
+    def drain_last_stack(self) -> StackSample | None:
+        """Do so, but return the last user sample with all its stack, None if there is none.
+
+        Raises:
+            OptpolineError: if the ring holds no whole records; all of it is skipped.
+        """
+        return _decode_last_stack(self._take())
+
+    def _take(self) -> bytes:
+        """Return all records and give their room back."""
         # Pairs with the write barrier before the kernel stores data_head
         # (perf_output_put_handle): x86 does not reorder loads, so the records below
         # data_head are whole. Another architecture needs a read barrier here.
         head = self._control[_DATA_HEAD]
         tail = self._control[_DATA_TAIL]
         if head == tail:
-            return RingRecords(samples=(), n_lost=0)
+            return b""
         records = self._copy(tail, head)
         # After the copy, never before: the kernel overwrites what lies below data_tail.
         # One aligned 8-byte store, which x86 does not move ahead of the loads above.
         self._control[_DATA_TAIL] = head
-        return _decode_records(records)
+        return records
 
     def _copy(self, tail: int, head: int) -> bytes:
         """Return the bytes from tail to head, straightened where they wrap."""
@@ -191,6 +227,33 @@ def _decode_stack(records: bytes, off: int, end: int) -> tuple[int, ...]:
     return struct.unpack_from(f"={min(n_valid, size) // _WORD_SIZE}Q", records, off)
 
 
+def _decode_last_stack(records: bytes) -> StackSample | None:
+    """Return the last user sample of whole records, with its stack."""
+    last: StackSample | None = None
+    off = 0
+    try:
+        while off < len(records):
+            kind, misc, size = _HEADER.unpack_from(records, off)
+            if size < _HEADER.size or off + size > len(records):
+                raise OptpolineError(f"a perf ring holds a record of {size} bytes, which is none")
+            is_user = misc & _PERF_RECORD_MISC_CPUMODE_MASK == _PERF_RECORD_MISC_USER
+            if kind == _PERF_RECORD_SAMPLE and is_user:
+                pc, _, _ = _SAMPLE.unpack_from(records, off + _HEADER.size)
+                at = off + _HEADER.size + _SAMPLE.size
+                abi, sp, wanted = _ABI_SP_SIZE.unpack_from(records, at)
+                at += _ABI_SP_SIZE.size
+                n_valid = 0
+                if abi == _PERF_SAMPLE_REGS_ABI_64 and wanted:
+                    (n_valid,) = _SIZE.unpack_from(records, at + wanted)
+                if n_valid:
+                    stack = records[at : at + min(n_valid, wanted)]
+                    last = StackSample(pc=pc, sp=sp, stack=stack)
+            off += size
+    except struct.error as error:
+        raise OptpolineError("a perf ring ends in the middle of a record") from error
+    return last
+
+
 class ThreadClock:
     """A clock of one thread that samples where it is; made disabled.
 
@@ -202,8 +265,8 @@ class ThreadClock:
         tid: The thread.
         period_ns: CPU time from one sample to the next.
         n_pages: Size of the ring's data, a power of two.
-        n_stack_words: Words of the stack that come with each sample, at most
-            ``MAX_STACK_WORDS``.
+        n_stack_words: Words of the stack that come with each sample: ``MAX_STACK_WORDS``
+            where many are wanted, and at most what fits the ring and, with it, 64 KiB.
 
     Raises:
         ProcessGone: if the thread does not exist or has exited.
@@ -249,6 +312,10 @@ class ThreadClock:
     def drain(self) -> RingRecords:
         """Take the samples out of the ring."""
         return self._ring.drain()
+
+    def drain_last_stack(self) -> StackSample | None:
+        """Do so; return the last one, with all its stack, or None if there is none."""
+        return self._ring.drain_last_stack()
 
     def _control(self, request: int) -> None:
         """Switch it; that of a thread that has exited stays as it is."""
