@@ -166,7 +166,7 @@ def test_threads_that_run_are_told_without_a_stop(start_target: StartTarget) -> 
     target = start_target("stacks", "spin")
     places = Places.of(target)
     space = child_space(target.pid, may_stop=False, timeout_ns=0)
-    observer = ThreadObserver(lambda: (space,))
+    observer = ThreadObserver(lambda: (space,), samples=True)
     ranges = AddressRanges((code.start, code.end) for code in (places.first, places.second))
     spinner = (target.pid, target.pid)
     deadline = time.monotonic() + _TIMEOUT_S

@@ -116,7 +116,7 @@ def _report(pid: int, look: _Look, real: set[Finding]) -> AuditReport:
         promoted=look.sites.patched,
         baseline=look.sites.baseline,
         gone=look.sites.gone,
-        blocks=blocks.count(BlockState.LIVE),
+        blocks=len(blocks) - blocks.count(BlockState.RETIRED),
         retired=blocks.count(BlockState.RETIRED),
         modules=look.n_modules,
         faults=tuple(sorted(faults, key=lambda one: (one.address, one.sentence))),

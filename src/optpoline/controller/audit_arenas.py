@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -117,7 +118,7 @@ class ArenaJudge:
     def is_block_of(self, addr: int, site_addr: Addr, *, or_retired: bool = False) -> bool:
         """Tell whether a live block of a site begins at an address."""
         return any(
-            block.site_addr == site_addr and (or_retired or block.state is BlockState.LIVE)
+            block.site_addr == site_addr and (or_retired or block.state is not BlockState.RETIRED)
             for block in self._blocks.get(Addr(addr), ())
         )
 
@@ -162,6 +163,9 @@ class ArenaJudge:
         if _is_being_freed(contents, block, now):
             self.remarks.append(f"{name} was being freed when its controller died")
             return
+        if block.state is BlockState.REWRITTEN:
+            yield from self._judge_rewritten(contents, block, now[:HEAD_SIZE], name, slot.raw)
+            return
         planned = (block.head + now[HEAD_SIZE:])[: block.size]
         is_as_written = zlib.crc32(planned) == block.crc
         verdict, n_literals = self._judge_code(contents, block, planned, thunks)
@@ -173,6 +177,22 @@ class ArenaJudge:
             sentence = f"{name}: {'; '.join((*words, *_words(verdict)))}"
             yield _finding(kind, block.addr, sentence, slot.raw)
         yield from self._judge_head(block, now[:HEAD_SIZE], name, slot.raw)
+
+    def _judge_rewritten(
+        self,
+        contents: ArenaContents,
+        block: BlockEntry,
+        head: bytes,
+        name: str,
+        evidence: bytes,
+    ) -> Iterator[Finding]:
+        """Judge a block of which nothing but the head is in use: it leads on."""
+        # Nobody stands between its bytes: those behind the jump may be the old ones or the new.
+        if not self._is_redirected(replace(block, head=head), head):
+            sentence = f"{name} is being rewritten, and its head leads nowhere else"
+            yield _finding(FaultKind.HEAD, block.addr, sentence, evidence)
+        elif was_killed(contents.header):
+            self.remarks.append(f"{name} was being rewritten when its controller died")
 
     def _judge_head(
         self, block: BlockEntry, head: bytes, name: str, evidence: bytes

@@ -54,8 +54,9 @@ class Config:
         poll_s: Interval of looking at miss counters, seconds. One look at 2,000 sites
             takes some 30 us; a flip waits for it half the interval on average.
         maps_every_s: Interval of looking for new or vanished modules, seconds.
-        relink_after_s: How long a re-promoted site must be quiet before its
-            text is linked to its new block, which takes a stop.
+        relink_after_s: How long a re-promoted site must be quiet before the block that its
+            text leads to is made to do the new one's work; or, where that has no room, before
+            its text is linked to the new one, which takes a stop.
         stop_timeout_s: How long threads may take to stop before all are resumed.
         max_stop_s: How long the program's threads may stand while its text is changed;
             more sites than fit are changed in several stops.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
-from optpoline.model import CELL_SIZE, Addr
+from optpoline.model import CELL_SIZE, Addr, TreeNode
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block
 
@@ -56,6 +56,7 @@ class MissWatch:
         self.records: list[SiteRecord] = []
         self._cells: list[_ArenaCells] = []
         self._blocks: list[Addr] = []
+        self._trees: list[TreeNode] = []
         self._seen = np.zeros(0, np.uint64)
         self._rate_hz = np.zeros(0)
         self._judged_hz = np.zeros(0)
@@ -66,10 +67,14 @@ class MissWatch:
         """Watch the promoted ones among some sites.
 
         Whatever is known of a block that was watched before is kept; one that is new
-        starts with what its cell holds now.
+        starts with what its cell holds now. What was judged is kept with the tree, which may be
+        another block's by now (``controller/settling.py``).
         """
         seen = dict(zip(self._blocks, self._seen.tolist(), strict=True))
-        judged = dict(zip(self._blocks, self._judged_hz.tolist(), strict=True))
+        judged = {
+            id(tree): rate_hz
+            for tree, rate_hz in zip(self._trees, self._judged_hz.tolist(), strict=True)
+        }
         groups: dict[Addr, list[tuple[SiteRecord, Block, Addr]]] = defaultdict(list)
         for record in records:
             block = record.active
@@ -79,6 +84,7 @@ class MissWatch:
                 groups[record.arena.addr].append((record, block, block.plan.miss_count_addr))
         self.records = [record for group in groups.values() for record, _, _ in group]
         self._blocks = [block.addr for group in groups.values() for _, block, _ in group]
+        self._trees = [block.plan.tree for group in groups.values() for _, block, _ in group]
         self._cells = []
         for group in groups.values():
             addrs = np.array([addr for _, _, addr in group], np.int64)
@@ -89,7 +95,7 @@ class MissWatch:
         now = self._read_cells()
         counted = zip(self._blocks, now.tolist(), strict=True)
         self._seen = np.array([seen.get(addr, count) for addr, count in counted], np.uint64)
-        self._judged_hz = np.array([judged.get(addr, 0.0) for addr in self._blocks])
+        self._judged_hz = np.array([judged.get(id(tree), 0.0) for tree in self._trees])
         self._rate_hz = np.array([record.miss_rate_hz for record in self.records])
         self._due_s = np.array([record.next_sample_s for record in self.records])
         self._hold_s = np.array([record.hold_until_s for record in self.records])

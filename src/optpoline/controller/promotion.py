@@ -43,7 +43,15 @@ def fit_counts(record: SiteRecord, counts: SiteCounts, may_guard: TargetFilter) 
     return replace(counts, counts=kept, n_unknown=counts.n_unknown + lost)
 
 
-def add_promoted_block(record: SiteRecord, plan: PlannedTree) -> Block | None:
+FIRST_SLACK_RATIO = 0.125
+"""Room behind a first promoted block, as a share of its size: a later one of the site shall fit
+there (``controller/settling.py``). That of one guard has none: small blocks lie packed."""
+
+NEXT_SLACK_RATIO = 1.5
+"""The same of later ones: the site has changed before."""
+
+
+def add_promoted_block(record: SiteRecord, plan: PlannedTree, slack_ratio: float) -> Block | None:
     """Write a site's promoted block; None if the arena has no room for it."""
     is_operand_dead = record.operand_targets.isdisjoint(plan.targets)
     try:
@@ -57,6 +65,7 @@ def add_promoted_block(record: SiteRecord, plan: PlannedTree) -> Block | None:
                 base=choose_base(plan.targets) if is_operand_dead else None,
             ),
             site_addr=record.site.addr,
+            slack_ratio=slack_ratio,
         )
     except (ArenaError, EncodeRangeError):
         return None
@@ -137,7 +146,7 @@ def _promote_one(
     )
     if decision.action is not Action.PROMOTE or decision.plan is None:
         return None
-    block = add_promoted_block(record, decision.plan)
+    block = add_promoted_block(record, decision.plan, FIRST_SLACK_RATIO)
     if block is not None:
         _settle(record, block)
         keep_history(record, history.after(decision, now_s))
@@ -157,7 +166,11 @@ def promote_again(record: SiteRecord, decision: Decision, now_s: float) -> bool:
     Returns:
         Whether there was room; if not, the site stays as it is.
     """
-    block = None if decision.plan is None else add_promoted_block(record, decision.plan)
+    block = (
+        None
+        if decision.plan is None
+        else add_promoted_block(record, decision.plan, NEXT_SLACK_RATIO)
+    )
     if block is None or record.home is None or record.active is None:
         record.profile = decision.profile
         record.n_confirmed = 0

@@ -70,11 +70,15 @@ class Reclaimer:
         self._space = target_space(target)
         self._grace = GracePeriods(
             ThreadObserver(
-                lambda: (self._space, *children.find()), stop_budget_s=config.max_stop_s / 2
+                lambda: (self._space, *children.find()),
+                stop_budget_s=config.max_stop_s / 2,
+                samples=True,
             )
         )
         self._retired: dict[Addr, _Retired] = {}
         self._expired: list[RetiredCode] = []
+        self._awaited: set[Addr] = set()
+        self._left: list[Addr] = []
         self._handle = 0
         self._n_put_seen = 0
         self._interval_s = 0.0
@@ -82,6 +86,7 @@ class Reclaimer:
         self._next_sweep_s = 0.0
         self._not_before_s = 0.0
         self._n_bytes = 0
+        self._n_retired = 0
         self._n_freed = 0
 
     def step(self, records: Sequence[SiteRecord], spares: Iterable[Block], now_s: float) -> None:
@@ -95,13 +100,14 @@ class Reclaimer:
         """
         if now_s < self._not_before_s:
             return
-        begin_s = time.monotonic()
+        begin_s, begin_cpu_s = time.monotonic(), time.process_time()
         try:
             self._do_step(records, tuple(spares), now_s)
         except Unsettled:
             # What their text leads to cannot be told now, nor which threads there are.
             self._next_sweep_s = min(self._next_sweep_s, now_s + self._config.reclaim_every_s)
-        took_s = time.monotonic() - begin_s
+        # Of the processor, of this thread and those that stop others; a caller may have more.
+        took_s = min(time.monotonic() - begin_s, time.process_time() - begin_cpu_s)
         self._not_before_s = now_s + took_s / self._config.reclaim_duty
 
     def _do_step(
@@ -122,11 +128,26 @@ class Reclaimer:
             if is_over:
                 self._handle = self._grace.start_poll()
 
+    def await_left(self, code: RetiredCode) -> None:
+        """Begin a grace period for code that nobody enters any more, and that is not to be freed.
+
+        That is a block's behind its head, which leads elsewhere.
+        """
+        if code.start not in self._awaited:
+            self._awaited.add(code.start)
+            self._grace.retire(code)
+            self._handle = self._grace.start_poll()
+
+    def take_left(self) -> tuple[Addr, ...]:
+        """Return where such code starts whose grace period is over, each once."""
+        left, self._left = tuple(self._left), []
+        return left
+
     def summary(self) -> ReclaimSummary:
         """Say what was reclaimed so far, and what holds the rest up."""
         statistics = self._grace.statistics
         return ReclaimSummary(
-            blocks_retired=statistics.n_retired,
+            blocks_retired=self._n_retired,
             blocks_reclaimed=self._n_freed,
             blocks_reused=sum(arena.n_reused for arena in self._target.arenas),
             grace_periods=statistics.n_periods,
@@ -155,7 +176,9 @@ class Reclaimer:
             (arena, block)
             for arena in self._target.arenas
             for block in arena.blocks
-            if block.state is BlockState.LIVE and block.addr not in used
+            if block.state is BlockState.LIVE
+            and block.addr not in used
+            and Addr(block.addr + 1) not in self._awaited
         ]
         if sum(block.size for _, block in garbage) < self._config.reclaim_after_size:
             return
@@ -167,6 +190,7 @@ class Reclaimer:
             if ahead is not None and self._arena_of(ahead) is not None:
                 arena.store_u64(block.addr, int.from_bytes(block.head, "little"))
             arena.retire_block(block.addr)
+            self._n_retired += 1
             self._retired[block.addr] = _Retired(arena, block.addr, Addr(block.site_addr))
             text_end = Addr(block.addr + block.text_size)
             self._grace.retire(RetiredCode(block.addr, block.end, text_end))
@@ -211,7 +235,12 @@ class Reclaimer:
         A child that was being forked while the text changed, or that was not seen at the
         sweep, may have come with text of before. What that leads to is used again as it is.
         """
-        self._expired += self._grace.take_expired()
+        for code in self._grace.take_expired():
+            if code.start in self._awaited:
+                self._awaited.remove(code.start)
+                self._left.append(code.start)
+            else:
+                self._expired.append(code)
         if not self._expired:
             return
         used = self._find_used(records, spares)

@@ -6,7 +6,8 @@ A site's way at any moment::
     text --(disp)--> home block --(head, maybe redirected)--> active block
     home     the block the text leads to; None while it holds its baseline
     active   the block that does the work: home itself, or a newer one that
-             home's head jumps to until the text is linked to it
+             home's head jumps to until home does its work (``settling``), or
+             the text is linked to it
     counting a counting block entered through active's head during a window
 """
 
@@ -91,6 +92,8 @@ class SiteRecord:
     """Misses a second of the promoted block at the last poll."""
     changed_s: float = 0.0
     n_relearned: int = 0
+    n_relinked: int = 0
+    """Stops made to link the text to where the site leads, because home had no room for that."""
     far_targets: set[Addr] = field(default_factory=set)
     """Targets that no direct branch from the arena reaches; they stay on the thunk."""
     operand_targets: set[Addr] = field(default_factory=set)

@@ -7,14 +7,14 @@ counts until it is known. A change of weights among guarded targets shows in no 
 so each site is also re-sampled in short windows, in parts, one at a poll. How often
 is the schedule's affair (``promote/schedule.py``), which bounds what all of it costs.
 
-All of this is single stores to the arena; text is linked anew only when a re-promoted
-site has been quiet for ``relink_after_s``.
+All of this is single stores to the arena; text is linked anew only for sites that are
+quiet and cannot be settled without that (``controller/settling.py``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from optpoline.controller.config import Config
 from optpoline.controller.learning import (
@@ -68,6 +68,10 @@ REVIEW_EVERY_S = 2.0
 
 RELINK_EVERY_S = 0.25
 """Time between looks for sites whose text is to be linked anew."""
+
+MAX_RELINK_WAITS = 64
+"""A site whose text is linked anew again and again has to be quiet twice as long each time, up
+to so many times ``relink_after_s``: each costs a stop, and saves a jump."""
 
 GOLDEN_RATIO = 0.618033988749895
 """Its multiples, whole parts left out, lie evenly in 0..1 however many there are."""
@@ -310,10 +314,21 @@ class Sampler:
         record.next_sample_s = now_s + stretch * record.sample_every_s
         return int(is_again), int(is_demoted)
 
-    def relink(self, records: Iterable[SiteRecord], now_s: float) -> int:
+    def settled(self) -> None:
+        """Take in that sites do what they did in other blocks by now."""
+        self._watch.use(self._watch.records)
+
+    def relink(
+        self, records: Iterable[SiteRecord], now_s: float, is_settling: Callable[[SiteRecord], bool]
+    ) -> int:
         """Link the text of changed and quiet sites to where they go by now.
 
         One stop for all of them, or none if there is nothing to do.
+
+        Args:
+            records: The sites.
+            now_s: CLOCK_MONOTONIC, seconds.
+            is_settling: Tells whether a site may soon be settled without.
         """
         if now_s < self._next_relink_s:
             return 0
@@ -324,9 +339,18 @@ class Sampler:
             if record.home is not record.active
             and record.refusal is not Refusal.FOREIGN_BYTES
             and record.state is not SiteState.LEARNING
-            and now_s - record.changed_s >= self._config.relink_after_s
+            and now_s - record.changed_s >= self._relink_wait_s(record)
+            and not is_settling(record)
         ]
+        for move in moves:
+            move.record.n_relinked += 1
         return self._linker.link(moves) if moves else 0
+
+    def _relink_wait_s(self, record: SiteRecord) -> float:
+        """Return how long a site must be quiet before a stop is made for its text."""
+        # One that leads to its thunk takes a jump for nothing.
+        n_waits = 1 if record.active is None else min(MAX_RELINK_WAITS, 2**record.n_relinked)
+        return n_waits * self._config.relink_after_s
 
 
 def _sleep_until(end_s: float) -> None:

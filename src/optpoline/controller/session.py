@@ -37,6 +37,7 @@ from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.rediscovery import Rediscovery
 from optpoline.controller.sampling import Sampler
+from optpoline.controller.settling import Settler
 from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
     DetachOutcome,
@@ -126,6 +127,7 @@ class Session:
         self._rediscovery: Rediscovery | None = None
         self._children: Children | None = None
         self._reclaimer: Reclaimer | None = None
+        self._settler: Settler | None = None
         self._counts: ExactCounts | None = None
         self._perf_map: PerfMap | None = None
         self._pidfd = -1
@@ -170,6 +172,7 @@ class Session:
         self._hot = HotSites(target)
         self._rediscovery = Rediscovery(self._hot, time.monotonic())
         self._reclaimer = Reclaimer(self.config, target, self._children, self._keep_counts)
+        self._settler = Settler(self.config, self._reclaimer)
         self._perf_map = PerfMap(self.pid, target.symbol_at)
         self._add_modules()
         if not self.sites:
@@ -494,6 +497,7 @@ class Session:
         """Do what is due; tell whether there is still something to watch."""
         assert self._sampler is not None
         assert self._reclaimer is not None
+        assert self._settler is not None
         # First, so that an arena that is used up gets room again whatever fails below.
         linked = list(self._first_window.ever_linked.values())
         self._reclaimer.step(linked, self._sampler.spares, now_s)
@@ -504,7 +508,9 @@ class Session:
                 self._tell(EventKind.RELEARNED, f"{count_of(n_again, 'site')} promoted anew")
             if n_demoted:
                 self._tell(EventKind.DEMOTED, f"{count_of(n_demoted, 'site')} back on the thunk")
-        self._sampler.relink(linked, now_s)
+        if self._settler.step(linked, time.monotonic()):
+            self._sampler.settled()
+        self._sampler.relink(linked, now_s, self._settler.is_settling)
         self._rediscover(time.monotonic(), stop)
         self._name_blocks()
         if now_s >= self._next_maps_s:

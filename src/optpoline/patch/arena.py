@@ -262,6 +262,62 @@ class Arena:
         self.free_counters(*self._cells.pop(addr))
         return size
 
+    def has_room_at(self, addr: Addr, size: int) -> bool:
+        """Tell whether a block of ``size`` bytes seems to fit where one is (``make_room``)."""
+        room = self._extents[addr]
+        return room.at + size <= room.end or self._code.is_free(room.end, room.at + size)
+
+    def make_room(self, addr: Addr, size: int) -> bool:
+        """Tell whether a block of ``size`` bytes fits where one is, with what is free behind."""
+        room = self._extents[addr]
+        end = room.at + size
+        if end <= room.end:
+            return True
+        end = -(-end // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
+        wider = self._code.extend(room, end) if end <= self.geometry.literal_off else None
+        if wider is None:
+            return False
+        self._extents[addr] = wider
+        self._used_code_end = max(self._used_code_end, end)
+        return True
+
+    def rewrite_block(self, addr: Addr, code: BlockCode, redirected: int) -> None:
+        """Replace all of a live block but where its head leads: to another block.
+
+        Only after a grace period in which nobody could enter it behind its head. At every
+        instant somebody who enters goes on to that other block, and the entry says so.
+
+        Args:
+            addr: The block; there is room for the new one (``make_room``).
+            code: Its new bytes.
+            redirected: Its new head, redirected to where the present one leads.
+
+        Target state: running.
+        """
+        entry, room = self._entries[addr], self._extents[addr]
+        if entry.state is not BlockState.LIVE or room.at + len(code.code) > room.end:
+            raise ValueError(f"the block at {addr:#x} cannot be rewritten")
+        # Without instructions: its size is about to change, perhaps to less than they have.
+        self._set_state(replace(entry, text_size=0), BlockState.REWRITTEN)
+        body, size = room.at + HEAD_SIZE, room.end - room.at
+        self._memory[body : room.end] = bytes((POISON,)) * (size - HEAD_SIZE)
+        padded = code.code.ljust(size, bytes((POISON,)))
+        entry = replace(
+            entry,
+            size=len(code.code),
+            text_size=code.text_size,
+            crc=zlib.crc32(code.code),
+            head=padded[:HEAD_SIZE],
+        )
+        # What the entry covers is int3 or covered already: no bytes are left that none explains.
+        table = self.addr + self.geometry.block_off + self._slots[addr] * BLOCK_ENTRY_SIZE
+        self.store_u64(Addr(table + BlockEntry.SIZE_OFF), entry.size_word)
+        head_word = int.from_bytes(entry.head, "little")
+        self.store_u64(Addr(table + BlockEntry.HEAD_OFF), head_word)
+        self.store_u64(addr, redirected)
+        self._memory[body : room.end] = padded[HEAD_SIZE:]
+        self._set_state(entry, BlockState.LIVE)
+
     def addr_of(self, value: int) -> Addr:
         """Return the address of a literal, shared between blocks.
 

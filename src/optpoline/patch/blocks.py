@@ -5,11 +5,15 @@ A block's bytes never change while it is live, but for its head: one aligned
 8-byte store makes it ``jmp`` elsewhere, another takes that back. Threads inside
 the block finish the old way; threads that enter it after go the new way. Both
 are right, whichever of them a thread takes.
+
+Behind a head that leads elsewhere nobody is after a grace period. Then those
+bytes may be replaced (``rewrite``), and the head made to lead to them: the block
+does another's work, and who leads to it need not know.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optpoline.errors import ArenaError, EncodeRangeError
 from optpoline.model import CELL_SIZE, Addr, BlockPlan
@@ -17,9 +21,17 @@ from optpoline.patch.arena import Arena
 from optpoline.patch.extents import Extent
 from optpoline.patch.layout import BlockKind
 from optpoline.x86.assembler import JMP32_OPCODE, JMP32_SIZE
-from optpoline.x86.blocks import LINE_SIZE, encode_redirect, place_block
+from optpoline.x86.blocks import HEAD_SIZE, LINE_SIZE, POISON, encode_redirect, place_block
 
-__all__ = ["Block", "add_block", "counter_cells", "point_back", "redirect", "redirection_of"]
+__all__ = [
+    "Block",
+    "add_block",
+    "counter_cells",
+    "point_back",
+    "redirect",
+    "redirection_of",
+    "rewrite",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +53,7 @@ class Block:
     head: bytes
 
 
-def add_block(arena: Arena, plan: BlockPlan, *, site_addr: Addr) -> Block:
+def add_block(arena: Arena, plan: BlockPlan, *, site_addr: Addr, slack_ratio: float = 0.0) -> Block:
     """Encode a plan, write it to the arena, return the block; nothing leads to it yet.
 
     On error: the plan's counter cells are free again.
@@ -50,19 +62,20 @@ def add_block(arena: Arena, plan: BlockPlan, *, site_addr: Addr) -> Block:
         arena: Where to.
         plan: What it does; its counter cells are the arena's.
         site_addr: The site it is for.
+        slack_ratio: Room behind it to be left for a bigger one, as a share of its size.
 
     Raises:
         ArenaError: if the arena is used up.
         EncodeRangeError: if a target or the thunk is out of reach.
     """
     try:
-        return _add_block(arena, plan, site_addr)
+        return _add_block(arena, plan, site_addr, slack_ratio)
     except (ArenaError, EncodeRangeError):
         arena.free_counters(*counter_cells(plan))
         raise
 
 
-def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr) -> Block:
+def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr, slack_ratio: float) -> Block:
     """Encode a plan and write it."""
     # Descriptors at a block's end are aligned, so its place decides on some bytes of its size:
     # not where it starts a line, as every counting block does.
@@ -70,7 +83,7 @@ def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr) -> Block:
     room = _find_room(arena, LINE_SIZE + 1 if is_counting else 1, is_counting)
     guess = Addr(arena.addr + room.at)
     code = arena.templates.encode(plan, guess)
-    room = _find_room(arena, len(code.code), is_counting)
+    room = _find_room(arena, len(code.code), is_counting, slack_ratio)
     if arena.addr + room.at != guess:
         code = arena.templates.encode(plan, Addr(arena.addr + room.at))
     kind = BlockKind.COUNTING if is_counting else BlockKind.PROMOTED
@@ -79,11 +92,12 @@ def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr) -> Block:
     return Block(arena=arena, addr=addr, size=size, plan=plan, head=arena.head_of(addr))
 
 
-def _find_room(arena: Arena, size: int, is_counting: bool) -> Extent:
+def _find_room(arena: Arena, size: int, is_counting: bool, slack_ratio: float = 0.0) -> Extent:
     """Return where a block of ``size`` bytes would go; a counting block starts a line."""
     # One that fits no line starts one.
     least = LINE_SIZE + 1 if is_counting else 1
-    return arena.find_room(size, lambda addr: place_block(addr, max(size, least)))
+    room_size = size + int(slack_ratio * size)
+    return arena.find_room(room_size, lambda addr: place_block(addr, max(size, least)))
 
 
 def counter_cells(plan: BlockPlan) -> tuple[Addr, int]:
@@ -122,3 +136,28 @@ def redirection_of(arena: Arena, addr: Addr) -> Addr | None:
 def point_back(block: Block) -> None:
     """Undo ``redirect``: the block does its own work again."""
     block.arena.store_u64(block.addr, int.from_bytes(block.head, "little"))
+
+
+def rewrite(block: Block, other: Block) -> Block | None:
+    """Write what ``other`` does over the body of ``block``, whose head leads there, and still does.
+
+    Both are promoted blocks. ``point_back`` makes the block that is returned do its own work;
+    it counts its misses where it did: threads in ``other`` may count there for long. Only after
+    a grace period since the head was made to lead elsewhere.
+
+    Target state: running.
+
+    Returns:
+        The block as it is now; None if it has no room, or cannot reach what ``other`` can.
+    """
+    arena = block.arena
+    plan = replace(other.plan, miss_count_addr=block.plan.miss_count_addr)
+    try:
+        code = arena.templates.encode(plan, block.addr)
+        if not arena.make_room(block.addr, len(code.code)):
+            return None
+    except (ArenaError, EncodeRangeError):
+        return None
+    head = code.code[:HEAD_SIZE].ljust(HEAD_SIZE, bytes((POISON,)))
+    arena.rewrite_block(block.addr, code, encode_redirect(head, block.addr, other.addr))
+    return replace(block, size=len(code.code), plan=plan, head=head)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["Extent", "FreeExtents"]
 
@@ -65,6 +65,18 @@ class FreeExtents:
             self._starts[i] = extent.end
         else:
             del self._starts[i], self._ends[i]
+
+    def is_free(self, start: int, end: int) -> bool:
+        """Tell whether a range is free."""
+        i = bisect.bisect_right(self._starts, start) - 1
+        return i >= 0 and end <= self._ends[i]
+
+    def extend(self, extent: Extent, end: int) -> Extent | None:
+        """Take what is behind an extent as well, up to ``end``; None if that is not free."""
+        if not self.is_free(extent.end, end):
+            return None
+        self.take(Extent(start=extent.end, at=extent.end, end=end))
+        return replace(extent, end=end)
 
     def give(self, extent: Extent) -> None:
         """Take an extent back; neighbours are joined."""

@@ -63,7 +63,7 @@ ARENA_PATH = f"/memfd:{ARENA_NAME} (deleted)"
 """How its mappings and descriptors are named in /proc."""
 
 MAGIC = b"OPTPOLIN"
-VERSION = 3
+VERSION = 4
 HEADER_SIZE = 4096
 ENTRY_SIZE = 32
 
@@ -253,6 +253,9 @@ class BlockState(IntEnum):
     LIVE = 1
     RETIRED = 2
     """Nothing leads to it any more; a thread may still be inside."""
+    REWRITTEN = 3
+    """It is led to, and its head leads on to another block of the site. Behind the head nobody
+    is: those bytes are being replaced, and with them what the entry says of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,12 +282,19 @@ class BlockEntry:
     kind: BlockKind
     state: BlockState
 
+    SIZE_OFF = 8
+    HEAD_OFF = 24
     STATE_OFF = 32
 
     @property
     def end(self) -> Addr:
         """Address after the block."""
         return Addr(self.addr + self.size)
+
+    @property
+    def size_word(self) -> int:
+        """The word of the entry that holds size and CRC."""
+        return self.size | self.crc << 32
 
     @property
     def state_word(self) -> int:
@@ -308,7 +318,7 @@ class BlockEntry:
     def unpack(cls, data: bytes) -> BlockEntry | None:
         """Return the entry in ``data`` (``BLOCK_ENTRY_SIZE`` bytes); None if it is free."""
         addr, size, crc, site_addr, head, kind, state, text_size = _BLOCK.unpack(data)
-        if state == BlockState.FREE or kind not in (1, 2) or state not in (1, 2):
+        if state == BlockState.FREE or kind not in (1, 2) or state not in (1, 2, 3):
             return None
         return cls(
             addr=Addr(addr),

@@ -32,14 +32,14 @@ with contextlib.suppress(ModuleNotFoundError):
 
 __all__ = ["Arena", "Block", "Site", "decode_site", "find_arenas", "find_block", "read_arena"]
 
-# The format of arenas, version 3, as in optpoline's patch/layout.py.
+# The format of arenas, version 4, as in optpoline's patch/layout.py.
 ARENA_NAME = "/memfd:optpoline"
 MAGIC = b"OPTPOLIN"
-VERSION = 3
+VERSION = 4
 HEADER = "<8sIIQQQQQQQQQQIIiII4x"
 BLOCK = "<QIIQ8sBB2xI"
 KINDS = {1: "counting", 2: "promoted"}
-LIVE, RETIRED = 1, 2
+LIVE, RETIRED, REWRITTEN = 1, 2, 3
 
 _MAX_INSN_SIZE = 15
 # cs ds es ss fs gs, operand and address size, lock, repne, rep, REX: all may precede a branch.
@@ -116,7 +116,7 @@ def find_block(arena: Arena, pc: int, read: Read) -> Block | None:
         return None
     table = read(arena.table, arena.n_blocks * struct.calcsize(BLOCK))
     for addr, size, _, site_addr, _, kind, state, _ in struct.iter_unpack(BLOCK, table):
-        if addr <= pc < addr + size and state in (LIVE, RETIRED) and kind in KINDS:
+        if addr <= pc < addr + size and state in (LIVE, RETIRED, REWRITTEN) and kind in KINDS:
             return Block(addr, size, site_addr, KINDS[kind], state == RETIRED)
     return None
 

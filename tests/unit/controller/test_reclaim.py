@@ -26,7 +26,7 @@ from optpoline.learn.counting import NO_COUNTS
 from optpoline.model import Addr, BlockPlan, Guard, Miss
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, add_block, redirect, redirection_of
-from optpoline.patch.grace import Look, ThreadKey
+from optpoline.patch.grace import Look, RetiredCode, ThreadKey
 from optpoline.patch.layout import BlockState, JournalEntry
 from optpoline.patch.ranges import AddressRanges
 from optpoline.x86.blocks import POISON
@@ -298,6 +298,40 @@ def test_text_of_a_child_keeps_what_it_leads_to(session: Session) -> None:
     assert session.live == set()
 
 
+def test_left_bytes_of_a_block_are_told_and_not_freed(session: Session) -> None:
+    record = session.add_record()
+    home, active = session.write(), session.write()
+    record.home, record.active = home, active
+    redirect(home, active.addr)
+    body = RetiredCode(Addr(home.addr + 1), Addr(home.addr + home.size))
+    session.reclaimer.await_left(body)
+    session.observer.held = frozenset([home.addr + 9])
+    session.step()
+    assert session.reclaimer.take_left() == ()
+    # Whoever is at the first byte is not inside.
+    session.observer.held = frozenset([home.addr])
+    for _ in range(10):
+        session.step()
+    assert session.reclaimer.take_left() == (body.start,)
+    assert session.reclaimer.take_left() == ()
+    assert session.live == {home.addr, active.addr}
+    assert session.arena.read(home.addr, home.size).count(POISON) < home.size // 2
+    assert session.reclaimer.summary().blocks_retired == 0
+
+
+def test_block_is_not_retired_while_its_bytes_are_waited_for(session: Session) -> None:
+    home = session.write()
+    session.observer.is_unseen = True
+    session.reclaimer.await_left(RetiredCode(Addr(home.addr + 1), Addr(home.addr + home.size)))
+    session.step()
+    assert session.live == {home.addr}
+    session.observer.is_unseen = False
+    for _ in range(5):
+        session.step()
+    assert session.live == set()
+    assert session.reclaimer.summary().blocks_reclaimed == 1
+
+
 # --- when
 
 
@@ -349,6 +383,8 @@ def test_looks_take_no_more_than_their_share_of_time(
     session = start(arena, monkeypatch, replace(CONFIG, reclaim_duty=0.01))
     times = iter([10.0, 10.5])  # a step of half a second
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    cpu_times = iter([1.0, 1.5])
+    monkeypatch.setattr(time, "process_time", lambda: next(cpu_times))
     session.observer.is_unseen = True
     session.write()
     session.step()
@@ -356,7 +392,7 @@ def test_looks_take_no_more_than_their_share_of_time(
     for _ in range(24):
         session.step()
     assert session.observer.n_looks == 1
-    times = iter([100.0, 100.0])
+    times, cpu_times = iter([100.0, 100.0]), iter([2.0, 2.0])
     session.step()
     assert session.observer.n_looks == 2
 
