@@ -91,7 +91,7 @@ class RunningThreads:
             if clocks:
                 time.sleep(_WAIT_S)
             for key, (before, clock) in clocks.items():
-                sample = clock.drain_last_stack()
+                sample = _drain(clock)
                 after = _read_running(key)
                 if sample is None or after is None:
                     continue
@@ -113,8 +113,16 @@ class RunningThreads:
             return None
         except OptpolineError:
             return None  # it is gone, or there is no memory for its ring
-        clock.enable()
+        with suppress(OptpolineError):
+            clock.enable()
         return clock
+
+
+def _drain(clock: ThreadClock) -> StackSample | None:
+    """Return the last sample of a clock; None if there is none that makes sense."""
+    with suppress(OptpolineError):
+        return clock.drain_last_stack()
+    return None
 
 
 def _read_running(key: ThreadKey) -> ThreadState | None:

@@ -240,12 +240,15 @@ def _decode_last_stack(records: bytes) -> StackSample | None:
             if kind == _PERF_RECORD_SAMPLE and is_user:
                 pc, _, _ = _SAMPLE.unpack_from(records, off + _HEADER.size)
                 at = off + _HEADER.size + _SAMPLE.size
-                abi, sp, wanted = _ABI_SP_SIZE.unpack_from(records, at)
-                at += _ABI_SP_SIZE.size
-                n_valid = 0
-                if abi == _PERF_SAMPLE_REGS_ABI_64 and wanted:
-                    (n_valid,) = _SIZE.unpack_from(records, at + wanted)
-                if n_valid:
+                (abi,) = _ABI.unpack_from(records, at)
+                if abi == _PERF_SAMPLE_REGS_ABI_64:
+                    _, sp, wanted = _ABI_SP_SIZE.unpack_from(records, at)
+                    at += _ABI_SP_SIZE.size
+                    if wanted and at + wanted + _SIZE.size != off + size:
+                        raise OptpolineError(
+                            f"a perf ring holds a stack of {wanted} bytes in too short a record"
+                        )
+                    n_valid = _SIZE.unpack_from(records, at + wanted)[0] if wanted else 0
                     stack = records[at : at + min(n_valid, wanted)]
                     last = StackSample(pc=pc, sp=sp, stack=stack)
             off += size

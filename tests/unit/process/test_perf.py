@@ -23,7 +23,13 @@ from optpoline.errors import (
 from optpoline.model import Addr
 from optpoline.process import perf, perf_event
 from optpoline.process.perf import MAX_FREQUENCY_HZ, PcSample, PcSampler, share_within
-from optpoline.process.perf_event import MAX_STACK_WORDS, RECORD_SIZE, SampleRing, ThreadClock
+from optpoline.process.perf_event import (
+    MAX_STACK_WORDS,
+    RECORD_SIZE,
+    SampleRing,
+    StackSample,
+    ThreadClock,
+)
 
 PAGE = 4096
 USER, KERNEL, GUEST_USER = 2, 1, 5
@@ -156,6 +162,20 @@ def test_a_stack_comes_as_far_as_there_is_one(words: tuple[int, ...]) -> None:
     kernel.put_stack(3, 0x401000, words, 3)
     kernel.put_stack(4, 0x402000, (9,), 3)
     assert kernel.ring.drain().samples == ((3, 0x401000, *words), (4, 0x402000, 9))
+
+
+def test_the_last_stack_comes_whole_with_its_pointer() -> None:
+    kernel = KernelSide(start=PAGE - 40)
+    assert kernel.ring.drain_last_stack() is None
+    kernel.put_stack(3, 0x401000, (1, 2, 3), 3)
+    kernel.put_stack(3, 0x402000, (9, 8), 3)
+    kernel.put(SAMPLE, struct.pack("=QIIQQ", 0x403000, 7, 3, 0, 0))
+    kernel.put_lost(5)
+    expected = StackSample(pc=0x402000, sp=0x7FFF_0000, stack=struct.pack("=QQ", 9, 8))
+    assert kernel.ring.drain_last_stack() == expected
+    kernel.put(SAMPLE, struct.pack("=QIIQQQQQ", 0x401000, 7, 3, 2, 0, 64, 1, 8))
+    with pytest.raises(OptpolineError, match="ring"):
+        kernel.ring.drain_last_stack()
 
 
 def test_a_thread_that_has_no_user_stack() -> None:
