@@ -77,7 +77,7 @@ class Config:
     sample_every_s: float | None = None
     sample_every_max_s: float | None = None
     overhead_ratio: float | None = None
-    poll_s: float = 0.05
+    poll_s: float = 0.1
     maps_every_s: float = 1.0
     relink_after_s: float = 1.0
     stop_timeout_s: float = 2.0

@@ -2,13 +2,15 @@
 """Watching the miss counters of all promoted sites at once.
 
 A promoted block counts its misses in one cell of the shared row, all threads with a
-plain ``inc``: what is wanted is a rate, not a count. Polled 20 times a second for
-thousands of sites, this must not be a loop in Python: the cells of an arena are
-copied in one piece, and numpy gathers, subtracts and compares them.
+plain ``inc``: what is wanted is a rate, not a count. Polled 10 times a second for
+thousands of sites, this must not be a loop in Python: numpy gathers the cells of an
+arena, subtracts and compares them. A poll is the first thing done after a sleep: with its
+caches cold a call of numpy takes some 30 us, and where nobody misses much there are three.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,30 +20,27 @@ from numpy.typing import NDArray
 
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
-from optpoline.model import CELL_SIZE, Addr, TreeNode
+from optpoline.model import CELL_SIZE, Addr, SiteKind, TreeNode
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block
 
 __all__ = ["MissWatch"]
 
-FORGOTTEN_PER_READ = 0.9
+FORGOTTEN_PER_READ = 0.81
 """What is left of a site's judged miss rate after a read without as many: a level of
 misses that was found to be no reason for a change is taken for normal for a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class _ArenaCells:
-    """The miss cells of one arena: a span of row 0, and where in it they are."""
+    """The miss cells of one arena: as indices of its words."""
 
     arena: Arena
-    first_addr: Addr
-    size: int
     indices: NDArray[np.int64]
 
     def read(self) -> NDArray[np.uint64]:
         """Return what each cell holds."""
-        span = np.frombuffer(self.arena.read(self.first_addr, self.size), np.uint64)
-        return np.asarray(span[self.indices], np.uint64)
+        return self.arena.take_u64(self.indices)
 
 
 class MissWatch:
@@ -58,10 +57,15 @@ class MissWatch:
         self._blocks: list[Addr] = []
         self._trees: list[TreeNode] = []
         self._seen = np.zeros(0, np.uint64)
-        self._rate_hz = np.zeros(0)
-        self._judged_hz = np.zeros(0)
+        self._missed = np.zeros(0, np.uint64)
+        """Since the read before the last."""
+        self._elapsed_s = 1.0
+        """Between these two."""
+        self._is_jump = np.zeros(0, np.bool_)
+        self._judged_hz: dict[int, float] = {}
+        """By number of the site, where misses were judged normal lately."""
         self._due_s = np.zeros(0)
-        self._hold_s = np.zeros(0)
+        self._first_due_s = math.inf
 
     def use(self, records: Iterable[SiteRecord]) -> None:
         """Watch the promoted ones among some sites.
@@ -71,10 +75,8 @@ class MissWatch:
         another block's by now (``controller/settling.py``).
         """
         seen = dict(zip(self._blocks, self._seen.tolist(), strict=True))
-        judged = {
-            id(tree): rate_hz
-            for tree, rate_hz in zip(self._trees, self._judged_hz.tolist(), strict=True)
-        }
+        missed = dict(zip(self._blocks, self._missed.tolist(), strict=True))
+        judged = {id(self._trees[number]): hz for number, hz in self._judged_hz.items()}
         groups: dict[Addr, list[tuple[SiteRecord, Block, Addr]]] = defaultdict(list)
         for record in records:
             block = record.active
@@ -84,30 +86,32 @@ class MissWatch:
                 groups[record.arena.addr].append((record, block, block.plan.miss_count_addr))
         self.records = [record for group in groups.values() for record, _, _ in group]
         self._blocks = [block.addr for group in groups.values() for _, block, _ in group]
-        self._trees = [block.plan.tree for group in groups.values() for _, block, _ in group]
+        trees = [block.plan.tree for group in groups.values() for _, block, _ in group]
         self._cells = []
         for group in groups.values():
+            arena = group[0][0].arena
             addrs = np.array([addr for _, _, addr in group], np.int64)
-            first, last = int(addrs.min()), int(addrs.max())
-            indices = (addrs - first) // CELL_SIZE
-            size = last - first + CELL_SIZE
-            self._cells.append(_ArenaCells(group[0][0].arena, Addr(first), size, indices))
+            self._cells.append(_ArenaCells(arena, (addrs - arena.addr) // CELL_SIZE))
         now = self._read_cells()
         counted = zip(self._blocks, now.tolist(), strict=True)
         self._seen = np.array([seen.get(addr, count) for addr, count in counted], np.uint64)
-        self._judged_hz = np.array([judged.get(id(tree), 0.0) for tree in self._trees])
-        self._rate_hz = np.array([record.miss_rate_hz for record in self.records])
+        self._missed = np.array([missed.get(addr, 0) for addr in self._blocks], np.uint64)
+        self._is_jump = np.array([r.site.kind is not SiteKind.CALL for r in self.records], np.bool_)
+        numbers = enumerate(map(id, trees))
+        self._judged_hz = {number: judged[tree] for number, tree in numbers if tree in judged}
+        # Only now: while the old ones are kept no new one has the identity of another.
+        self._trees = trees
         self._due_s = np.array([record.next_sample_s for record in self.records])
-        self._hold_s = np.array([record.hold_until_s for record in self.records])
+        self._first_due_s = float(self._due_s.min(initial=math.inf))
 
     def _read_cells(self) -> NDArray[np.uint64]:
         """Return the miss count of each site."""
-        if not self._cells:
-            return np.zeros(0, np.uint64)
-        return np.concatenate([cells.read() for cells in self._cells])
+        if len(self._cells) == 1:
+            return self._cells[0].read()
+        return np.concatenate([np.zeros(0, np.uint64), *(cells.read() for cells in self._cells)])
 
     def find_due(
-        self, now_s: float, elapsed_s: float, floor_hz: float, growth: float
+        self, now_s: float, elapsed_s: float, floor_hz: float, growth: float, *, by_clock: bool
     ) -> tuple[list[SiteRecord], list[SiteRecord]]:
         """Read all counters; return (sites that miss as never before, sites whose time it is).
 
@@ -116,26 +120,48 @@ class MissWatch:
             elapsed_s: Since the last read.
             floor_hz: Misses a second that are always too few.
             growth: Factor over what was judged fit that is needed.
+            by_clock: Whether the second are wanted.
         """
         now = self._read_cells()
         # u64 differences wrap as the counters do.
-        before, self._rate_hz = self._rate_hz, (now - self._seen) / elapsed_s
+        self._missed = now - self._seen
+        self._elapsed_s = elapsed_s
         self._seen = now
-        limit_hz = np.maximum(floor_hz, growth * self._judged_hz)
-        is_missing = (self._rate_hz > limit_hz) & (now_s >= self._hold_s)
-        self._judged_hz = np.maximum(
-            np.minimum(self._judged_hz, self._rate_hz), FORGOTTEN_PER_READ * self._judged_hz
-        )
-        for number in np.flatnonzero((before > 0) | (self._rate_hz > 0)).tolist():
-            self.records[number].miss_rate_hz = float(self._rate_hz[number])
-        is_due = (now_s >= self._due_s) & ~is_missing
-        due = np.flatnonzero(is_due)
-        due = due[np.argsort(self._due_s[due], kind="stable")]
-        return self._at(np.flatnonzero(is_missing)), self._at(due)
+        missing: list[int] = []
+        floor = floor_hz * elapsed_s
+        # ``max`` and ``flatnonzero`` take several times as long: they begin in Python.
+        is_calm = int(np.maximum.reduce(self._missed, initial=0)) <= floor
+        # Few sites miss so much at a time: of those a loop in Python may be made.
+        for number in () if is_calm else np.flatnonzero(self._missed > floor).tolist():
+            limit_hz = growth * self._judged_hz.get(number, 0.0)
+            is_held = now_s < self.records[number].hold_until_s
+            if self._rate_hz(number) > limit_hz and not is_held:
+                missing.append(number)
+        for number, judged_hz in tuple(self._judged_hz.items()):
+            level_hz = min(judged_hz, self._rate_hz(number))
+            level_hz = max(level_hz, FORGOTTEN_PER_READ * judged_hz)
+            if growth * level_hz > floor_hz:
+                self._judged_hz[number] = level_hz
+            else:
+                del self._judged_hz[number]  # it raises no limit
+        due: list[int] = []
+        if by_clock and now_s >= self._first_due_s:
+            waiting = np.flatnonzero(now_s >= self._due_s)
+            waiting = waiting[np.argsort(self._due_s[waiting], kind="stable")]
+            due = [number for number in waiting.tolist() if number not in missing]
+        return self._at(missing), self._at(due)
 
-    def _at(self, numbers: NDArray[np.intp]) -> list[SiteRecord]:
+    def _rate_hz(self, number: int) -> float:
+        """Return how often a site missed between the last two reads, a second."""
+        return float(self._missed[number]) / self._elapsed_s
+
+    def jump_misses_hz(self) -> float:
+        """Return how often all promoted jump sites together missed at the last read, a second."""
+        return float(self._missed[self._is_jump].sum()) / self._elapsed_s
+
+    def _at(self, numbers: Iterable[int]) -> list[SiteRecord]:
         """Return the sites with these numbers that are still promoted."""
-        found = [self.records[number] for number in numbers.tolist()]
+        found = [self.records[number] for number in numbers]
         return [record for record in found if record.state is SiteState.PROMOTED]
 
     def judged(self, records: Iterable[SiteRecord]) -> None:
@@ -148,5 +174,6 @@ class MissWatch:
             number = numbers.get(id(record))
             if number is not None:
                 self._due_s[number] = record.next_sample_s
-                self._hold_s[number] = record.hold_until_s
-                self._judged_hz[number] = max(self._judged_hz[number], self._rate_hz[number])
+                judged_hz = self._judged_hz.get(number, 0.0)
+                self._judged_hz[number] = max(judged_hz, self._rate_hz(number))
+        self._first_due_s = float(self._due_s.min(initial=math.inf))

@@ -84,20 +84,25 @@ class PerfMap:
         self._blocks: frozenset[tuple[Addr, int, Addr]] = frozenset()
         self._next_s = 0.0
 
-    def update(
-        self, blocks: Iterable[BlockEntry], now_s: float, *, at_once: bool = False
-    ) -> str | None:
-        """Make the file tell of these blocks, unless it does or was changed just now.
+    def is_due(self, now_s: float) -> bool:
+        """Tell whether the file may be changed again without changing it too often.
+
+        Args:
+            now_s: The time, ``time.monotonic()``.
+        """
+        return now_s >= self._next_s and not self._is_given_up
+
+    def update(self, blocks: Iterable[BlockEntry], now_s: float) -> str | None:
+        """Make the file tell of these blocks, unless it does.
 
         Args:
             blocks: All live and retired ones.
             now_s: The time, ``time.monotonic()``.
-            at_once: Do it even if the file was changed just now.
 
         Returns:
             Why blocks will have no names, once; else None.
         """
-        if self._is_given_up or (now_s < self._next_s and not at_once):
+        if self._is_given_up:
             return None
         blocks = tuple(blocks)
         key = frozenset((block.addr, block.crc, block.site_addr) for block in blocks)

@@ -11,7 +11,7 @@ threads: see ``patch/grace.py``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from optpoline.controller.address_space import target_space
@@ -32,8 +32,12 @@ __all__ = ["Reclaimer"]
 
 
 MAX_INTERVALS = 64
-"""Sweeps come at intervals that double up to so many of the first while no block is
+"""Sweeps come at intervals that double up to so many of the first while few blocks are
 written: what is garbage by then grows only as text is linked anew."""
+
+WRITTEN_SHARE = 0.25
+"""Share of ``reclaim_after_size`` that must have been written since the last sweep for the
+next to come at the shortest interval: so much garbage grows no faster than blocks do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ class Reclaimer:
         self._awaited: set[Addr] = set()
         self._left: list[Addr] = []
         self._handle = 0
-        self._n_put_seen = 0
+        self._put_size_seen = 0
         self._interval_s = 0.0
         self._last_sweep_s = 0.0
         self._next_sweep_s = 0.0
@@ -89,7 +93,7 @@ class Reclaimer:
         self._n_retired = 0
         self._n_freed = 0
 
-    def step(self, records: Sequence[SiteRecord], spares: Iterable[Block], now_s: float) -> None:
+    def step(self, records: Collection[SiteRecord], spares: Iterable[Block], now_s: float) -> None:
         """Retire what has become garbage, look at the threads, free what may be freed.
 
         Target state: running; a thread that never sleeps is stopped for an instant.
@@ -98,7 +102,7 @@ class Reclaimer:
             ProcessGone: if the target is gone.
             StopTimeout: if threads do not stop.
         """
-        if now_s < self._not_before_s:
+        if now_s < self._not_before_s or not self._is_due(now_s):
             return
         begin_s, begin_cpu_s = time.monotonic(), time.process_time()
         try:
@@ -110,8 +114,18 @@ class Reclaimer:
         took_s = min(time.monotonic() - begin_s, time.process_time() - begin_cpu_s)
         self._not_before_s = now_s + took_s / self._config.reclaim_duty
 
+    def _is_due(self, now_s: float) -> bool:
+        """Tell whether there may be anything to do; ten times a second mostly not."""
+        is_waiting = not self._grace.is_idle or bool(self._expired)
+        return is_waiting or now_s >= self._next_sweep_s or self._is_worth_a_sweep()
+
+    def _is_worth_a_sweep(self) -> bool:
+        """Tell whether so much was written that it should not wait for a rare sweep."""
+        written = sum(arena.put_size for arena in self._target.arenas) - self._put_size_seen
+        return written >= max(1.0, WRITTEN_SHARE * self._config.reclaim_after_size)
+
     def _do_step(
-        self, records: Sequence[SiteRecord], spares: Sequence[Block], now_s: float
+        self, records: Collection[SiteRecord], spares: Sequence[Block], now_s: float
     ) -> None:
         """Take one step; ``Unsettled`` puts the rest of it off."""
         if self._children.unreadable:
@@ -156,12 +170,13 @@ class Reclaimer:
             is_search_refused=self._grace.is_search_refused,
         )
 
-    def _sweep(self, records: Sequence[SiteRecord], spares: Sequence[Block], now_s: float) -> None:
+    def _sweep(
+        self, records: Collection[SiteRecord], spares: Sequence[Block], now_s: float
+    ) -> None:
         """Retire the live blocks that nothing leads to, once they are worth a grace period."""
-        n_put = sum(arena.n_put for arena in self._target.arenas)
         every_s = self._config.reclaim_every_s
-        if n_put != self._n_put_seen:
-            self._n_put_seen = n_put
+        if self._is_worth_a_sweep():
+            self._put_size_seen = sum(arena.put_size for arena in self._target.arenas)
             self._interval_s = every_s
             self._next_sweep_s = min(self._next_sweep_s, self._last_sweep_s + every_s)
         if now_s < self._next_sweep_s:
@@ -196,7 +211,7 @@ class Reclaimer:
             self._grace.retire(RetiredCode(block.addr, block.end, text_end))
         self._handle = self._grace.start_poll()
 
-    def _find_used(self, records: Sequence[SiteRecord], spares: Sequence[Block]) -> set[Addr]:
+    def _find_used(self, records: Collection[SiteRecord], spares: Sequence[Block]) -> set[Addr]:
         """Return the blocks that anything leads to, or may lead to again.
 
         Raises:
@@ -229,7 +244,7 @@ class Reclaimer:
         arenas = self._target.arenas
         return next((a for a in arenas if a.code_start <= addr < a.code_end), None)
 
-    def _free(self, records: Sequence[SiteRecord], spares: Sequence[Block]) -> None:
+    def _free(self, records: Collection[SiteRecord], spares: Sequence[Block]) -> None:
         """Free the blocks whose grace period is over, if still nothing leads to them.
 
         A child that was being forked while the text changed, or that was not seen at the

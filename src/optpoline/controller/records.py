@@ -88,8 +88,6 @@ class SiteRecord:
     calm_since_s: float = 0.0
     hold_until_s: float = 0.0
     """Before that a window of the site would change nothing."""
-    miss_rate_hz: float = 0.0
-    """Misses a second of the promoted block at the last poll."""
     changed_s: float = 0.0
     n_relearned: int = 0
     n_relinked: int = 0

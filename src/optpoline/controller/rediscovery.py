@@ -16,19 +16,23 @@ share up; they rest, longer each time, and what they cost does not count.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from optpoline.controller.hot_sites import NEARBY_WEIGHT, HotSites
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.site_map import Evidence, Weights
 from optpoline.controller.summary import SiteState
-from optpoline.model import SiteKind
 
 __all__ = ["Rediscovery"]
 
 LOOK_EVERY_S = 1.0
 """Time between looks; one takes LOOK_S at LOOK_HZ, some 100 samples a busy thread,
 each two or three microseconds: 0.03 % of a CPU."""
+
+CALM_LOOKS = 8
+CALM_LOOK_EVERY_S = 2.0
+"""Time between looks when so many in a row were followed by no window: a look takes 2 to 3 ms
+of the controller's own time."""
 
 LOOK_S = 0.05
 LOOK_HZ = 1993
@@ -70,23 +74,26 @@ class Rediscovery:
 
     Args:
         hot: Finds sites that run.
+        jump_misses_hz: Returns how often promoted jump sites take their thunks, a second.
         now_s: CLOCK_MONOTONIC, seconds.
     """
 
-    def __init__(self, hot: HotSites, now_s: float) -> None:
+    def __init__(self, hot: HotSites, jump_misses_hz: Callable[[], float], now_s: float) -> None:
         """Begin; nothing is opened but for the length of a look."""
         self._hot = hot
+        self._jump_misses_hz = jump_misses_hz
         self._next_look_s = now_s + AFTER_NOTHING_S
+        self._n_calm = 0
+        """Looks since the last window."""
         self._met: Weights = defaultdict(float)
         self._forget_s = now_s + FORGET_S
 
-    def find(self, linked: Iterable[SiteRecord], now_s: float) -> list[SiteRecord]:
+    def find(self, now_s: float) -> list[SiteRecord]:
         """Return the sites for which a learning window is worth it now, hottest first.
 
         Takes ``LOOK_S`` when it looks.
 
         Args:
-            linked: The sites that lead to blocks, or have led there.
             now_s: CLOCK_MONOTONIC, seconds.
 
         Raises:
@@ -96,7 +103,9 @@ class Rediscovery:
             return []
         evidence = self._hot.look(LOOK_S, LOOK_HZ)
         is_blind = self._hot.reason_blind is not None
-        self._next_look_s = now_s + (BLIND_INTERVAL_S if is_blind else LOOK_EVERY_S)
+        self._n_calm += 1
+        every_s = LOOK_EVERY_S if self._n_calm <= CALM_LOOKS else CALM_LOOK_EVERY_S
+        self._next_look_s = now_s + (BLIND_INTERVAL_S if is_blind else every_s)
         if evidence.n_samples < (1 if is_blind else MIN_SAMPLES):
             return []
         if now_s >= self._forget_s:
@@ -104,11 +113,9 @@ class Rediscovery:
             self._forget_s = now_s + FORGET_S
         for addr, weight in evidence.branching.items():
             self._met[addr] += weight
-        return self._choose(evidence, linked, now_s)
+        return self._choose(evidence, now_s)
 
-    def _choose(
-        self, evidence: Evidence, linked: Iterable[SiteRecord], now_s: float
-    ) -> list[SiteRecord]:
+    def _choose(self, evidence: Evidence, now_s: float) -> list[SiteRecord]:
         """Return the sites worth a window by what was seen now and before."""
         named = self._hot.eligible(evidence.branching, now_s)
         unnamed = self._hot.take_unnamed(evidence)
@@ -116,7 +123,7 @@ class Rediscovery:
         if unnamed:
             branching += sum(evidence.unnamed.values())
         n_busy_cpus = evidence.n_samples / self._hot.samples_per_cpu(LOOK_S, LOOK_HZ)
-        known_share = _jump_misses_hz(linked) * MISS_S / n_busy_cpus
+        known_share = self._jump_misses_hz() * MISS_S / n_busy_cpus
         if branching / evidence.n_samples - known_share >= MIN_BRANCHING_SHARE:
             nearby = {addr: NEARBY_WEIGHT * n for addr, n in evidence.nearby.items()}
             chosen = self._hot.eligible({**nearby, **evidence.branching}, now_s)
@@ -126,6 +133,7 @@ class Rediscovery:
 
     def learned(self, records: Sequence[SiteRecord], now_s: float) -> None:
         """Note that a window over some sites is over."""
+        self._n_calm = 0
         for record in records:
             self._met.pop(record.site.addr, None)
         self._hot.learned(records, now_s)
@@ -139,12 +147,3 @@ def _pause_s(n_promoted: int) -> float:
     if n_promoted >= MANY_FINDS:
         return AFTER_MANY_FINDS_S
     return AFTER_FINDS_S if n_promoted else AFTER_NOTHING_S
-
-
-def _jump_misses_hz(linked: Iterable[SiteRecord]) -> float:
-    """Return how often promoted jump sites take their thunks, a second."""
-    return sum(
-        record.miss_rate_hz
-        for record in linked
-        if record.state is SiteState.PROMOTED and record.site.kind is not SiteKind.CALL
-    )

@@ -155,6 +155,10 @@ class Sampler:
             ),
         )
 
+    def jump_misses_hz(self) -> float:
+        """Return how often all promoted jump sites together missed at the last poll, a second."""
+        return self._watch.jump_misses_hz()
+
     def poll(self, records: Collection[SiteRecord], now_s: float) -> list[SiteRecord]:
         """Read miss counters; return promoted sites that are due for a window."""
         if now_s >= self._next_review_s:
@@ -162,14 +166,18 @@ class Sampler:
         elapsed_s = max(1e-6, now_s - self._last_poll_s)
         self._last_poll_s = now_s
         schedule = self._schedule
-        missing, due = self._watch.find_due(
-            now_s, elapsed_s, schedule.miss_rate_floor_hz, schedule.miss_growth
-        )
-        self._missing = {id(record) for record in missing}
         earned_s = elapsed_s * WORK_SHARE * schedule.overhead_ratio
         self._work_left_s = min(WORK_SAVED_S, self._work_left_s + earned_s)
         # Misses cost more than looking at them does; all else can wait.
-        return [*missing, *(due[:MAX_DUE] if self._work_left_s > 0.0 else ())]
+        missing, due = self._watch.find_due(
+            now_s,
+            elapsed_s,
+            schedule.miss_rate_floor_hz,
+            schedule.miss_growth,
+            by_clock=self._work_left_s > 0.0,
+        )
+        self._missing = {id(record) for record in missing}
+        return [*missing, *due[:MAX_DUE]]
 
     def sample(self, due: list[SiteRecord]) -> tuple[int, int]:
         """Count at the due sites, and decide where a window is complete.

@@ -133,6 +133,7 @@ class Session:
         self._pidfd = -1
         self._last_summary: Summary | None = None
         self._next_maps_s = 0.0
+        self._n_changes_named = 0
 
     # --- attaching
 
@@ -170,7 +171,7 @@ class Session:
             empty=self._counts.empty,
         )
         self._hot = HotSites(target)
-        self._rediscovery = Rediscovery(self._hot, time.monotonic())
+        self._rediscovery = Rediscovery(self._hot, self._sampler.jump_misses_hz, time.monotonic())
         self._reclaimer = Reclaimer(self.config, target, self._children, self._keep_counts)
         self._settler = Settler(self.config, self._reclaimer)
         self._perf_map = PerfMap(self.pid, target.symbol_at)
@@ -420,8 +421,13 @@ class Session:
     def _name_blocks(self, *, at_once: bool = False) -> None:
         """Let profilers know the blocks by name."""
         assert self._perf_map is not None
-        blocks = [block for arena in self.target.arenas for block in arena.blocks]
-        note = self._perf_map.update(blocks, time.monotonic(), at_once=at_once)
+        arenas, now_s = self.target.arenas, time.monotonic()
+        n_changes = sum(arena.n_changes for arena in arenas)
+        if n_changes == self._n_changes_named or not (at_once or self._perf_map.is_due(now_s)):
+            return
+        self._n_changes_named = n_changes
+        blocks = [block for arena in arenas for block in arena.blocks]
+        note = self._perf_map.update(blocks, now_s)
         if note is not None:
             self._note(note)
 
@@ -499,7 +505,7 @@ class Session:
         assert self._reclaimer is not None
         assert self._settler is not None
         # First, so that an arena that is used up gets room again whatever fails below.
-        linked = list(self._first_window.ever_linked.values())
+        linked = self._first_window.ever_linked.values()
         self._reclaimer.step(linked, self._sampler.spares, now_s)
         due = self._sampler.poll(linked, now_s)
         if due:
@@ -532,7 +538,7 @@ class Session:
     def _rediscover(self, now_s: float, stop: threading.Event | None) -> None:
         """Learn the sites anew that time is spent for in thunks."""
         assert self._rediscovery is not None
-        found = self._rediscovery.find(self._first_window.ever_linked.values(), now_s)
+        found = self._rediscovery.find(now_s)
         if not found:
             return
         self._learn_hot(found, self.config.relearn_s, stop)

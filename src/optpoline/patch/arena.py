@@ -69,6 +69,7 @@ class Arena:
         self._view = memoryview(self._memory)
         # One aligned native u64 store per item: never torn (see store_u64).
         self._words = self._view.cast("Q")
+        self._array = np.frombuffer(self._memory, np.uint64)
         self._memory[:HEADER_SIZE] = header.pack().ljust(HEADER_SIZE, b"\0")
         self._journal: dict[int, JournalEntry] = {}
         self._code = FreeExtents(geometry.code_off, geometry.literal_off)
@@ -87,6 +88,10 @@ class Arena:
         """Blocks ever written."""
         self.n_reused = 0
         """Those of them that were written to memory of earlier ones."""
+        self.put_size = 0
+        """Bytes of all blocks ever written."""
+        self.n_changes = 0
+        """Changes of which blocks there are, and of their states: a version of ``blocks``."""
 
     @property
     def end(self) -> Addr:
@@ -145,6 +150,7 @@ class Arena:
         # Who catches an exception (Ctrl-C, above all) still holds the frames that it came
         # through, and what they were looking at: then it is unmapped when they are gone.
         with suppress(BufferError):
+            self._array = np.zeros(0, np.uint64)
             self._words.release()
             self._view.release()
             self._memory.close()
@@ -199,6 +205,7 @@ class Arena:
         # Below the highest end so far all that is free was freed.
         self.n_reused += room.at < self._used_code_end
         self.n_put += 1
+        self.put_size += room.end - room.at
         self._used_code_end = max(self._used_code_end, room.end)
         self._cells[addr] = cells
         self._extents[addr] = room
@@ -235,6 +242,7 @@ class Arena:
         entry = replace(entry, state=state)
         self.store_u64(Addr(self.addr + off + BlockEntry.STATE_OFF), entry.state_word)
         self._entries[entry.addr] = entry
+        self.n_changes += 1
 
     def retire_block(self, addr: Addr) -> BlockEntry:
         """Note that nothing leads to a block any more; return its entry."""
@@ -385,6 +393,11 @@ class Arena:
         """Return bytes of the arena as they are now."""
         off = addr - self.addr
         return self._memory[off : off + size]
+
+    def take_u64(self, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return the u64 at some indices of the arena's words, as they are now."""
+        taken: NDArray[np.uint64] = self._array[indices]
+        return taken
 
     def view_u32(self, addr: Addr, n_words: int) -> NDArray[np.uint32]:
         """Return words of the arena themselves, not a copy; let go of them before ``close``."""

@@ -20,7 +20,7 @@ threads, all busy (of them watched)    1        16       200 (64)
 our CPU time for a window of 0.1 s     0.6 ms   0.5 ms   4.2 ms
 the same, and all clocks to be opened  0.6 ms   0.7 ms   4.8 ms
 descriptors (mmap keeps a copy)        2        32       128
-locked memory, 2 pages a ring          8 KiB    128 KiB  512 KiB
+locked memory of the rings             68 KiB   320 KiB  512 KiB
 =====================================  =======  =======  ========
 
 Among 100 busy threads per CPU we wait for our turn like any of them, and the
@@ -60,6 +60,10 @@ from optpoline.process.procfs import list_tids
 __all__ = ["MAX_FREQUENCY_HZ", "MAX_THREADS", "PcSample", "PcSampler", "share_within"]
 
 MAX_THREADS = 64
+MAX_RING_PAGES = 16
+"""Data pages of a ring where threads are few: a sample with 16 words of stack takes 176
+bytes, and a ring of one page would wake us after every twelfth."""
+_MAX_LOCKED_PAGES = 2 * MAX_THREADS
 MAX_FREQUENCY_HZ = 10_000
 _DEFAULT_FREQUENCY_HZ = 997
 _NS_PER_S = 1_000_000_000
@@ -273,11 +277,13 @@ class PcSampler:
     def _open_clocks(self, chosen: set[int]) -> int:
         """Open the clocks still missing; return how many threads turned out to have exited."""
         n_exited = 0
+        n_pages = _ring_pages(len(chosen))
         for tid in sorted(chosen - self._clocks.keys()):
             try:
                 clock = ThreadClock(
                     tid,
                     period_ns=_NS_PER_S // self._frequency_hz,
+                    n_pages=n_pages,
                     n_stack_words=self._n_stack_words,
                 )
             except ProcessGone:
@@ -312,6 +318,18 @@ class PcSampler:
         del self._tids[clock.fileno()]
         self._poll.unregister(clock.fileno())
         clock.close()
+
+
+def _ring_pages(n_threads: int) -> int:
+    """Return how many pages of data each thread's ring has: a power of two.
+
+    >>> [_ring_pages(n_threads) for n_threads in (1, 8, 16, 64)]
+    [16, 8, 4, 1]
+    """
+    n_pages = MAX_RING_PAGES
+    while n_pages > 1 and n_threads * (n_pages + 1) > _MAX_LOCKED_PAGES:
+        n_pages //= 2
+    return n_pages
 
 
 def _open_pidfd(pid: int) -> int:

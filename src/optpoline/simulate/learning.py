@@ -38,6 +38,7 @@ class Learner:
         """Have looked at nothing."""
         self._state = state
         self._next_look_s = 0.0
+        self._n_calm = 0
         self._met = np.zeros(len(state.sites))
 
     def learn_first(self, end_s: float) -> list[SimulatedSite]:
@@ -72,6 +73,7 @@ class Learner:
         found = self._find_in_thunks(now_s)
         if not found:
             return [], now_s
+        self._n_calm = 0
         end_s = min(self._state.workload.seconds, now_s + self._state.engine.relearn_s)
         promoted = self._learn([(site, now_s) for site in found], end_s)
         engine = self._state.engine
@@ -83,7 +85,11 @@ class Learner:
         state, engine = self._state, self._state.engine
         if now_s < self._next_look_s:
             return []
-        self._next_look_s = now_s + engine.thunk_look_every_s
+        self._n_calm += 1
+        is_calm = self._n_calm > engine.n_calm_looks
+        self._next_look_s = now_s + (
+            engine.calm_look_every_s if is_calm else engine.thunk_look_every_s
+        )
         rates_hz = self._site_rates_hz(now_s - engine.thunk_look_s, now_s)
         n_samples = rates_hz * engine.thunk_s * engine.thunk_look_s * engine.thunk_look_hz
         self._met += state.rng.poisson(n_samples * ~state.is_promoted)

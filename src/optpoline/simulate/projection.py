@@ -141,9 +141,9 @@ def _measure_poll(n_sites: int, clock: Callable[[], float]) -> float:
 
     def poll() -> None:
         now = np.frombuffer(bytearray(span), np.uint64)[cells]
-        rate = (now - seen) / 0.05
+        rate = (now - seen) / 0.1
         np.flatnonzero((rate > np.maximum(2e4, 2.0 * judged)) | (due <= 1.0))
-        np.maximum(np.minimum(judged, rate), 0.9 * judged)
+        np.maximum(np.minimum(judged, rate), 0.81 * judged)
 
     return _typical(poll, clock)
 

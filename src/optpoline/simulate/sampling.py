@@ -22,7 +22,7 @@ from optpoline.simulate.windows import SAMPLE_OPEN_SLOTS, Window
 __all__ = ["FORGOTTEN_PER_READ", "GOLDEN_RATIO", "Sampler"]
 
 GOLDEN_RATIO = 0.618033988749895
-FORGOTTEN_PER_READ = 0.9
+FORGOTTEN_PER_READ = 0.81
 """As in ``controller/sampling.py`` and ``controller/misses.py``."""
 
 _STAKE_MODEL = CostModel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import cast
 
 import pytest
@@ -20,6 +21,8 @@ from optpoline.controller.rediscovery import (
     AFTER_FINDS_S,
     AFTER_MANY_FINDS_S,
     AFTER_NOTHING_S,
+    CALM_LOOK_EVERY_S,
+    CALM_LOOKS,
     FORGET_S,
     LOOK_EVERY_S,
     MANY_FINDS,
@@ -54,6 +57,11 @@ class ToldHotSites(HotSites):
         """Return what it was told."""
         self.n_looks += 1
         return self.evidence
+
+
+def no_misses_hz() -> float:
+    """Return that no promoted jump site misses."""
+    return 0.0
 
 
 def weigh(**weights: float) -> Weights:
@@ -104,24 +112,24 @@ def test_jumps_that_nothing_names_have_one_turn_each() -> None:
 
 def test_a_large_share_brings_what_is_nearby_too(records: list[SiteRecord]) -> None:
     hot = ToldHotSites(records)
-    rediscovery = Rediscovery(hot, 0.0)
-    assert rediscovery.find([], AFTER_NOTHING_S - 0.01) == []
+    rediscovery = Rediscovery(hot, no_misses_hz, 0.0)
+    assert rediscovery.find(AFTER_NOTHING_S - 0.01) == []
     assert hot.n_looks == 0
     hot.evidence = Evidence(n_samples=100, branching=weigh(s1=2, s2=3), nearby=weigh(s3=90))
-    assert rediscovery.find([], AFTER_NOTHING_S) == [records[2], records[1], records[3]]
+    assert rediscovery.find(AFTER_NOTHING_S) == [records[2], records[1], records[3]]
 
 
 def test_what_is_met_rarely_is_remembered_for_a_while(records: list[SiteRecord]) -> None:
     hot = ToldHotSites(records)
-    rediscovery = Rediscovery(hot, 0.0)
+    rediscovery = Rediscovery(hot, no_misses_hz, 0.0)
     hot.evidence = Evidence(n_samples=100, branching=weigh(s1=0.3), nearby=weigh(s3=90))
     now_s = AFTER_NOTHING_S
-    assert rediscovery.find([], now_s) == []
-    assert rediscovery.find([], now_s + LOOK_EVERY_S) == [records[1]]
+    assert rediscovery.find(now_s) == []
+    assert rediscovery.find(now_s + LOOK_EVERY_S) == [records[1]]
     rediscovery.learned(records[1:2], now_s + LOOK_EVERY_S)
     now_s += 600.0
-    assert rediscovery.find([], now_s) == []
-    assert rediscovery.find([], now_s + FORGET_S) == []
+    assert rediscovery.find(now_s) == []
+    assert rediscovery.find(now_s + FORGET_S) == []
 
 
 @pytest.mark.parametrize(
@@ -138,29 +146,44 @@ def test_the_more_was_found_the_sooner_comes_the_next_look(n_promoted: int, paus
     for record in records[:n_promoted]:
         record.state = SiteState.PROMOTED
     hot = ToldHotSites(records)
-    rediscovery = Rediscovery(hot, 0.0)
+    rediscovery = Rediscovery(hot, no_misses_hz, 0.0)
     now_s = 10.0
     rediscovery.learned(records, now_s)
-    rediscovery.find([], now_s + pause_s - 0.01)
+    rediscovery.find(now_s + pause_s - 0.01)
     assert hot.n_looks == 0
-    rediscovery.find([], now_s + pause_s)
+    rediscovery.find(now_s + pause_s)
     assert hot.n_looks == 1
+
+
+def test_looks_are_rarer_where_nothing_is_found(records: list[SiteRecord]) -> None:
+    hot = ToldHotSites(records)
+    rediscovery = Rediscovery(hot, no_misses_hz, 0.0)
+    looks_s: list[float] = []
+    for now_s in range(100):
+        n_before = hot.n_looks
+        rediscovery.find(float(now_s))
+        if hot.n_looks > n_before:
+            looks_s.append(now_s)
+    pauses_s = [later - earlier for earlier, later in pairwise(looks_s)]
+    assert pauses_s[:CALM_LOOKS] == [LOOK_EVERY_S] * CALM_LOOKS
+    assert set(pauses_s[CALM_LOOKS:]) == {CALM_LOOK_EVERY_S}
+    rediscovery.learned([], 100.0)
+    before = hot.n_looks
+    rediscovery.find(100.0 + AFTER_NOTHING_S)
+    rediscovery.find(100.0 + AFTER_NOTHING_S + LOOK_EVERY_S)
+    assert hot.n_looks == before + 2
 
 
 def test_an_idle_program_says_nothing(records: list[SiteRecord]) -> None:
     hot = ToldHotSites(records)
     hot.evidence = Evidence(n_samples=MIN_SAMPLES - 1, branching=weigh(s1=MIN_SAMPLES - 1))
-    assert Rediscovery(hot, 0.0).find([], AFTER_NOTHING_S) == []
+    assert Rediscovery(hot, no_misses_hz, 0.0).find(AFTER_NOTHING_S) == []
 
 
 def test_misses_of_promoted_jumps_are_known(records: list[SiteRecord]) -> None:
-    jump = make_record(0x2000, SiteKind.JUMP)
-    jump.state = SiteState.PROMOTED
-    jump.miss_rate_hz = 1e8
-    hot = ToldHotSites([*records, jump])
+    hot = ToldHotSites(records)
     hot.evidence = Evidence(n_samples=100, branching=weigh(s1=0.2, s2=20))
     hot.learned(records[2:3], AFTER_NOTHING_S)
     hot.evidence.branching.update(weigh(s4=0.2, s5=0.2, s6=0.2, s7=0.2, s8=0.2, s9=4))
-    assert Rediscovery(hot, 0.0).find([jump], AFTER_NOTHING_S) == [records[9]]
-    jump.miss_rate_hz = 0.0
-    assert len(Rediscovery(hot, 0.0).find([jump], AFTER_NOTHING_S)) == 7
+    assert Rediscovery(hot, lambda: 1e8, 0.0).find(AFTER_NOTHING_S) == [records[9]]
+    assert len(Rediscovery(hot, no_misses_hz, 0.0).find(AFTER_NOTHING_S)) == 7

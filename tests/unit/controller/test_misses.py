@@ -11,7 +11,7 @@ import pytest
 from optpoline.controller.misses import MissWatch
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
-from optpoline.model import Addr, BlockPlan, Guard, Miss
+from optpoline.model import Addr, BlockPlan, Guard, Miss, SiteKind
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import add_block
 from tests.unit.controller.lone_arena import THUNK, make_arena, make_record, make_site
@@ -49,7 +49,7 @@ def promote(record: SiteRecord) -> None:
 
 def promoted_record(arena: Arena, number: int = 0) -> SiteRecord:
     """Return the record of a promoted site."""
-    record = make_record(arena, make_site(number))
+    record = make_record(arena, make_site(number, SiteKind.JUMP))
     promote(record)
     return record
 
@@ -62,9 +62,11 @@ def miss(record: SiteRecord, n: int) -> None:
     record.arena.store_u64(addr, (record.arena.load_u64(addr) + n) % 2**64)
 
 
-def poll(watch: MissWatch, now_s: float = 0.0) -> tuple[list[SiteRecord], list[SiteRecord]]:
+def poll(
+    watch: MissWatch, now_s: float = 0.0, *, by_clock: bool = True
+) -> tuple[list[SiteRecord], list[SiteRecord]]:
     """Poll as the sampler does."""
-    return watch.find_due(now_s, POLL_S, FLOOR_HZ, GROWTH)
+    return watch.find_due(now_s, POLL_S, FLOOR_HZ, GROWTH, by_clock=by_clock)
 
 
 def watching(*records: SiteRecord) -> MissWatch:
@@ -90,10 +92,11 @@ def test_misses_show_at_the_next_poll(arena: Arena) -> None:
     missing, due = poll(watch)
     assert [r.site.addr for r in missing] == [sites[1].site.addr]
     assert due == []
-    assert [round(r.miss_rate_hz) for r in sites] == [0, 1100, 900]
+    # They are jumps, all of them.
+    assert watch.jump_misses_hz() == pytest.approx(2 * FLOOR_HZ)
     # It was a burst.
     assert poll(watch) == ([], [])
-    assert [r.miss_rate_hz for r in sites] == [0.0, 0.0, 0.0]
+    assert watch.jump_misses_hz() == 0.0
 
 
 def test_what_was_missed_before_does_not_count(arena: Arena) -> None:
@@ -147,6 +150,20 @@ def test_sites_are_due_by_the_clock_longest_waiting_first(arena: Arena) -> None:
     watch.judged([sites[1]])
     _, due = poll(watch, 3.0)
     assert [r.site.addr for r in due] == [sites[2].site.addr, sites[0].site.addr]
+
+
+def test_clock_may_wait_but_not_misses(arena: Arena) -> None:
+    sites = [promoted_record(arena, i) for i in range(2)]
+    for site in sites:
+        site.next_sample_s = 1.0
+    watch = watching(*sites)
+    assert poll(watch, 2.0, by_clock=False) == ([], [])
+    miss(sites[1], 10**6)
+    missing, due = poll(watch, 2.0, by_clock=False)
+    assert [r.site.addr for r in missing] == [sites[1].site.addr]
+    assert due == []
+    _, due = poll(watch, 2.0)
+    assert len(due) == 2
 
 
 def test_missing_site_is_not_due_as_well(arena: Arena) -> None:
@@ -206,7 +223,7 @@ def test_counter_that_wraps_is_no_burst(arena: Arena) -> None:
     watch = watching(site)
     miss(site, 10)
     assert poll(watch) == ([], [])
-    assert site.miss_rate_hz == pytest.approx(10 / POLL_S)
+    assert watch.jump_misses_hz() == pytest.approx(10 / POLL_S)
 
 
 def test_two_thousand_sites_are_read_in_no_time() -> None:

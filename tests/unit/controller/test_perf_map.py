@@ -117,17 +117,17 @@ def test_no_block_no_file(proc: Path, folder: Path) -> None:
 
 def test_changed_about_once_a_second(proc: Path, path: Path) -> None:
     names = _map_of(proc)
+    assert names.is_due(10.0)
     names.update(ONE, 10.0)
     inode = path.stat().st_ino
     names.update(ONE, 20.0)
     assert path.stat().st_ino == inode
+    assert names.is_due(20.0)
     names.update(TWO, 20.0)
     assert path.read_text() == TWO_LINES
     assert path.stat().st_ino != inode
-    names.update(ONE, 20.0 + UPDATE_EVERY_S / 2)
-    assert path.read_text() == TWO_LINES
-    names.update(ONE, 20.0 + UPDATE_EVERY_S / 2, at_once=True)
-    assert path.read_text() == ONE_LINE
+    assert not names.is_due(20.0 + UPDATE_EVERY_S / 2)
+    assert names.is_due(20.0 + UPDATE_EVERY_S)
     names.remove()
 
 
