@@ -98,7 +98,8 @@ for n in range(20000):
             shown[block.addr] = gdb.execute("bt", to_string=True)
     # Both: enough was seen, and this is inside a block. Without blocks all that the program
     # does must have been seen: a round of eight functions takes it some 1,600 instructions.
-    if n > (1500 if wanted else 3500) and wanted <= blocks.keys() and (block is not None or not wanted):
+    is_enough = n > (1500 if wanted else 3500)
+    if is_enough and wanted <= blocks.keys() and (block is not None or not wanted):
         break
     gdb.execute("stepi", to_string=True)
 json.dump(
