@@ -51,7 +51,7 @@ from optpoline.model import Mapping
 from optpoline.process.host_cpu import read_xsave_layout
 from optpoline.process.memory import RemoteMemory, store_data
 from optpoline.process.own_stack import is_own_stack
-from optpoline.process.procfs import read_maps, read_state_char, read_status
+from optpoline.process.procfs import read_maps, read_maps_around, read_state_char, read_status
 from optpoline.process.ptrace import StopCode, Tracer
 from optpoline.process.rseq import RSEQ_CS_OFF
 from optpoline.x86.registers import USER_CODE_SELECTOR, Registers
@@ -253,7 +253,7 @@ class InjectionThread:
         self._rbp = self._regs.rbp if rbp is None else rbp
         low = self._rsp - _ARGUMENTS_SIZE
         size = frame.addr + len(frame.data) - low
-        if not is_own_stack(read_maps(self._pid), low, low + size):
+        if not is_own_stack(read_maps_around(self._pid, low + size), low, low + size):
             raise TargetFault(low, size)
         # A coroutine's stack may lie there all the same, as a local array.
         try:

@@ -28,6 +28,7 @@ __all__ = [
     "read_kernel_stack",
     "read_layout",
     "read_maps",
+    "read_maps_around",
     "read_processor",
     "read_start_time",
     "read_state_char",
@@ -123,25 +124,49 @@ def read_maps(pid: int, *, proc_root: Path = _PROC) -> tuple[Mapping, ...]:
         ProcessGone: if the process does not exist, or has no memory any more.
         PermissionDenied: if we may not look.
     """
+    return tuple(_decode_mapping(line) for line in _read_map_lines(pid, proc_root))
+
+
+def read_maps_around(pid: int, addr: int, *, proc_root: Path = _PROC) -> tuple[Mapping, ...]:
+    """Return the mapping that an address is in, or ends, or is below, and the one before it.
+
+    Those that there are; in a stop, where a program of thousands of threads would stand for
+    milliseconds until all of its stacks are decoded.
+
+    Raises:
+        ProcessGone: if the process does not exist, or has no memory any more.
+        PermissionDenied: if we may not look.
+    """
+    before: str | None = None
+    for line in _read_map_lines(pid, proc_root):
+        end = line[line.index("-") + 1 : line.index(" ")]
+        if int(end, 16) >= addr:
+            return tuple(_decode_mapping(one) for one in (before, line) if one is not None)
+        before = line
+    return () if before is None else (_decode_mapping(before),)
+
+
+def _read_map_lines(pid: int, proc_root: Path) -> list[str]:
+    """Return the lines of a memory map, at least one."""
     text = _read_text(f"{proc_root}/{pid}/maps", pid) or _read_maps_of_threads(pid, proc_root)
     if not text:
         raise ProcessGone(pid, f"process {pid} has no memory: it has exited, or is the kernel's")
-    mappings = []
-    for line in text.splitlines():
-        fields = line.split(maxsplit=5)
-        start, _, end = fields[0].partition("-")
-        mappings.append(
-            Mapping(
-                start=Addr(int(start, 16)),
-                end=Addr(int(end, 16)),
-                perms=fields[1],
-                offset=int(fields[2], 16),
-                device=fields[3],
-                inode=int(fields[4]),
-                path=_unescape(fields[5]) if len(fields) > 5 else "",
-            )
-        )
-    return tuple(mappings)
+    return text.splitlines()
+
+
+def _decode_mapping(line: str) -> Mapping:
+    """Decode one line of a memory map."""
+    fields = line.split(maxsplit=5)
+    start, _, end = fields[0].partition("-")
+    return Mapping(
+        start=Addr(int(start, 16)),
+        end=Addr(int(end, 16)),
+        perms=fields[1],
+        offset=int(fields[2], 16),
+        device=fields[3],
+        inode=int(fields[4]),
+        path=_unescape(fields[5]) if len(fields) > 5 else "",
+    )
 
 
 def _read_maps_of_threads(pid: int, proc_root: Path) -> str:

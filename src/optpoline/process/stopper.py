@@ -72,7 +72,8 @@ _MAX_PATIENT_LISTINGS = 32
 """After so many listings with threads that run, all are stopped that do."""
 
 _LIST_AGAIN_NS = 10_000_000
-"""When to look for threads that have begun to run; then after twice that, and so on."""
+"""Without a thread that came to stand, when to look for some that have begun to run; then
+after twice that, and so on."""
 
 _LEAVE_TIMEOUT_NS = 1_000_000_000
 _FIND_INJECTOR_NS = 20_000_000
@@ -331,20 +332,23 @@ class Stopper:
 
     def _collect_pending(self) -> None:
         """Wait until the interrupted threads stand."""
-        pause_s, begin_ns = _FIRST_POLL_S, time.monotonic_ns()
-        checked_ns, list_again_ns = begin_ns, _LIST_AGAIN_NS
+        pause_s = _FIRST_POLL_S
+        checked_ns = idle_since_ns = time.monotonic_ns()
+        list_again_ns = _LIST_AGAIN_NS
         while self._pending:
-            if self._collect_some():
-                pause_s = _FIRST_POLL_S
+            has_progress = self._collect_some()
             if not self._pending:
                 return
             now_ns = time.monotonic_ns()
+            if has_progress:
+                # Each of a thousand threads takes its time: nothing is wrong while they come.
+                pause_s, checked_ns, idle_since_ns = _FIRST_POLL_S, now_ns, now_ns
             if now_ns >= self.deadline_ns:
                 raise StopTimeout(self.timeout_ns, tuple(sorted(self._pending)))
             if now_ns - checked_ns > _CHECK_STATE_NS:
                 checked_ns = now_ns
                 self._drop_unstoppable()
-            if now_ns - begin_ns > list_again_ns:
+            if now_ns - idle_since_ns > list_again_ns:
                 # Those that have begun to run keep the ones we wait for off their CPU.
                 list_again_ns *= 2
                 self._interrupt_running()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from optpoline.process.procfs import (
     list_tids,
     read_exe_path,
     read_maps,
+    read_maps_around,
     read_start_time,
     read_state_char,
     read_status,
@@ -246,3 +248,13 @@ def test_own_process() -> None:
     assert read_status(pid).tgid == pid
     # We are in read(2), of that very file.
     assert read_thread_state(pid, pid).syscall_nr == 0
+
+
+def test_maps_around_an_address_are_two_lines_of_all(proc: Path) -> None:
+    maps = read_maps(PID, proc_root=proc)
+    for below, at in pairwise(maps):
+        for addr in (at.start, at.start + 1, at.end):
+            if addr > below.end:
+                assert read_maps_around(PID, addr, proc_root=proc) == (below, at)
+    assert read_maps_around(PID, 0, proc_root=proc) == maps[:1]
+    assert read_maps_around(PID, 1 << 64, proc_root=proc) == maps[-1:]
