@@ -19,7 +19,14 @@ from typing import assert_never
 from optpoline.controller.arguments import validate_pid, validate_setting
 from optpoline.controller.children import Children
 from optpoline.controller.collector import collector_paused
+from optpoline.controller.commit import DEFAULT_TIMEOUT_S
 from optpoline.controller.config import LEARN_S, Config
+from optpoline.controller.declared_program import (
+    DeclaredProgram,
+    KeyHandle,
+    StaticCallHandle,
+    Transaction,
+)
 from optpoline.controller.events import Event, EventKind
 from optpoline.controller.exact_counts import ExactCounts, describe_operation
 from optpoline.controller.executor import OperationEvent
@@ -46,7 +53,7 @@ from optpoline.controller.summary import (
     SiteState,
     Summary,
 )
-from optpoline.controller.takeover import read_status, restore_left
+from optpoline.controller.takeover import find_left, restore_left
 from optpoline.controller.target import Target
 from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
 from optpoline.controller.wording import count_of
@@ -128,6 +135,7 @@ class Session:
         self._reclaimer: Reclaimer | None = None
         self._counts: ExactCounts | None = None
         self._perf_map: PerfMap | None = None
+        self._declared: DeclaredProgram | None = None
         self._pidfd = -1
         self._last_summary: Summary | None = None
         self._next_maps_s = 0.0
@@ -142,7 +150,7 @@ class Session:
             self._pidfd = os.pidfd_open(self.pid)
         except OSError as error:
             raise ProcessGone(self.pid) from error
-        if read_status(self.pid) is not None:
+        if find_left(self.pid) is not None:
             result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
             restored = count_of(result.restored, "site")
             self._note(f"found what an earlier controller left: restored {restored}")
@@ -267,6 +275,41 @@ class Session:
         """Keep a sentence for the summary, and tell it."""
         self.notes.append(message)
         self._tell(EventKind.NOTE, message)
+
+    # --- static calls and keys
+
+    def static_call(self, name: str) -> StaticCallHandle:
+        """Return a static call that the program declares, to give it another target.
+
+        What is set stays so after the session. See ``declared`` for programs without sites.
+
+        Raises:
+            UsageError: if there is none of that name.
+        """
+        return self._declared_program().static_call(name)
+
+    def key(self, name: str) -> KeyHandle:
+        """Return a static key that the program declares, to switch it; likewise.
+
+        Raises:
+            UsageError: if there is none of that name.
+        """
+        return self._declared_program().key(name)
+
+    def transaction(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Transaction:
+        """Begin changes of several keys and static calls that are made in one stop.
+
+        Args:
+            timeout_s: How long to wait for threads that are in the way.
+        """
+        return self._declared_program().transaction(timeout_s=timeout_s)
+
+    def _declared_program(self) -> DeclaredProgram:
+        """Return what the program declares; read when first asked for."""
+        if self._declared is None:
+            self._declared = DeclaredProgram(self.target)
+        self._check_open()
+        return self._declared
 
     # --- learning and promoting
 

@@ -11,7 +11,7 @@ that time, so ask before text is changed.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from optpoline.discover.thunks import ThunkScan, find_thunks
 from optpoline.errors import OptpolineError
 from optpoline.model import Addr, Module
 from optpoline.process.memory import Memory
+
+if TYPE_CHECKING:
+    from optpoline.discover.changeable import Changeable
 
 __all__ = ["ModuleImage"]
 
@@ -185,6 +188,14 @@ class ModuleImage:
     def thunks(self) -> ThunkScan:
         """Its thunks."""
         return find_thunks(self.texts, self.symbols, lambda: self.functions)
+
+    @cached_property
+    def changeable(self) -> Changeable:
+        """What of it may be changed while it runs, without our sites."""
+        # Here, for what reads declarations needs this module.
+        from optpoline.discover.changeable import read_changeable
+
+        return read_changeable(self)
 
     def is_code(self, addr: int) -> bool:
         """Say whether an address is in its executable memory."""

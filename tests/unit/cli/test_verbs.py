@@ -26,7 +26,7 @@ from optpoline.errors import ControllerActive, OptpolineError
 from optpoline.process.checks import CheckStatus, Diagnosis
 from tests.unit.cli.fakes import FakeApi, FakeListing, make_site
 
-VERBS = ("run", "attach", "status", "check", "detach", "sites", "doctor")
+VERBS = (*("run", "attach", "status", "check", "detach", "sites", "key", "static-call", "doctor"),)
 
 LEFT = LeftBehind(
     pid=4711,
