@@ -263,6 +263,16 @@ def test_damaged_notes_leave_the_program_untouched(
     assert optpoline.read_status(target.pid) is None
 
 
+def test_a_program_that_a_signal_has_stopped(target: LiveTarget) -> None:
+    os.kill(target.pid, signal.SIGSTOP)
+    target.wait_for_state("T")
+    with optpoline.declared(target.pid) as program:
+        change(program, {"trace": "on"})
+    target.wait_for_state("T")
+    os.kill(target.pid, signal.SIGCONT)
+    assert target.ask("") == "3031 64 6 0 5"
+
+
 # --- several modules
 
 

@@ -207,6 +207,7 @@ def _held(entry: JournalEntry, code: bytes) -> bytes:
     Raises:
         SiteChanged: if it is no branch of ours any more.
     """
-    if destination(entry, code) is None:
+    held = entry.changed_of(code)
+    if entry.with_changed(held) != code:
         raise SiteChanged(entry.addr, entry.code, code)
-    return entry.changed_of(code)
+    return held

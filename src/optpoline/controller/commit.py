@@ -23,12 +23,14 @@ and what is half done can be told and finished (``changes.py``).
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from optpoline.controller.target import Target
 from optpoline.discover.readers import READER_COUNT_SIZE
 from optpoline.errors import SiteChanged, TargetFault, TransactionTimeout
+from optpoline.patch.layout import JournalEntry
 from optpoline.patch.text import Poke, is_inside, poke_all
 from optpoline.process.stop import Stop, Wake
 
@@ -39,6 +41,9 @@ DEFAULT_TIMEOUT_S = 2.0
 
 _FIRST_PAUSE_S = 0.0005
 _MAX_PAUSE_S = 0.05
+_PLAN_AGAIN_S = 0.008
+"""After a pause of so long a plan is made anew: modules may have been loaded."""
+
 _PATIENCE_S = 0.1
 """After that a wait's timeout may begin again: its call is waited for in vain."""
 
@@ -63,6 +68,7 @@ class _Obstacle:
 
     reason: str
     tids: tuple[int, ...] = ()
+    is_plan_old: bool = False
 
 
 def commit(target: Target, make_plan: Callable[[], Plan], *, timeout_s: float) -> int:
@@ -88,8 +94,9 @@ def commit(target: Target, make_plan: Callable[[], Plan], *, timeout_s: float) -
     """
     begin_s = time.monotonic()
     pause_s = _FIRST_PAUSE_S
+    plan: Plan | None = None
     while True:
-        plan = make_plan()
+        plan = plan or make_plan()
         if not plan.pokes:
             return 0
         waited_s = time.monotonic() - begin_s
@@ -99,6 +106,8 @@ def commit(target: Target, make_plan: Callable[[], Plan], *, timeout_s: float) -
         if time.monotonic() - begin_s >= timeout_s:
             raise TransactionTimeout(timeout_s, obstacle.reason, obstacle.tids)
         time.sleep(min(pause_s, max(0.0, begin_s + timeout_s - time.monotonic())))
+        if obstacle.is_plan_old or pause_s >= _PLAN_AGAIN_S:
+            plan = None
         pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
 
@@ -106,25 +115,32 @@ def _try(target: Target, plan: Plan, *, may_delay: bool) -> _Obstacle | None:
     """Try once; say what was in the way, or None if it is done."""
     if not target.may_wake_all(may_delay=may_delay):
         return _Obstacle(reason="a thread sleeps in a system call that must not be interrupted")
+    sites = sorted((poke.entry for poke in plan.pokes), key=lambda entry: entry.addr)
     with target.stop(Wake.ALL) as stop:
-        obstacle = _look(target, stop, plan)
+        obstacle = _look(target, stop, plan, sites)
         if obstacle is None:
             try:
                 poke_all(target.memory, plan.pokes)
             except SiteChanged:
                 # Another plan shows whether it is another transaction's work or not ours.
-                return _Obstacle(reason="others change the same keys or calls")
+                reason = "others change the same keys or calls"
+                return _Obstacle(reason=reason, is_plan_old=True)
     return obstacle
 
 
-def _look(target: Target, stop: Stop, plan: Plan) -> _Obstacle | None:
+def _look(
+    target: Target, stop: Stop, plan: Plan, sites: Sequence[JournalEntry]
+) -> _Obstacle | None:
     """Say who is in the way of the stores."""
     if stop.asleep:
         reason = f"{_threads(stop.asleep)} in a system call that must not be interrupted"
         return _Obstacle(reason=reason, tids=stop.asleep)
-    pcs = {thread.pc for thread in stop.stopped}
-    if any(is_inside(poke.entry, pc) for pc in pcs for poke in plan.pokes):
-        return _Obstacle(reason="a thread stands inside an instruction that is changed")
+    for thread in stop.stopped:
+        # The last site that begins before it.
+        at = bisect_left(sites, thread.pc, key=lambda entry: entry.addr) - 1
+        if at >= 0 and is_inside(sites[at], thread.pc):
+            reason = "a thread stands inside an instruction that is changed"
+            return _Obstacle(reason=reason, tids=(thread.tid,))
     reading = tuple(
         thread.tid
         for thread in stop.stopped

@@ -87,6 +87,7 @@ class DeclaredCall:
         default_name: What it calls in the file, by the source: "NULL" for nothing, "0" for
             what returns zero, "?" if the source does not tell.
         default_addr: Where that is.
+        span: First and last address after an instruction that is changed.
         targets: What it may be given, by the source.
         is_file_known: Whether the file could be read. If not, calls that were changed before
             cannot be found.
@@ -97,6 +98,7 @@ class DeclaredCall:
     sites: tuple[JournalEntry, ...]
     default_name: str
     default_addr: Addr
+    span: tuple[Addr, Addr]
     targets: tuple[CallTarget, ...]
     is_file_known: bool
 
@@ -108,8 +110,7 @@ class DeclaredCall:
 
     def reaches(self, addr: Addr) -> bool:
         """Tell whether every instruction that is changed reaches an address."""
-        ends = [site.end for site in (self.trampoline, *self.sites)]
-        return is_within_reach(min(ends), addr) and is_within_reach(max(ends), addr)
+        return all(is_within_reach(end, addr) for end in self.span)
 
     @property
     def may_be_changed(self) -> bool:
@@ -258,12 +259,14 @@ def _call(
     trampoline = _entry(image, call.addr, _TRAMPOLINE_SIZE)
     disp = int.from_bytes(trampoline.disp, "little", signed=True)
     default_addr = Addr(trampoline.end + disp)
+    ends = [site.end for site in (trampoline, *sites)]
     return DeclaredCall(
         call=call,
         trampoline=trampoline,
         sites=sites,
         default_name=_default_name(image, call, default_addr),
         default_addr=default_addr,
+        span=(min(ends), max(ends)),
         targets=targets,
         is_file_known=is_file_known,
     )

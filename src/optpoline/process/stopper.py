@@ -248,7 +248,9 @@ class Stopper:
                     continue
                 try:
                     state = read_state_char(pid, tid)
-                    may_wake = state == "S" and self._may_wake(pid, tid)
+                    # Who is stopped by job control may be continued at any time.
+                    is_wakeable = state == "S" or (state == "T" and self.wakes_all)
+                    may_wake = is_wakeable and self._may_wake(pid, tid)
                 except ProcessGone:
                     continue
                 if state == "R":
