@@ -190,6 +190,7 @@ def test_what_is_set_stays_and_is_told(
 ) -> None:
     pid = str(target.pid)
     before = Witness.of(target.pid)
+    listed = optpoline.find_sites(target.pid).declared
     assert main(["key", pid, "trace=on"]) == 0
     assert main(["static-call", pid, "codec=codec_v2"]) == 0
     assert target.ask("") == "3031 65 7 0 6"
@@ -202,6 +203,7 @@ def test_what_is_set_stays_and_is_told(
     assert report.settings == ("trace=on", "codec=codec_v2")
     with optpoline.declared(target.pid) as program:
         assert [key.name for key in program.keys if key.is_set] == ["trace"]
+    assert optpoline.find_sites(target.pid).declared == listed
     assert main(["detach", pid]) == 0
     assert "set, and left so: trace=on, codec=codec_v2" in capsys.readouterr().err
     assert target.ask("") == "3031 65 7 0 6"
@@ -229,6 +231,9 @@ def test_wrong_names_and_functions_change_nothing(target: LiveTarget) -> None:
         program.static_call("codec").update("local_codec", any_function=True)
         assert target.ask("") == "31 93 35 0 134"
         assert program.static_call("codec").target == "local_codec"
+    left = optpoline.read_status(target.pid)
+    assert left is not None
+    assert left.settings == ("codec=local_codec",)
 
 
 def test_a_breakpoint_in_one_site_keeps_all_from_being_changed(target: LiveTarget) -> None:

@@ -57,8 +57,8 @@ def static_call_command(
             transaction.commit()
         names = dict(wanted)
         calls = [call for call in program.static_calls if not wanted or call.name in names]
-    declared = {target for call in before for target in call.targets}
-    if any_function and any(one not in {*declared, DEFAULT_VALUE} for one in names.values()):
+    declared = {(call.name, target) for call in before for target in call.targets}
+    if any(one not in declared and one[1] != DEFAULT_VALUE for one in wanted):
         console.say("note: nobody has compared the function's type with the static call's")
     invocation.sink.write(static_calls_document(pid, calls))
     if not invocation.sink.takes_stdout and not wanted:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from optpoline.controller.declared_sites import DeclaredModule, read_declared_module
 from optpoline.controller.declared_state import summarise_calls, summarise_keys
@@ -55,9 +56,18 @@ def describe_settings(modules: Sequence[DeclaredModule], text: Text) -> Iterator
     for key in summarise_keys(modules, text):
         if key.is_set:
             yield f"{key.name}={key.state.value}"
-    for call in summarise_calls(modules, text, hex):
+    for call in summarise_calls(modules, text, partial(_symbol_at, modules)):
         if call.is_set:
             yield f"{call.name}={call.target or 'mixed'}"
+
+
+def _symbol_at(modules: Sequence[DeclaredModule], addr: int) -> str | None:
+    """Name a function of a module that declares anything."""
+    for module in modules:
+        if module.image.is_code(addr):
+            named = module.image.symbols.name_at(addr)
+            return named[0] if named is not None and not named[1] else None
+    return None
 
 
 def describe_torn(modules: Sequence[DeclaredModule], text: Text) -> Iterator[tuple[int, str]]:

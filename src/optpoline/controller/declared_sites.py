@@ -29,7 +29,14 @@ from optpoline.process.memory import Memory
 from optpoline.process.modules import open_module
 from optpoline.x86.assembler import encode_disp32
 
-__all__ = ["BranchSite", "DeclaredCall", "DeclaredKey", "DeclaredModule", "read_declared_module"]
+__all__ = [
+    "BranchSite",
+    "DeclaredCall",
+    "DeclaredKey",
+    "DeclaredModule",
+    "read_declared_module",
+    "read_declaring_image",
+]
 
 _OWNER = b"optpoline\0"
 _COUNT_SIZE = 4
@@ -176,22 +183,32 @@ def read_declared_module(pid: int, module: Module, memory: Memory) -> DeclaredMo
         NotesError: if its notes are damaged, contradict its text, or are too new.
         TargetFault: if it cannot be read: it was unloaded meanwhile.
     """
+    image = read_declaring_image(pid, module, memory)
+    if image is None:
+        return None
+    declared = read_declarations(image)
+    return DeclaredModule(
+        image=image,
+        keys=tuple(_key(key, declared, image) for key in declared.keys),
+        calls=_calls(declared, image, is_file_known=image.has_file_text),
+        readers_offset=find_readers_offset(image, declared),
+    )
+
+
+def read_declaring_image(pid: int, module: Module, memory: Memory) -> ModuleImage | None:
+    """Return a module that may declare anything, its text as in its file; else None.
+
+    Where the file cannot be read its text is that in memory.
+    """
     if module.name.startswith(f"memfd:{ARENA_NAME}") or not _has_notes(module, memory):
         return None
     file = read_module_file(pid, module, memory)
     stream = open_module(pid, module)
     try:
-        image = ModuleImage.from_process(module, _TextOfFile(memory, file), stream)
+        return ModuleImage.from_process(module, _TextOfFile(memory, file), stream)
     finally:
         if stream is not None:
             stream.close()
-    declared = read_declarations(image)
-    return DeclaredModule(
-        image=image,
-        keys=tuple(_key(key, declared, image) for key in declared.keys),
-        calls=_calls(declared, image, is_file_known=file is not None),
-        readers_offset=find_readers_offset(image, declared),
-    )
 
 
 def _has_notes(module: Module, memory: Memory) -> bool:

@@ -237,12 +237,12 @@ def _with_settings(
     finally:
         target.close()
     notes = result.notes
-    if n_finished or n_reset:
+    if n_finished or n_reset or settings:
         notes = tuple(note for note in notes if note != _NOTHING)
     if n_finished:
         notes += (f"finished {count_of(n_finished, 'change')} of static keys and calls",)
     if n_reset:
-        notes += (f"{count_of(n_reset, 'static key or call')} put back to what they begin as",)
+        notes += (f"{count_of(n_reset, 'setting')} put back to what the program begins with",)
     if settings:
         notes += (f"set, and left so: {', '.join(settings)}",)
     return replace(result, notes=notes)

@@ -155,6 +155,11 @@ class ModuleImage:
         return SymbolTable(self.facts.dynamic_symbols, self.module.load_bias)
 
     @property
+    def has_file_text(self) -> bool:
+        """Whether its file could be read."""
+        return bool(self._files)
+
+    @property
     def is_stripped(self) -> bool:
         """Whether only exported functions have names."""
         return self.facts.symbols is None

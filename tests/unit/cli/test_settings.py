@@ -42,6 +42,7 @@ def test_several_calls_are_one_transaction(
 def test_any_function_is_told_that_nobody_has_compared_types(
     api: FakeApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    api.program.static_calls = (CODEC, replace(CODEC, name="hook", targets=("other",)))
     assert main(["static-call", "1", "codec=other", "--any-function"], api=api) == 0
     assert api.program.committed == [{"codec": "other of any type"}]
     assert "nobody has compared" in capsys.readouterr().err
