@@ -15,7 +15,7 @@ from optpoline.discover.declared import read_declarations
 from optpoline.discover.image import ModuleImage
 from optpoline.errors import NotesError, TargetFault
 from optpoline.model import Addr
-from optpoline.x86.decode import decode_one
+from optpoline.x86.decode import Insn, decode_one
 
 __all__ = ["Changeable", "read_changeable"]
 
@@ -39,10 +39,9 @@ def read_changeable(image: ModuleImage) -> Changeable:
     """Read a module's notes; where they are damaged nothing can be changed, by anybody."""
     try:
         declared = read_declarations(image)
-        trampolines = {
-            call.addr: decode_one(image.read(call.addr, _TRAMPOLINE_SIZE), call.addr)
-            for call in declared.calls
-        }
+        # As in the text that analyses follow, which was read once: a call that leads to X there
+        # ends a run at X, whatever the trampoline leads to by now.
+        trampolines = {call.addr: _decode(image, call.addr) for call in declared.calls}
     except (NotesError, TargetFault):
         return Changeable()
     calls = {*trampolines, *(target.addr for target in declared.targets)}
@@ -52,3 +51,9 @@ def read_changeable(image: ModuleImage) -> Changeable:
         forks={one.addr: (one.target, Addr(one.addr + one.size)) for one in declared.branches},
         calls=frozenset(calls),
     )
+
+
+def _decode(image: ModuleImage, addr: Addr) -> Insn | None:
+    """Decode a trampoline."""
+    text = image.text_at(addr)
+    return decode_one(text.code_at(addr, _TRAMPOLINE_SIZE), addr) if text is not None else None

@@ -257,6 +257,7 @@ class ModuleImage:
         For modules without a site, most of which are large libraries.
         """
         self.__dict__.pop("texts", None)
+        self.__dict__.pop("changeable", None)  # it speaks of that text
         if self.module.mappings:
             self._files = ()
 

@@ -11,6 +11,7 @@ import pytest
 from optpoline.discover import ModuleImage, flags_dead_at, operand_dead_at
 from optpoline.discover.changeable import Changeable
 from optpoline.model import Addr
+from optpoline.x86.assembler import encode_disp32
 from optpoline.x86.flags import FlagsFate, run_flags
 from optpoline.x86.liveness import RegisterFate, run_register
 
@@ -93,3 +94,27 @@ def test_flags_behind_a_key(image: ModuleImage) -> None:
         fork = min(addr for addr in image.changeable.forks if addr >= start)
         assert fork > start  # at its entry flags would be dead by convention
         assert flags_dead_at(image, fork) == is_dead
+
+
+def test_the_targets_are_those_of_the_text_that_is_followed(image: ModuleImage) -> None:
+    texts, trampoline = image.texts, find(image, "optpoline.call.codec")
+    elsewhere = find(image, "main")
+
+    class Redirected:
+        """The program's memory after the text was read: another target, which nobody declared."""
+
+        def read(self, addr: int, size: int) -> bytes:
+            data = bytearray(image.__class__.read(image, Addr(addr), size))
+            if addr <= trampoline < addr + size:
+                off = trampoline + 1 - addr
+                data[off : off + 4] = encode_disp32(trampoline + 5, elsewhere)
+            return bytes(data)
+
+    later = ModuleImage(image.module, Redirected(), image.facts, image._files)
+    later.__dict__["texts"] = texts
+    first = find(image, "first")
+    assert {first, trampoline} <= later.changeable.calls
+    assert elsewhere not in later.changeable.calls
+    # Read anew, the text is that of now.
+    image.drop_text()
+    assert "changeable" not in image.__dict__
