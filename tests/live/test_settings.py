@@ -6,7 +6,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import optpoline
 from optpoline.cli.main import main
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.procfs import read_maps
+from optpoline.process.stop import Wake, stop_threads
 from tests.live.conftest import LiveTarget
 from tests.live.witness import Witness
 
@@ -62,6 +66,8 @@ CASES = (
     Case({"hook": "on_event"}, "31 64 6 1 105"),
     Case({"hook": "on_event", "codec": "codec_v2", "trace": "on"}, "3031 65 7 1 6"),
 )
+
+N_LOOKS = 12
 
 Build = Callable[..., Path]
 Start = Callable[..., LiveTarget]
@@ -236,6 +242,37 @@ def test_wrong_names_and_functions_change_nothing(target: LiveTarget) -> None:
     assert left.settings == ("codec=local_codec",)
 
 
+@pytest.mark.parametrize("timeout_s", [-1.0, float("nan")])
+def test_a_timeout_that_is_none(target: LiveTarget, timeout_s: float) -> None:
+    before = Witness.of(target.pid)
+    with optpoline.declared(target.pid) as program:
+        transaction = program.transaction(timeout_s=timeout_s)
+        transaction.key("trace").enable()
+        with pytest.raises(optpoline.UsageError, match="timeout_s is"):
+            transaction.commit()
+    before.check(target.pid)
+
+
+def test_another_controller_that_has_stopped_it_is_waited_for(target: LiveTarget) -> None:
+    is_stopped = threading.Event()
+
+    def hold() -> None:
+        with (
+            RemoteMemory(target.pid) as memory,
+            stop_threads(target.pid, memory=memory, wake=Wake.ALL),
+        ):
+            is_stopped.set()
+            time.sleep(0.1)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert is_stopped.wait(10.0)
+    with optpoline.declared(target.pid) as program:
+        program.key("trace").enable()
+    other.join()
+    assert target.ask("") == "3031 64 6 0 5"
+
+
 def test_a_breakpoint_in_one_site_keeps_all_from_being_changed(target: LiveTarget) -> None:
     with optpoline.declared(target.pid) as program, RemoteMemory(target.pid) as memory:
         declared = optpoline.find_sites(target.pid).declared
@@ -299,6 +336,67 @@ def test_one_name_is_one_key_in_all_modules(build: Build, start: Start) -> None:
             assert any(m.start <= addr < m.end for m in text for addr in changed)
         program.reset()
     before.check(target.pid)
+
+
+def test_modules_that_come_and_go(build: Build, start: Start) -> None:
+    library = build(*C, "-O1", "-fPIC", "-shared")
+    target = start(build("gcc", "-pthread", sources=("loader.c",)), library)
+    with optpoline.declared(target.pid) as program:
+        for _ in range(N_LOOKS):
+            # It may be there or not; it is neither damaged nor somebody else's.
+            if "trace" in {key.name for key in program.keys}:
+                with suppress(optpoline.UsageError):  # gone by now
+                    change(program, {"trace": "on", "codec": "codec_v2"})
+            for call in program.static_calls:
+                assert not call.is_torn
+    assert target.ask("") == "ran 0"
+
+
+# --- any function
+
+SOURCES_OF_NAMES = {
+    "a.c": r"""
+#include <stdio.h>
+#include "optpoline.h"
+__attribute__((noipa)) int first(int value) { return value; }
+DEFINE_STATIC_CALL(codec, first);
+static int chosen(int value) { return value + 1; }
+static int (*choose(void))(int) { return chosen; }
+int indirect(int value) __attribute__((ifunc("choose")));
+__attribute__((noipa, used)) static int same(int value) { return value + 2; }
+int main(void)
+{
+    int (*volatile call)(int) = indirect;
+    puts("ready");
+    fflush(stdout);
+    while (getchar() != EOF) {
+        printf("%d\n", static_call(codec)(call(0)));
+        fflush(stdout);
+    }
+    return 0;
+}
+""",
+    "b.c": "__attribute__((noipa, used)) static int same(int value) { return value + 3; }\n",
+}
+
+
+def test_a_name_that_is_no_one_function(start: Start, tmp_path: Path) -> None:
+    for name, source in SOURCES_OF_NAMES.items():
+        (tmp_path / name).write_text(source)
+    path, files = tmp_path / "program", [str(tmp_path / name) for name in SOURCES_OF_NAMES]
+    command = ["gcc", "-O2", f"-I{INCLUDE}", *files, "-o", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    target = start(path)
+    before = Witness.of(target.pid)
+    with optpoline.declared(target.pid) as program:
+        call = program.static_call("codec")
+        with pytest.raises(optpoline.UsageError, match="has several functions same"):
+            call.update("same", any_function=True)
+        with pytest.raises(optpoline.UsageError, match=r"indirect of .* is no function, but choo"):
+            call.update("indirect", any_function=True)
+        before.check(target.pid)
+        call.update("chosen", any_function=True)
+    assert target.ask("") == "2"
 
 
 # --- sessions

@@ -20,7 +20,7 @@ from optpoline.controller.declared_state import destination
 from optpoline.errors import SiteChanged, UnsupportedTarget, UsageError
 from optpoline.model import Addr
 from optpoline.patch.layout import JournalEntry
-from optpoline.patch.text import Poke, Text, read_entries
+from optpoline.patch.text import Poke, Text, read_whole
 from optpoline.x86.assembler import encode_disp32
 
 __all__ = ["CallChange", "Change", "KeyAction", "KeyChange", "plan_changes"]
@@ -97,7 +97,7 @@ def plan_changes(
             leads[change.name] = dict(change.addrs)
     keys = [key for module in modules for key in module.keys if key.key.name in actions]
     calls = [call for module in modules for call in module.calls if call.call.name in leads]
-    found = read_entries(text, [*_entries_of(keys, calls)])
+    found = read_whole(text, [*_entries_of(keys, calls)])
     first: list[Poke] = []
     then: list[Poke] = []
     for key in keys:

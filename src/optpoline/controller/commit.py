@@ -27,6 +27,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from optpoline.controller.arguments import validate_setting
 from optpoline.controller.target import Target
 from optpoline.discover.readers import READER_COUNT_SIZE
 from optpoline.errors import SiteChanged, TargetFault, TransactionTimeout
@@ -86,23 +87,28 @@ def commit(target: Target, make_plan: Callable[[], Plan], *, timeout_s: float) -
         How many stores were made; 0 if all was so already.
 
     Raises:
+        UsageError: if ``timeout_s`` is no length of time.
         TransactionTimeout: if a thread was in the way each time.
         SiteChanged: if a site holds somebody else's bytes.
         StopTimeout: if the threads do not stop.
         ProcessGone: if the target is.
         PermissionDenied: if a thread cannot be traced.
     """
+    validate_setting("timeout_s", timeout_s)
     begin_s = time.monotonic()
     pause_s = _FIRST_PAUSE_S
     plan: Plan | None = None
     while True:
-        plan = plan or make_plan()
-        if not plan.pokes:
-            return 0
-        waited_s = time.monotonic() - begin_s
-        obstacle = _try(target, plan, may_delay=waited_s >= min(_PATIENCE_S, timeout_s / 2))
-        if obstacle is None:
-            return len(plan.pokes)
+        try:
+            plan = plan or make_plan()
+            waited_s = time.monotonic() - begin_s
+            may_delay = waited_s >= min(_PATIENCE_S, timeout_s / 2)
+            obstacle = _try(target, plan, may_delay=may_delay) if plan.pokes else None
+            if obstacle is None:
+                return len(plan.pokes)
+        except TargetFault:
+            # Another plan shows whether its module was unloaded, or cannot be read at all.
+            obstacle = _Obstacle(reason="modules come and go", is_plan_old=True)
         if time.monotonic() - begin_s >= timeout_s:
             raise TransactionTimeout(timeout_s, obstacle.reason, obstacle.tids)
         time.sleep(min(pause_s, max(0.0, begin_s + timeout_s - time.monotonic())))

@@ -9,7 +9,7 @@ in its procedure linkage table, and uses that.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from optpoline.controller.changes import CallChange
 from optpoline.controller.declared_modules import DeclaredModules
@@ -69,18 +69,20 @@ def _find(
 ) -> Addr:
     """Return where one module's static call finds a function."""
     module, call = part
-    found = [addr for one in (part, *parts) for addr in _declared(one, function)]
+    found: Iterable[Addr] = [addr for one in (part, *parts) for addr in _declared(one, function)]
     if is_any and not found:
         split = _IN_MODULE.fullmatch(function)
         only_in, wanted = (split[1], split[2]) if split else (None, function)
-        found = list(modules.functions_named(wanted, near=module.image.module, only_in=only_in))
+        found = modules.functions_named(wanted, near=module.image.module, only_in=only_in)
+    too_far: list[Addr] = []
     for addr in found:
         if call.reaches(addr):
             return addr
+        too_far.append(addr)
     path = module.image.module.path
-    if found:
+    if too_far:
         raise UsageError(
-            f"{function} at {found[0]:#x} is more than 2 GiB away from the static call "
+            f"{function} at {too_far[0]:#x} is more than 2 GiB away from the static call "
             f"{call.call.name} of {path}, beyond any direct branch",
             hint=f"declare it there: STATIC_CALL_TARGET({call.call.name}, {function})",
         )

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import TypeVar
 
 from optpoline.controller.declared_sites import (
     DeclaredCall,
@@ -12,11 +14,16 @@ from optpoline.controller.declared_sites import (
 )
 from optpoline.controller.target import Target
 from optpoline.discover import ModuleImage
-from optpoline.errors import OptpolineError
+from optpoline.errors import OptpolineError, TargetFault, UsageError
 from optpoline.model import Addr, Mapping, Module
 from optpoline.process.modules import list_modules, open_module
 
 __all__ = ["DeclaredModules"]
+
+_MAX_LOOKS = 32
+"""How often to look at modules some of which are unloaded while they are looked at."""
+
+_Found = TypeVar("_Found")
 
 
 class DeclaredModules:
@@ -47,15 +54,9 @@ class DeclaredModules:
         """
         maps = self._target.read_maps()
         if maps != self._maps:
-            pid, memory = self._target.pid, self._target.memory
-            self._modules = {
-                module: self._modules[module]
-                if module in self._modules
-                else read_declared_module(pid, module, memory)
-                for module in list_modules(pid, memory=memory)
-            }
-            self._images = {m: image for m, image in self._images.items() if m in self._modules}
             self._maps = maps
+            self._modules = dict(self._read_modules())
+            self._images = {m: image for m, image in self._images.items() if m in self._modules}
             self.declaring = tuple(one for one in self._modules.values() if one is not None)
             self.key_names = frozenset(k.key.name for one in self.declaring for k in one.keys)
             self._calls = {}
@@ -63,6 +64,34 @@ class DeclaredModules:
                 for call in one.calls:
                     self._calls.setdefault(call.call.name, []).append((one, call))
         return self.declaring
+
+    def look(self, summarise: Callable[[Sequence[DeclaredModule]], _Found]) -> _Found:
+        """Return what a function says of the modules that declare, all of which are there.
+
+        Raises:
+            TargetFault: if modules come and go all the time.
+        """
+        for _ in range(_MAX_LOOKS - 1):
+            with suppress(TargetFault):
+                return summarise(self.refresh())
+        return summarise(self.refresh())
+
+    def _read_modules(self) -> Iterator[tuple[Module, DeclaredModule | None]]:
+        """Yield the modules there are, and what each declares; those known are not read again.
+
+        Raises:
+            NotesError: if a module's notes are damaged, contradict its text, or are too new.
+        """
+        pid, memory = self._target.pid, self._target.memory
+        for module in list_modules(pid, memory=memory):
+            if module in self._modules:
+                yield module, self._modules[module]
+                continue
+            try:
+                yield module, read_declared_module(pid, module, memory)
+            except TargetFault:
+                # Unloaded meanwhile. One like it may be loaded, and the map look as it did.
+                self._maps = ()
 
     def calls_named(self, name: str) -> Sequence[tuple[DeclaredModule, DeclaredCall]]:
         """Return the static calls of a name, at most one a module."""
@@ -89,15 +118,31 @@ class DeclaredModules:
             name: As in the symbol table.
             near: The module whose functions come first.
             only_in: Path or last component of the only module to look in, None for all.
+
+        Raises:
+            UsageError: if a module that is met has several of the name, or one that only
+                chooses a function.
         """
         for module in sorted(self._modules, key=lambda one: (one != near, one.start)):
             if only_in is not None and only_in not in (module.name, module.path):
                 continue
             image = self._image(module)
-            named = image.symbols.find_containing((name.encode(),)) if image is not None else []
-            for found, addr, _size in named:
-                if found == name and self._target.is_code(addr):
-                    yield addr
+            found = image.symbols.find_functions(name) if image is not None else []
+            addrs = {addr: is_chosen for addr, is_chosen in found if self._target.is_code(addr)}
+            if len(addrs) > 1:
+                places = " and ".join(f"{addr:#x}" for addr in sorted(addrs)[:2])
+                raise UsageError(
+                    f"{module.path} has several functions {name} (at {places})",
+                    hint="declare the one that is meant, with STATIC_CALL_TARGET",
+                )
+            for addr, is_chosen in addrs.items():
+                if is_chosen:
+                    raise UsageError(
+                        f"{name} of {module.path} is no function, but chooses one when the program "
+                        "is loaded (an indirect function)",
+                        hint="name the function it chooses, or declare it with STATIC_CALL_TARGET",
+                    )
+                yield addr
 
     def _image(self, module: Module) -> ModuleImage | None:
         """Return the image of a module, with its symbols; None if it is none of our kind."""

@@ -99,13 +99,13 @@ class DeclaredProgram:
     @property
     def keys(self) -> tuple[KeySummary, ...]:
         """Every static key and what it is set to now, by name."""
-        return summarise_keys(self._modules.refresh(), self._target.memory)
+        return self._modules.look(lambda modules: summarise_keys(modules, self._target.memory))
 
     @property
     def static_calls(self) -> tuple[StaticCallSummary, ...]:
         """Every static call and what it calls now, by name."""
-        modules = self._modules.refresh()
-        return summarise_calls(modules, self._target.memory, self._modules.symbol_at)
+        memory, symbol_at = self._target.memory, self._modules.symbol_at
+        return self._modules.look(lambda modules: summarise_calls(modules, memory, symbol_at))
 
     # --- changing
 
@@ -141,6 +141,7 @@ class DeclaredProgram:
             How many stores it took; 0 if all was so already.
 
         Raises:
+            UsageError: if ``timeout_s`` is no length of time.
             TransactionTimeout: if threads were in the way all the time.
             SiteChanged: if a site holds somebody else's bytes.
             OptpolineError: if it cannot be done for another reason.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 from optpoline.controller.declared_sites import DeclaredModule, read_declared_module
@@ -15,6 +16,9 @@ from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import list_modules
 
 __all__ = ["describe_settings", "describe_torn", "read_declared_modules", "read_settings"]
+
+_MAX_LOOKS = 32
+"""How often to look at modules some of which are unloaded while they are looked at."""
 
 
 def read_declared_modules(
@@ -38,13 +42,14 @@ def read_declared_modules(
 def read_settings(memory: RemoteMemory) -> tuple[str, ...]:
     """Return what is not as it begins, such as "trace=on", as the commands take it.
 
-    Nothing is stopped. A module that cannot be read has none.
+    Nothing is stopped. A module that cannot be read has none; where modules come and go all
+    the time nothing is told.
     """
-    modules, _ = read_declared_modules(memory, list_modules(memory.pid, memory=memory))
-    try:
-        return tuple(describe_settings(modules, memory))
-    except TargetFault:  # unloaded meanwhile
-        return ()
+    for _ in range(_MAX_LOOKS):
+        modules, _problems = read_declared_modules(memory, list_modules(memory.pid, memory=memory))
+        with suppress(TargetFault):  # unloaded meanwhile
+            return tuple(describe_settings(modules, memory))
+    return ()
 
 
 def describe_settings(modules: Sequence[DeclaredModule], text: Text) -> Iterator[str]:

@@ -15,6 +15,7 @@ calls follow.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from optpoline.controller.module_files import ModuleFile, read_module_file
@@ -26,7 +27,7 @@ from optpoline.model import Addr, Module
 from optpoline.patch.layout import ARENA_NAME, JournalEntry
 from optpoline.patch.placement import is_within_reach
 from optpoline.process.memory import Memory
-from optpoline.process.modules import open_module
+from optpoline.process.modules import list_modules, open_module
 from optpoline.x86.assembler import encode_disp32
 
 __all__ = [
@@ -44,6 +45,9 @@ _DISP_SIZE = 4
 _TRAMPOLINE_SIZE = 5
 _OPCODE_SIZE = 1
 _PAGE_SIZE = 4096
+_MAX_READS = 4
+"""How often a module is read that seems damaged: it may be unloaded, and loaded again."""
+
 _NOP = bytes.fromhex("0f1f440000")
 """nopl 0(%rax,%rax,1)."""
 
@@ -183,6 +187,17 @@ def read_declared_module(pid: int, module: Module, memory: Memory) -> DeclaredMo
         NotesError: if its notes are damaged, contradict its text, or are too new.
         TargetFault: if it cannot be read: it was unloaded meanwhile.
     """
+    for _ in range(_MAX_READS - 1):
+        with suppress(NotesError, TargetFault):
+            return _read_once(pid, module, memory)
+        # Of what was unloaded while it was read, half looks as if it were damaged.
+        if module not in list_modules(pid, memory=memory):
+            raise TargetFault(module.start, module.end - module.start, "read")
+    return _read_once(pid, module, memory)
+
+
+def _read_once(pid: int, module: Module, memory: Memory) -> DeclaredModule | None:
+    """Do that; a module that is unloaded meanwhile may seem damaged."""
     image = read_declaring_image(pid, module, memory)
     if image is None:
         return None

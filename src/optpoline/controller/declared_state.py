@@ -14,7 +14,7 @@ from optpoline.controller.declared_sites import DeclaredCall, DeclaredKey, Decla
 from optpoline.controller.summary import KeyState, KeySummary, StaticCallSummary
 from optpoline.model import Addr
 from optpoline.patch.layout import JournalEntry
-from optpoline.patch.text import Text, is_same_but_disp, read_entries
+from optpoline.patch.text import Text, is_same_but_disp, read_whole
 
 __all__ = ["SymbolAt", "destination", "summarise_calls", "summarise_keys"]
 
@@ -70,7 +70,7 @@ def _count(key: DeclaredKey, text: Text) -> int:
 
 def _key_state(key: DeclaredKey, is_on: bool, text: Text) -> KeyState:
     """Compare a key's branches with its count."""
-    found = read_entries(text, [branch.entry for branch in key.branches])
+    found = read_whole(text, [branch.entry for branch in key.branches])
     for branch in key.branches:
         if branch.entry.changed_of(found[branch.entry.addr]) != branch.forms[is_on]:
             return KeyState.MIXED
@@ -80,7 +80,11 @@ def _key_state(key: DeclaredKey, is_on: bool, text: Text) -> KeyState:
 def summarise_calls(
     modules: Sequence[DeclaredModule], text: Text, symbol_at: SymbolAt
 ) -> tuple[StaticCallSummary, ...]:
-    """Return the state of every static call, by name."""
+    """Return the state of every static call, by name.
+
+    Raises:
+        TargetFault: likewise.
+    """
     return tuple(
         _call(name, parts, text, symbol_at)
         for name, parts in _by_name(modules, lambda one: ((c.call.name, c) for c in one.calls))
@@ -101,7 +105,7 @@ def _call(
     names: set[str | None] = set()
     is_set = is_torn = False
     for _, call in parts:
-        found = read_entries(text, [call.trampoline, *call.sites])
+        found = read_whole(text, [call.trampoline, *call.sites])
         addr = destination(call.trampoline, found[call.trampoline.addr])
         leads = {destination(site, found[site.addr]) for site in call.sites}
         is_part_torn = addr is None or bool(leads - {addr, call.trampoline.addr})

@@ -46,6 +46,7 @@ __all__ = [
     "poke_all",
     "poke_batch",
     "read_entries",
+    "read_whole",
 ]
 
 CACHE_LINE_SIZE = 64
@@ -149,6 +150,19 @@ def read_entries(text: Text, entries: Sequence[JournalEntry]) -> dict[Addr, byte
         span.append(entry)
     if span:
         _read_span(text, span, found)
+    return found
+
+
+def read_whole(text: Text, entries: Sequence[JournalEntry]) -> dict[Addr, bytes]:
+    """Return the instruction bytes of many sites, all of which are there.
+
+    Raises:
+        TargetFault: if one cannot be read: its module was unloaded.
+    """
+    found = read_entries(text, entries)
+    for entry in entries:
+        if not found[entry.addr]:
+            raise TargetFault(entry.addr, len(entry.code), "read")
     return found
 
 

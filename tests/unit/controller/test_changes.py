@@ -19,7 +19,7 @@ from optpoline.controller.declared_sites import (
 from optpoline.controller.declared_state import summarise_calls, summarise_keys
 from optpoline.controller.summary import KeyState
 from optpoline.discover.declarations import Place, StaticCall, StaticKey
-from optpoline.errors import SiteChanged, UnsupportedTarget, UsageError
+from optpoline.errors import SiteChanged, TargetFault, UnsupportedTarget, UsageError
 from optpoline.model import Addr
 from optpoline.patch.layout import JournalEntry
 from optpoline.patch.text import Poke, poke_all
@@ -195,3 +195,21 @@ def test_calls_of_a_file_that_cannot_be_read_are_not_guessed(text: FakeText) -> 
     out_of_line = replace(CALL.call, is_out_of_line=True)
     call = replace(CALL, is_file_known=False, call=out_of_line, sites=())
     assert addrs(plan(text, TO_SECOND, call=call)) == [TRAMPOLINE]
+
+
+@pytest.mark.parametrize("addr", [COUNT, BRANCHES[0], TRAMPOLINE, CALLS[1]])
+def test_what_was_unloaded_is_nobodys_change(text: FakeText, addr: Addr) -> None:
+    class Unloaded(FakeText):
+        """Memory a part of which is gone."""
+
+        def read(self, addr_: int, size: int) -> bytes:
+            if addr_ <= addr < addr_ + size:
+                raise TargetFault(addr_, size, "read")
+            return super().read(addr_, size)
+
+    gone = Unloaded()
+    gone.data[:] = text.data
+    with pytest.raises(TargetFault):
+        plan(gone, TO_SECOND, ENABLE)
+    with pytest.raises(TargetFault):
+        state(gone)
