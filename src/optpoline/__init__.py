@@ -26,13 +26,8 @@ if TYPE_CHECKING:
         ForeignKind,
     )
     from optpoline.controller.config import Config
-    from optpoline.controller.declared_program import (
-        DeclaredProgram,
-        KeyHandle,
-        StaticCallHandle,
-        Transaction,
-        declared,
-    )
+    from optpoline.controller.declared_handles import KeyHandle, StaticCallHandle, Transaction
+    from optpoline.controller.declared_program import DeclaredProgram, declared
     from optpoline.controller.events import Event, EventKind
     from optpoline.controller.session import Session, attach
     from optpoline.controller.summaries import SiteReport, find_sites
@@ -141,7 +136,7 @@ _MODULES = {
     "FaultKind": "controller.audit_report",
     "ForeignChange": "controller.audit_report",
     "ForeignKind": "controller.audit_report",
-    "KeyHandle": "controller.declared_program",
+    "KeyHandle": "controller.declared_handles",
     "NoSites": "errors",
     "NotesError": "errors",
     "OptpolineError": "errors",
@@ -151,9 +146,9 @@ _MODULES = {
     "SiteChanged": "errors",
     "SiteCounts": "learn.counting",
     "SiteReport": "controller.summaries",
-    "StaticCallHandle": "controller.declared_program",
+    "StaticCallHandle": "controller.declared_handles",
     "StopTimeout": "errors",
-    "Transaction": "controller.declared_program",
+    "Transaction": "controller.declared_handles",
     "TransactionTimeout": "errors",
     "UnsupportedTarget": "errors",
     "UsageError": "errors",

@@ -414,12 +414,25 @@ def test_settings_outlive_a_session(build: Build, start: Start) -> None:
         with optpoline.declared(target.pid) as other:
             assert other.key("trace").enabled
             other.key("checks").enable()
+        key = session.key("checks")
+    with pytest.raises(optpoline.OptpolineError, match="is over"):
+        key.disable()
     assert target.ask("") == "3031 65 7 0 6"
     with optpoline.attach(target.pid) as session:
         assert session.notes == []
         assert session.key("trace").enabled
         assert session.static_call("codec").target == "codec_v2"
     assert target.ask("") == "3031 65 7 0 6"
+
+
+def test_what_is_over_says_so(target: LiveTarget) -> None:
+    with optpoline.declared(target.pid) as program:
+        key, call = program.key("trace"), program.static_call("codec")
+    before = Witness.of(target.pid)
+    for use in (key.enable, call.reset, lambda: key.enabled, lambda: program.static_calls):
+        with pytest.raises(optpoline.OptpolineError, match=r"process \d+ declares is over"):
+            use()
+    before.check(target.pid)
 
 
 # --- transactions

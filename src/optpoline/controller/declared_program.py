@@ -9,37 +9,29 @@ come from one OS thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 
 from optpoline.controller.arguments import validate_pid
 from optpoline.controller.changes import CallChange, Change, KeyAction, KeyChange, plan_changes
 from optpoline.controller.commit import DEFAULT_TIMEOUT_S, Plan, commit
 from optpoline.controller.declared_functions import find_functions, listed
+from optpoline.controller.declared_handles import (
+    KeyHandle,
+    Redirection,
+    Request,
+    StaticCallHandle,
+    Transaction,
+)
 from optpoline.controller.declared_modules import DeclaredModules
 from optpoline.controller.declared_state import summarise_calls, summarise_keys
-from optpoline.controller.summary import KeyState, KeySummary, StaticCallSummary
+from optpoline.controller.summary import KeySummary, StaticCallSummary
 from optpoline.controller.target import Target
-from optpoline.errors import UsageError
+from optpoline.errors import OptpolineError, UsageError
 from optpoline.process.permissions import check_attachable
 
-__all__ = ["DeclaredProgram", "KeyHandle", "StaticCallHandle", "Transaction", "declared"]
+__all__ = ["DeclaredProgram", "declared"]
 
 _STOP_TIMEOUT_S = 2.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Redirection:
-    """What a static call shall call, by name: each plan finds it anew."""
-
-    name: str
-    function: str | None
-    is_any: bool = False
-
-
-_Request = KeyChange | CallChange | _Redirection
-_Take = Callable[[_Request], object]
 
 
 def declared(pid: int) -> DeclaredProgram:
@@ -79,12 +71,24 @@ class DeclaredProgram:
         """Read nothing yet."""
         self._target = target
         self._owns_target = owns_target
-        self._modules = DeclaredModules(target)
+        self._found = DeclaredModules(target)
+        self._is_closed = False
 
     @property
     def pid(self) -> int:
         """The process."""
         return self._target.pid
+
+    @property
+    def _modules(self) -> DeclaredModules:
+        """Its modules; what every look and every change begins with.
+
+        Raises:
+            OptpolineError: if it was closed.
+        """
+        if self._is_closed:
+            raise OptpolineError(f"the work on what process {self.pid} declares is over")
+        return self._found
 
     def refresh(self) -> None:
         """Look for modules that were loaded or unloaded since, as every change does by itself.
@@ -134,7 +138,7 @@ class DeclaredProgram:
         """
         return Transaction(self, timeout_s=timeout_s)
 
-    def apply(self, *requests: _Request, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
+    def apply(self, *requests: Request, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
         """Make changes in one stop, or none of them; what the handles do.
 
         Returns:
@@ -161,14 +165,12 @@ class DeclaredProgram:
 
     def reset(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
         """Make every key and static call what it begins as; return how many were not."""
-        requests: list[_Request] = [
+        requests: list[Request] = [
             KeyChange(name=key.name, action=KeyAction.RESET)
             for key in self.keys
             if key.is_set or key.is_torn or key.count != key.begins_on
         ]
-        requests += [
-            _Redirection(name=c.name, function=None) for c in self.static_calls if c.is_set
-        ]
+        requests += [Redirection(name=c.name, function=None) for c in self.static_calls if c.is_set]
         self.apply(*requests, timeout_s=timeout_s)
         return len(requests)
 
@@ -177,14 +179,14 @@ class DeclaredProgram:
 
         Branches become what their key's count says, calls what their trampoline does.
         """
-        requests: list[_Request] = [
+        requests: list[Request] = [
             KeyChange(name=key.name, action=KeyAction.FINISH) for key in self.keys if key.is_torn
         ]
         requests += [CallChange(name=c.name, addrs=()) for c in self.static_calls if c.is_torn]
         self.apply(*requests, timeout_s=timeout_s)
         return len(requests)
 
-    def check(self, request: _Request) -> None:
+    def check(self, request: Request) -> None:
         """Raise an error for a change that cannot be, before it is collected or made.
 
         Raises:
@@ -192,7 +194,7 @@ class DeclaredProgram:
         """
         self._resolve(request)
 
-    def _resolve(self, request: _Request) -> Change:
+    def _resolve(self, request: Request) -> Change:
         """Find what a change names; look for new modules where it is not known."""
         found = self._find(request)
         if found is None:
@@ -202,10 +204,10 @@ class DeclaredProgram:
             raise self._unknown(request)
         return found
 
-    def _find(self, request: _Request) -> Change | None:
+    def _find(self, request: Request) -> Change | None:
         """Find what a change names in the modules that are known."""
         match request:
-            case _Redirection():
+            case Redirection():
                 return find_functions(
                     self._modules, request.name, request.function, is_any=request.is_any
                 )
@@ -214,7 +216,7 @@ class DeclaredProgram:
             case CallChange():
                 return request
 
-    def _unknown(self, request: _Request) -> UsageError:
+    def _unknown(self, request: Request) -> UsageError:
         """Return the error for a name that there is not."""
         if isinstance(request, KeyChange):
             what, names = "static key", self._modules.key_names
@@ -227,6 +229,7 @@ class DeclaredProgram:
 
     def close(self) -> None:
         """Release what this process holds; the program stays as it is."""
+        self._is_closed = True
         if self._owns_target:
             self._target.close()
 
@@ -242,158 +245,3 @@ class DeclaredProgram:
     ) -> None:
         """Close it; what was changed stays."""
         self.close()
-
-
-class StaticCallHandle:
-    """A static call by name, in every module that has it.
-
-    Args:
-        program: The program.
-        name: Its name.
-        take: What takes changes.
-    """
-
-    def __init__(self, program: DeclaredProgram, name: str, take: _Take) -> None:
-        """Check that there is one."""
-        self._program = program
-        self._take = take
-        self.name = name
-        program.check(_Redirection(name=name, function=None))
-
-    @property
-    def summary(self) -> StaticCallSummary:
-        """How it stands."""
-        return next(call for call in self._program.static_calls if call.name == self.name)
-
-    @property
-    def target(self) -> str | None:
-        """What it calls now; None if its calls contradict each other."""
-        return self.summary.target
-
-    def update(self, function: str, *, any_function: bool = False) -> None:
-        """Let it call another function.
-
-        Args:
-            function: A target that the source declares, or ``module:function``.
-            any_function: Whether it may be any function, whose type nobody has compared.
-
-        Raises:
-            UsageError: if there is no such function, or it is out of reach.
-        """
-        request = _Redirection(name=self.name, function=function, is_any=any_function)
-        self._program.check(request)
-        self._take(request)
-
-    def reset(self) -> None:
-        """Let it call what it called at first."""
-        self._take(_Redirection(name=self.name, function=None))
-
-
-class KeyHandle:
-    """A static key by name, in every module that has it.
-
-    Args:
-        program: The program.
-        name: Its name.
-        take: What takes changes.
-    """
-
-    def __init__(self, program: DeclaredProgram, name: str, take: _Take) -> None:
-        """Check that there is one."""
-        self._program = program
-        self._take = take
-        self.name = name
-        program.check(KeyChange(name=name, action=KeyAction.FINISH))
-
-    @property
-    def summary(self) -> KeySummary:
-        """How it stands."""
-        return next(key for key in self._program.keys if key.name == self.name)
-
-    @property
-    def enabled(self) -> bool:
-        """Whether it is enabled now, in every module."""
-        return self.summary.state is KeyState.ON
-
-    @property
-    def count(self) -> int:
-        """How often it is enabled."""
-        return self.summary.count
-
-    def enable(self) -> None:
-        """Enable it; nothing if it is."""
-        self._change(KeyAction.ENABLE)
-
-    def disable(self) -> None:
-        """Disable it, however often it is enabled."""
-        self._change(KeyAction.DISABLE)
-
-    def increment(self) -> None:
-        """Enable it once more: it stays enabled until it was decremented as often."""
-        self._change(KeyAction.INCREMENT)
-
-    def decrement(self) -> None:
-        """Take one ``increment`` back.
-
-        Raises:
-            UsageError: if it is not enabled.
-        """
-        self._change(KeyAction.DECREMENT)
-
-    def reset(self) -> None:
-        """Make it what it begins as."""
-        self._change(KeyAction.RESET)
-
-    def _change(self, action: KeyAction) -> None:
-        """Hand a change on."""
-        self._take(KeyChange(name=self.name, action=action))
-
-
-class Transaction:
-    """Changes that are made in one stop, or not at all; ``DeclaredProgram.transaction``.
-
-    Once any thread has executed a site as it is after the transaction, no thread executes
-    one as it was before.
-
-    Args:
-        program: The program.
-        timeout_s: How long to wait for threads that are in the way.
-    """
-
-    def __init__(self, program: DeclaredProgram, *, timeout_s: float) -> None:
-        """Collect nothing yet."""
-        self._program = program
-        self._timeout_s = timeout_s
-        self._requests: list[_Request] = []
-
-    def static_call(self, name: str) -> StaticCallHandle:
-        """Return a static call whose changes are a part of the transaction."""
-        return StaticCallHandle(self._program, name, self._requests.append)
-
-    def key(self, name: str) -> KeyHandle:
-        """Return a key whose changes are a part of the transaction."""
-        return KeyHandle(self._program, name, self._requests.append)
-
-    def commit(self) -> int:
-        """Make the changes collected so far; return how many stores it took.
-
-        Raises:
-            TransactionTimeout: if threads were in the way all the time; nothing is changed.
-        """
-        requests = self._requests[:]
-        self._requests.clear()
-        return self._program.apply(*requests, timeout_s=self._timeout_s)
-
-    def __enter__(self) -> Transaction:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Commit, unless the block raised an error."""
-        if exc_type is None:
-            self.commit()

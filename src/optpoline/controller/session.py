@@ -14,19 +14,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import assert_never
 
 from optpoline.controller.arguments import validate_pid, validate_setting
 from optpoline.controller.children import Children
 from optpoline.controller.collector import collector_paused
-from optpoline.controller.commit import DEFAULT_TIMEOUT_S
 from optpoline.controller.config import LEARN_S, Config
-from optpoline.controller.declared_program import (
-    DeclaredProgram,
-    KeyHandle,
-    StaticCallHandle,
-    Transaction,
-)
 from optpoline.controller.events import Event, EventKind
 from optpoline.controller.exact_counts import ExactCounts, describe_operation
 from optpoline.controller.executor import OperationEvent
@@ -44,6 +36,7 @@ from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.rediscovery import Rediscovery
 from optpoline.controller.sampling import Sampler
+from optpoline.controller.session_declared import DeclaringSession
 from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
     DetachOutcome,
@@ -111,7 +104,7 @@ def attach(
     return session
 
 
-class Session:
+class Session(DeclaringSession):
     """One controller's work on one process; make it with ``attach``."""
 
     def __init__(
@@ -135,7 +128,6 @@ class Session:
         self._reclaimer: Reclaimer | None = None
         self._counts: ExactCounts | None = None
         self._perf_map: PerfMap | None = None
-        self._declared: DeclaredProgram | None = None
         self._pidfd = -1
         self._last_summary: Summary | None = None
         self._next_maps_s = 0.0
@@ -275,41 +267,6 @@ class Session:
         """Keep a sentence for the summary, and tell it."""
         self.notes.append(message)
         self._tell(EventKind.NOTE, message)
-
-    # --- static calls and keys
-
-    def static_call(self, name: str) -> StaticCallHandle:
-        """Return a static call that the program declares, to give it another target.
-
-        What is set stays so after the session. See ``declared`` for programs without sites.
-
-        Raises:
-            UsageError: if there is none of that name.
-        """
-        return self._declared_program().static_call(name)
-
-    def key(self, name: str) -> KeyHandle:
-        """Return a static key that the program declares, to switch it; likewise.
-
-        Raises:
-            UsageError: if there is none of that name.
-        """
-        return self._declared_program().key(name)
-
-    def transaction(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Transaction:
-        """Begin changes of several keys and static calls that are made in one stop.
-
-        Args:
-            timeout_s: How long to wait for threads that are in the way.
-        """
-        return self._declared_program().transaction(timeout_s=timeout_s)
-
-    def _declared_program(self) -> DeclaredProgram:
-        """Return what the program declares; read when first asked for."""
-        if self._declared is None:
-            self._declared = DeclaredProgram(self.target)
-        self._check_open()
-        return self._declared
 
     # --- learning and promoting
 
@@ -628,7 +585,7 @@ class Session:
                 if result.outcome is DetachOutcome.GONE and (end := self._find_end()) is None:
                     # Only a thread was gone: the program has to be let go all the same.
                     result = let_go(target, self.records, leave=leave)
-                self.state = _state_after(result.outcome)
+                self.state = SessionState.after(result.outcome)
                 if result.outcome is DetachOutcome.GONE and end is not None:
                     self.state = end
             except BaseException:
@@ -665,6 +622,7 @@ class Session:
             self._children.close()
         if self._perf_map is not None:
             self._perf_map.close()
+        self._close_settings()
         if self._target is not None:
             self._target.close()
             self._target = None
@@ -696,18 +654,3 @@ class Session:
         finally:
             # Ctrl-C may come in there as well: whoever goes on can attach again all the same.
             self._unlock()
-
-
-def _state_after(outcome: DetachOutcome) -> SessionState:
-    """Return where a session stands after letting go."""
-    match outcome:
-        case DetachOutcome.CLEAN | DetachOutcome.ARENA_LEFT:
-            return SessionState.RESTORED
-        case DetachOutcome.LEFT:
-            return SessionState.LEFT
-        case DetachOutcome.GONE:
-            return SessionState.EXITED
-        case DetachOutcome.FOREIGN_BYTES | DetachOutcome.INCOMPLETE:
-            return SessionState.PARTLY_RESTORED
-        case _:
-            assert_never(outcome)

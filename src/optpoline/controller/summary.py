@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import assert_never
 
 __all__ = [
     "ChildSummary",
@@ -45,6 +46,21 @@ class SessionState(Enum):
     """The target exited by itself."""
     EXECED = "execed"
     """The target replaced its program; nothing of ours is left in it."""
+
+    @classmethod
+    def after(cls, outcome: DetachOutcome) -> SessionState:
+        """Return where a session stands after letting go."""
+        match outcome:
+            case DetachOutcome.CLEAN | DetachOutcome.ARENA_LEFT:
+                return cls.RESTORED
+            case DetachOutcome.LEFT:
+                return cls.LEFT
+            case DetachOutcome.GONE:
+                return cls.EXITED
+            case DetachOutcome.FOREIGN_BYTES | DetachOutcome.INCOMPLETE:
+                return cls.PARTLY_RESTORED
+            case _:
+                assert_never(outcome)
 
 
 class SiteState(Enum):
