@@ -305,6 +305,16 @@ def test_damaged_notes_leave_the_program_untouched(
     assert optpoline.read_status(target.pid) is None
 
 
+def test_a_program_that_a_signal_has_stopped_in_any_call(build: Build, start: Start) -> None:
+    target = start(build(*C, "-O2", sources=("waits.c",)), "stopped")
+    target.wait_for_state("T")
+    with optpoline.declared(target.pid) as program:
+        program.key("trace").enable()
+    target.wait_for_state("T")
+    os.kill(target.pid, signal.SIGCONT)
+    assert target.ask("") == "101"
+
+
 def test_a_program_that_a_signal_has_stopped(target: LiveTarget) -> None:
     os.kill(target.pid, signal.SIGSTOP)
     target.wait_for_state("T")
@@ -313,6 +323,23 @@ def test_a_program_that_a_signal_has_stopped(target: LiveTarget) -> None:
     target.wait_for_state("T")
     os.kill(target.pid, signal.SIGCONT)
     assert target.ask("") == "3031 64 6 0 5"
+
+
+@pytest.mark.parametrize("call", ["select", "ppoll", "epoll_pwait", "masked"])
+def test_a_program_that_waits(build: Build, start: Start, call: str) -> None:
+    target = start(build(*C, "-O2", sources=("waits.c",)), call)
+    target.wait_for_state("S")
+    with optpoline.declared(target.pid) as program:
+        transaction = program.transaction(timeout_s=0.3)
+        transaction.key("trace").enable()
+        if call == "masked":
+            with pytest.raises(optpoline.TransactionTimeout, match="must not be interrupted"):
+                transaction.commit()
+            assert target.ask("") == "1"
+        else:
+            transaction.commit()
+            # It has not noticed: one line, one event.
+            assert target.ask("") == "101"
 
 
 # --- several modules
