@@ -66,7 +66,9 @@ def _failed(name: str, why: str, seconds: float) -> Outcome:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="torture", description="Would a target notice us?")
-    parser.add_argument("--full", action="store_true", help="the whole, not a share of two minutes")
+    parser.add_argument(
+        "--full", action="store_true", help="the whole, not a share of three minutes"
+    )
     parser.add_argument(
         "--only",
         type=_names_of(NAMES),

@@ -27,6 +27,7 @@ __all__ = [
     "StopTimeout",
     "TargetFault",
     "ToolchainError",
+    "TransactionTimeout",
     "Unsettled",
     "UnsupportedTarget",
     "UsageError",
@@ -169,6 +170,25 @@ class StopTimeout(OptpolineError):
             f"threads {names} did not stop within {waited_ns / 1e6:.1f} ms; all were resumed"
         )
         self.waited_ns = waited_ns
+        self.tids = tids
+
+
+class TransactionTimeout(OptpolineError):
+    """Keys and calls could not be changed in time; nothing was.
+
+    Args:
+        waited_s: How long was tried.
+        reason: What was in the way the last time.
+        tids: The threads that were, as far as they are known.
+    """
+
+    exit_code = 7
+
+    def __init__(self, waited_s: float, reason: str, tids: tuple[int, ...] = ()) -> None:
+        """Say what was in the way."""
+        super().__init__(f"nothing was changed within {waited_s:.3g} s: {reason}")
+        self.waited_s = waited_s
+        self.reason = reason
         self.tids = tids
 
 

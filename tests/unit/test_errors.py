@@ -26,6 +26,7 @@ from optpoline.errors import (
     StopTimeout,
     TargetFault,
     ToolchainError,
+    TransactionTimeout,
     Unsettled,
     UnsupportedTarget,
     UsageError,
@@ -46,6 +47,9 @@ EXAMPLES = (
     SiteChanged(0x1000, b"\xe8\1", b"\xcc\1"),
     ControllerActive("process 9 already works on process 5"),
     StopTimeout(1_500_000, (7, 8)),
+    TransactionTimeout(
+        2.0, "thread 7 is between optpoline_read_begin and optpoline_read_end", (7,)
+    ),
     TargetFault(0x2000, 16, "read"),
     ToolchainError("there is no compiler gcc"),
     DecodeError(0x3000, b"\x06" * 20),

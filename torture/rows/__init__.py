@@ -18,6 +18,7 @@ _MODULES = {
     "threads": "torture.rows.threads",
     "emulation": "torture.rows.emulation",
     "servers": "torture.rows.servers",
+    "transactions": "torture.rows.transactions",
 }
 
 NAMES = tuple(_MODULES)

@@ -18,10 +18,12 @@ from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
     DeclaredSummary,
     DetachResult,
+    KeySummary,
     LeftBehind,
     ModuleSummary,
     SessionState,
     SiteSummary,
+    StaticCallSummary,
     Summary,
 )
 from optpoline.errors import TargetFault
@@ -33,12 +35,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Api",
+    "DeclaredHandle",
+    "KeyHandle",
     "LiveApi",
     "OnEvent",
     "SessionEvent",
     "SessionHandle",
     "SessionSettings",
     "SiteListing",
+    "StaticCallHandle",
+    "TransactionHandle",
 ]
 
 
@@ -120,6 +126,60 @@ class SiteListing(Protocol):
         """Sentences worth telling."""
 
 
+class KeyHandle(Protocol):
+    """A static key in a transaction (``optpoline.KeyHandle``)."""
+
+    def enable(self) -> None:
+        """Enable it."""
+
+    def disable(self) -> None:
+        """Disable it."""
+
+    def reset(self) -> None:
+        """Make it what it begins as."""
+
+
+class StaticCallHandle(Protocol):
+    """A static call in a transaction (``optpoline.StaticCallHandle``)."""
+
+    def update(self, function: str, *, any_function: bool = False) -> None:
+        """Let it call another function."""
+
+    def reset(self) -> None:
+        """Let it call what it called at first."""
+
+
+class TransactionHandle(Protocol):
+    """Changes that are made at once (``optpoline.Transaction``)."""
+
+    def key(self, name: str) -> KeyHandle:
+        """Return a static key."""
+
+    def static_call(self, name: str) -> StaticCallHandle:
+        """Return a static call."""
+
+    def commit(self) -> int:
+        """Make the changes."""
+
+
+class DeclaredHandle(Protocol):
+    """The static calls and keys of a program (``optpoline.DeclaredProgram``)."""
+
+    @property
+    def keys(self) -> tuple[KeySummary, ...]:
+        """Every static key."""
+
+    @property
+    def static_calls(self) -> tuple[StaticCallSummary, ...]:
+        """Every static call."""
+
+    def transaction(self, *, timeout_s: float) -> TransactionHandle:
+        """Begin a transaction."""
+
+    def close(self) -> None:
+        """Release what we hold."""
+
+
 class Api(Protocol):
     """What the subcommands call."""
 
@@ -135,8 +195,11 @@ class Api(Protocol):
     def audit(self, pid: int) -> AuditReport:
         """Verify what controllers did to a process."""
 
-    def restore(self, pid: int) -> DetachResult:
-        """Undo what an earlier controller left in a process."""
+    def restore(self, pid: int, *, settings: bool = False) -> DetachResult:
+        """Undo what an earlier controller left in a process, and settings if asked to."""
+
+    def declared(self, pid: int) -> DeclaredHandle:
+        """Open a process to change its static calls and keys."""
 
 
 class LiveApi:
@@ -186,8 +249,14 @@ class LiveApi:
             check_attachable(pid)
             raise
 
-    def restore(self, pid: int) -> DetachResult:
-        """Undo what an earlier controller left in a process."""
+    def restore(self, pid: int, *, settings: bool = False) -> DetachResult:
+        """Undo what an earlier controller left in a process, and settings if asked to."""
         import optpoline
 
-        return optpoline.restore(pid)
+        return optpoline.restore(pid, settings=settings)
+
+    def declared(self, pid: int) -> optpoline.DeclaredProgram:
+        """Open a process to change its static calls and keys."""
+        import optpoline
+
+        return optpoline.declared(pid)

@@ -17,10 +17,16 @@ __all__ = ["detach_command"]
 
 @click.command("detach")
 @click.argument("pid", type=PID)
+@click.option(
+    "--settings", is_flag=True, help="Put static keys and calls back to what they begin as, too."
+)
 @shared_options
 @pass_invocation
-def detach_command(invocation: Invocation, pid: int) -> None:
-    """Put back all bytes an earlier optpoline changed."""
+def detach_command(invocation: Invocation, pid: int, settings: bool) -> None:
+    """Put back all bytes an earlier optpoline changed.
+
+    Static keys and calls stay as they were set, unless --settings is given.
+    """
     invocation.sink.validate_writable()
     console = invocation.console()
     if invocation.api.read_status(pid) is None:
@@ -28,7 +34,7 @@ def detach_command(invocation: Invocation, pid: int) -> None:
         invocation.sink.write(detach_document(pid, None))
         return
     try:
-        result = invocation.api.restore(pid)
+        result = invocation.api.restore(pid, settings=settings)
     except OptpolineError:
         console.say_more(f"process {pid}: nothing more was changed")
         raise

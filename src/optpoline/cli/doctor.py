@@ -25,7 +25,7 @@ __all__ = ["doctor_command"]
 @shared_options
 @pass_invocation
 def doctor_command(invocation: Invocation, pid: int | None) -> None:
-    """Say what this machine and a process allow, and how to help it.
+    """Say what this machine and a process allow, and what helps.
 
     Exits with 0 if an attach would work, else with what the attach would exit
     with. Nothing is touched.
@@ -69,6 +69,8 @@ def _check_traces(invocation: Invocation, pid: int) -> Check | None:
     name = "optpoline"
     if left is None:
         return passed(name, "nothing of optpoline is in it")
+    if left.is_only_set:
+        return passed(name, f"static keys and calls are set: {', '.join(left.settings)}")
     controller_pid = find_controller(pid) if left.controller_alive else None
     if controller_pid is not None:
         sentence = f"controller {controller_pid} works on it now ({_describe(left)})"

@@ -33,8 +33,8 @@ EXIT_RUN_FAILED = 125
 _PROGRAM = "optpoline"
 _COMPLETION_VARIABLE = "_OPTPOLINE_COMPLETE"
 _VERBS = (
-    *("run", "attach", "status", "check", "detach", "sites", "doctor", "record", "simulate"),
-    *("cflags", "ldflags", "plugin"),
+    *("run", "attach", "status", "check", "detach", "sites", "key", "static-call"),
+    *("doctor", "record", "simulate", "cflags", "ldflags", "plugin"),
 )
 
 
@@ -72,6 +72,14 @@ class _VerbGroup(click.Group):
                 from optpoline.cli.sites import sites_command
 
                 return sites_command
+            case "key":
+                from optpoline.cli.key import key_command
+
+                return key_command
+            case "static-call":
+                from optpoline.cli.static_call import static_call_command
+
+                return static_call_command
             case "doctor":
                 from optpoline.cli.doctor import doctor_command
 

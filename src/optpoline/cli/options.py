@@ -20,6 +20,7 @@ __all__ = [
     "MILLISECONDS_OR_NONE",
     "PID",
     "SECONDS",
+    "SECONDS_OR_NONE",
     "compiler_option",
     "make_settings",
     "parse_pid",

@@ -30,7 +30,17 @@ from optpoline.controller.audit_report import (
     ForeignKind,
 )
 from optpoline.controller.audit_scene import ArenaContents, CodeMap, Finding, read_contents
-from optpoline.controller.audit_sites import SiteTally, judge_sites, judge_text
+from optpoline.controller.audit_sites import (
+    SiteTally,
+    find_known_sites,
+    judge_sites,
+    judge_text,
+)
+from optpoline.controller.declared_settings import (
+    describe_settings,
+    describe_torn,
+    read_declared_modules,
+)
 from optpoline.controller.left_arenas import (
     LeftArena,
     find_arena_files,
@@ -41,6 +51,7 @@ from optpoline.controller.module_files import ModuleFile, read_module_file
 from optpoline.errors import PermissionDenied, TargetFault
 from optpoline.model import Mapping, Module
 from optpoline.patch.layout import ARENA_NAME, BlockState, JournalEntry
+from optpoline.patch.text import read_entries
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import list_modules
 from optpoline.process.permissions import check_has_program, explain_denied
@@ -65,6 +76,7 @@ class _Look:
     findings: list[Finding]
     notes: list[str]
     n_modules: int
+    settings: tuple[str, ...] = ()
 
 
 def audit(pid: int) -> AuditReport:
@@ -122,6 +134,7 @@ def _report(pid: int, look: _Look, real: set[Finding]) -> AuditReport:
         faults=tuple(sorted(faults, key=lambda one: (one.address, one.sentence))),
         foreign_changes=tuple(sorted(foreign, key=lambda one: (one.address, one.kind.value))),
         notes=tuple(dict.fromkeys(look.notes)),
+        settings=look.settings,
     )
 
 
@@ -158,6 +171,7 @@ def _look(memory: RemoteMemory) -> _Look:
     # Read again: sites may have been linked since.
     entries = [entry for arena in find_arenas(memory, read_maps(pid)) for entry in arena.entries]
     look.findings += _writable_code(modules, entries)
+    entries += _look_at_settings(memory, modules, code_map, look)
     for file in files:
         try:
             look.findings += judge_text(memory, file, entries, code_map)
@@ -165,6 +179,26 @@ def _look(memory: RemoteMemory) -> _Look:
             look.notes.append(f"{file.path} was unloaded meanwhile")
     look.notes += judge.remarks
     return look
+
+
+def _look_at_settings(
+    memory: RemoteMemory, modules: Sequence[Module], code_map: CodeMap, look: _Look
+) -> list[JournalEntry]:
+    """Look at static keys and calls; return the sites that are as they may be."""
+    declaring, problems = read_declared_modules(memory, modules)
+    look.notes += problems
+    known: list[JournalEntry] = []
+    for module in declaring:
+        try:
+            known += find_known_sites(module, memory, code_map)
+            evidence = b"".join(read_entries(memory, list(module.entries())).values())
+            for addr, sentence in describe_torn([module], memory):
+                fault = Fault(kind=FaultKind.SETTING, address=addr, sentence=sentence)
+                look.findings.append(Finding(fault, evidence))
+            look.settings = (*look.settings, *describe_settings([module], memory))
+        except TargetFault:
+            look.notes.append(f"{module.image.module.path} was unloaded meanwhile")
+    return known
 
 
 def _read_arena(memory: RemoteMemory, arena: LeftArena, look: _Look) -> None:

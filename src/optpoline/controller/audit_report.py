@@ -35,6 +35,8 @@ class FaultKind(Enum):
     """An arena is damaged, or not mapped as a whole."""
     TEXT = "text"
     """Text leads into an arena, and no journal tells of it."""
+    SETTING = "setting"
+    """A static key or call was left half changed: a controller was killed then."""
 
 
 class ForeignKind(Enum):
@@ -101,6 +103,7 @@ class AuditReport:
         faults: What is wrong, by address.
         foreign_changes: What others changed, by address.
         notes: Sentences worth telling.
+        settings: Static keys and calls that are not as they begin, such as "trace=on".
     """
 
     pid: int
@@ -116,6 +119,7 @@ class AuditReport:
     faults: tuple[Fault, ...]
     foreign_changes: tuple[ForeignChange, ...]
     notes: tuple[str, ...]
+    settings: tuple[str, ...] = ()
 
     @property
     def is_sound(self) -> bool:

@@ -6,7 +6,8 @@ block made for it. Only displacements are ever changed by a controller, so a sit
 another opcode is somebody else's; one whose bytes are those of the file that is mapped
 there now belongs to a module that is gone.
 
-Text outside sites is compared with the module's file.
+Text outside sites is compared with the module's file. Branches on static keys, and static
+calls, are sites as well, as long as they have a form that they can have.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from optpoline.controller.audit_arenas import ArenaJudge
 from optpoline.controller.audit_report import Fault, FaultKind, ForeignChange, ForeignKind
 from optpoline.controller.audit_scene import ArenaContents, CodeMap, Finding
+from optpoline.controller.declared_sites import DeclaredModule
+from optpoline.controller.declared_state import destination
 from optpoline.controller.module_files import ModuleFile
 from optpoline.errors import TargetFault
 from optpoline.model import Addr
@@ -27,7 +30,7 @@ from optpoline.patch.layout import JournalEntry
 from optpoline.patch.text import is_same_but_disp, read_entries
 from optpoline.process.memory import RemoteMemory
 
-__all__ = ["SiteTally", "judge_sites", "judge_text"]
+__all__ = ["SiteTally", "find_known_sites", "judge_sites", "judge_text"]
 
 _CHUNK_SIZE = 4 << 20
 _MAX_GAP_SIZE = 8
@@ -148,6 +151,32 @@ def _judge_odd(
         ),
         code,
     )
+
+
+# --- static keys and calls
+
+
+def find_known_sites(
+    module: DeclaredModule, memory: RemoteMemory, code_map: CodeMap
+) -> Iterator[JournalEntry]:
+    """Yield the sites of keys and static calls that have one of their forms.
+
+    Raises:
+        TargetFault: if the module was unloaded meanwhile.
+    """
+    for key in module.keys:
+        found = read_entries(memory, [branch.entry for branch in key.branches])
+        for branch in key.branches:
+            code = found[branch.entry.addr]
+            changed = branch.entry.changed_of(code)
+            if changed in branch.forms and branch.entry.with_changed(changed) == code:
+                yield branch.entry
+    for call in module.calls:
+        found = read_entries(memory, [call.trampoline, *call.sites])
+        for entry in (call.trampoline, *call.sites):
+            addr = destination(entry, found[entry.addr])
+            if addr is not None and code_map.is_code(addr):
+                yield entry
 
 
 # --- outside sites

@@ -2,8 +2,9 @@
 """Change many sites in as few stops as their greatest length allows.
 
 Sites whose displacement crosses a
-cache line come last, in a stop of all threads, and only if nobody sleeps in a call
-that must not be interrupted; else they are left for another time.
+cache line, or whose opcode changes, come last, in a stop of all threads, and only if
+nobody sleeps in a call that must not be interrupted, and nobody stands inside one of
+them; else they are left for another time.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from optpoline.controller.target import Target
-from optpoline.patch.text import Poke, PokeResult, crosses_line, poke_batch
+from optpoline.patch.text import Poke, PokeResult, is_inside, needs_all_stopped, poke_batch
 from optpoline.process.stop import Wake
 
 __all__ = ["MAX_TRIES", "TRY_EVERY_S", "Poked", "poke_in_stops", "poke_patiently"]
 
 MAX_TRIES = 50
-"""Times that sites are tried which cross a cache line, while a thread sleeps in a call
+"""Times that sites are tried for which all threads have to stand, while one sleeps in a call
 that must not be interrupted: it may soon return."""
 
 TRY_EVERY_S = 0.01
@@ -33,7 +34,8 @@ class Poked:
         done: Written, or found written already.
         foreign: Left, because their site held another patcher's bytes.
         reloaded: Left, because their module was loaded anew.
-        left: Not tried: they cross a cache line, and a thread slept that must not be woken.
+        left: Not tried: all threads had to stand for them, and one slept that must not be
+            woken, or stood inside.
     """
 
     done: tuple[Poke, ...]
@@ -55,8 +57,8 @@ def poke_in_stops(target: Target, pokes: Sequence[Poke], *, may_delay: bool = Fa
         StopTimeout: if the threads could not be stopped; likewise.
         ProcessGone: if the target is.
     """
-    crossing = [poke for poke in pokes if crosses_line(poke.entry)]
-    easy = [poke for poke in pokes if not crosses_line(poke.entry)]
+    crossing = [poke for poke in pokes if needs_all_stopped(poke.entry)]
+    easy = [poke for poke in pokes if not needs_all_stopped(poke.entry)]
     results: list[PokeResult] = []
     while easy:
         n = target.pace.batch_size()
@@ -71,7 +73,11 @@ def poke_in_stops(target: Target, pokes: Sequence[Poke], *, may_delay: bool = Fa
             if stop.asleep:
                 left = tuple(crossing)
             else:
-                results.append(poke_batch(target.memory, crossing))
+                pcs = {thread.pc for thread in stop.stopped}
+                # No boundary ever moves, so nobody can be; should anybody be, he goes on first.
+                left = tuple(p for p in crossing if any(is_inside(p.entry, pc) for pc in pcs))
+                free = [poke for poke in crossing if poke not in left] if left else crossing
+                results.append(poke_batch(target.memory, free))
     return Poked(
         done=tuple(poke for result in results for poke in result.done),
         foreign=tuple(poke for result in results for poke in result.foreign),

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import assert_never
 
 from optpoline.controller.arguments import validate_pid, validate_setting
 from optpoline.controller.children import Children
@@ -37,6 +36,7 @@ from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.rediscovery import Rediscovery
 from optpoline.controller.sampling import Sampler
+from optpoline.controller.session_declared import DeclaringSession
 from optpoline.controller.settling import Settler
 from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
@@ -47,7 +47,7 @@ from optpoline.controller.summary import (
     SiteState,
     Summary,
 )
-from optpoline.controller.takeover import read_status, restore_left
+from optpoline.controller.takeover import find_left, restore_left
 from optpoline.controller.target import Target
 from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
 from optpoline.controller.wording import count_of
@@ -105,7 +105,7 @@ def attach(
     return session
 
 
-class Session:
+class Session(DeclaringSession):
     """One controller's work on one process; make it with ``attach``."""
 
     def __init__(
@@ -145,7 +145,7 @@ class Session:
             self._pidfd = os.pidfd_open(self.pid)
         except OSError as error:
             raise ProcessGone(self.pid) from error
-        if read_status(self.pid) is not None:
+        if find_left(self.pid) is not None:
             result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
             restored = count_of(result.restored, "site")
             self._note(f"found what an earlier controller left: restored {restored}")
@@ -597,7 +597,7 @@ class Session:
                 if result.outcome is DetachOutcome.GONE and (end := self._find_end()) is None:
                     # Only a thread was gone: the program has to be let go all the same.
                     result = let_go(target, self.records, leave=leave)
-                self.state = _state_after(result.outcome)
+                self.state = SessionState.after(result.outcome)
                 if result.outcome is DetachOutcome.GONE and end is not None:
                     self.state = end
             except BaseException:
@@ -634,6 +634,7 @@ class Session:
             self._children.close()
         if self._perf_map is not None:
             self._perf_map.close()
+        self._close_settings()
         if self._target is not None:
             self._target.close()
             self._target = None
@@ -665,18 +666,3 @@ class Session:
         finally:
             # Ctrl-C may come in there as well: whoever goes on can attach again all the same.
             self._unlock()
-
-
-def _state_after(outcome: DetachOutcome) -> SessionState:
-    """Return where a session stands after letting go."""
-    match outcome:
-        case DetachOutcome.CLEAN | DetachOutcome.ARENA_LEFT:
-            return SessionState.RESTORED
-        case DetachOutcome.LEFT:
-            return SessionState.LEFT
-        case DetachOutcome.GONE:
-            return SessionState.EXITED
-        case DetachOutcome.FOREIGN_BYTES | DetachOutcome.INCOMPLETE:
-            return SessionState.PARTLY_RESTORED
-        case _:
-            assert_never(outcome)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from optpoline.controller.arguments import validate_pid
 from optpoline.controller.baseline_memory import BaselineMemory
+from optpoline.controller.declared_sites import read_declaring_image
 from optpoline.controller.declared_summaries import summarise_declared
 from optpoline.controller.left_arenas import is_controller_alive
 from optpoline.controller.records import SiteRecord
@@ -96,6 +97,7 @@ def _find_in_process(pid: int) -> SiteReport:
     with memory:
         baseline = BaselineMemory(memory)
         images: list[tuple[Module, ModuleImage]] = []
+        declaring: dict[int, ModuleImage] = {}
         for module in list_modules(pid):
             if _is_arena(module):
                 continue
@@ -103,7 +105,11 @@ def _find_in_process(pid: int) -> SiteReport:
             images.append((module, ModuleImage.from_process(module, baseline, elf)))
             if elf is not None:
                 elf.close()
-        return _report(str(pid), images, baseline)
+            # Its text as in its file: static calls may lead elsewhere by now.
+            declared = read_declaring_image(pid, module, memory)
+            if declared is not None:
+                declaring[module.start] = declared
+        return _report(str(pid), images, baseline, declaring)
 
 
 def _is_arena(module: Module) -> bool:
@@ -115,6 +121,7 @@ def _report(
     subject: str,
     images: Sequence[tuple[Module, ModuleImage]],
     baseline: BaselineMemory | None = None,
+    declaring: Mapping[int, ModuleImage] | None = None,
 ) -> SiteReport:
     """Scan images and report.
 
@@ -122,13 +129,16 @@ def _report(
         subject: What they are of.
         images: Images.
         baseline: What a process's images are read from, None for a file.
+        declaring: Images of a process's modules that declare anything, by their start.
     """
     loaded = [LoadedModule(module=m, image=i, scan=scan_image(i)) for m, i in images]
     declared: list[DeclaredSummary] = []
     damaged: list[str] = []
     for one in loaded:
         try:
-            declared += summarise_declared(one.image)
+            if declaring is None or one.module.start in declaring:
+                image = one.image if declaring is None else declaring[one.module.start]
+                declared += summarise_declared(image)
         except (NotesError, TargetFault) as error:
             if baseline is None:
                 raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import assert_never
 
 __all__ = [
     "ChildSummary",
@@ -16,11 +17,14 @@ __all__ = [
     "DeclaredSummary",
     "DetachOutcome",
     "DetachResult",
+    "KeyState",
+    "KeySummary",
     "LeftBehind",
     "ModuleSummary",
     "SessionState",
     "SiteState",
     "SiteSummary",
+    "StaticCallSummary",
     "Summary",
     "TargetShare",
 ]
@@ -42,6 +46,21 @@ class SessionState(Enum):
     """The target exited by itself."""
     EXECED = "execed"
     """The target replaced its program; nothing of ours is left in it."""
+
+    @classmethod
+    def after(cls, outcome: DetachOutcome) -> SessionState:
+        """Return where a session stands after letting go."""
+        match outcome:
+            case DetachOutcome.CLEAN | DetachOutcome.ARENA_LEFT:
+                return cls.RESTORED
+            case DetachOutcome.LEFT:
+                return cls.LEFT
+            case DetachOutcome.GONE:
+                return cls.EXITED
+            case DetachOutcome.FOREIGN_BYTES | DetachOutcome.INCOMPLETE:
+                return cls.PARTLY_RESTORED
+            case _:
+                assert_never(outcome)
 
 
 class SiteState(Enum):
@@ -167,6 +186,80 @@ class DeclaredSummary:
     size: int
     begins_on: bool | None = None
     problem: str | None = None
+
+
+class KeyState(Enum):
+    """What a static key is set to."""
+
+    OFF = "off"
+    ON = "on"
+    MIXED = "mixed"
+    """Its count and its branches contradict each other, or two modules do: a controller was
+    killed while it changed them, or a module was loaded since. Setting it again ends that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeySummary:
+    """A static key of a process, all of its modules together.
+
+    Attributes:
+        name: What it is called.
+        state: What it is set to.
+        begins_on: Whether it begins enabled.
+        count: How often it is enabled.
+        n_branches: Branches on it.
+        is_torn: Whether its count and its branches contradict each other in one module.
+        modules: Paths of the modules that have it.
+        file: Source file, or None.
+        line: Line in it, or None.
+    """
+
+    name: str
+    state: KeyState
+    begins_on: bool
+    count: int
+    n_branches: int
+    is_torn: bool
+    modules: tuple[str, ...]
+    file: str | None
+    line: int | None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it is not as it begins."""
+        return self.state is not (KeyState.ON if self.begins_on else KeyState.OFF)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticCallSummary:
+    """A static call of a process, all of its modules together.
+
+    Attributes:
+        name: What it is called.
+        target: What it calls: a name of the source or a symbol, else an address in hex; None
+            if modules, or the calls in one, contradict each other.
+        default: What it calls at first; "NULL" for nothing, "0" for what returns zero.
+        targets: What it may be given, by the source; the default first.
+        is_out_of_line: Whether only its trampoline is changed.
+        n_calls: Calls that are changed themselves.
+        is_set: Whether it is not as it begins.
+        is_torn: Whether its trampoline and its calls contradict each other in one module.
+        modules: Paths of the modules that have it.
+        file: Source file, or None.
+        line: Line in it, or None.
+    """
+
+    name: str
+    target: str | None
+    default: str
+    targets: tuple[str, ...]
+    is_out_of_line: bool
+    n_calls: int
+    is_set: bool
+    is_torn: bool
+    modules: tuple[str, ...]
+    file: str | None
+    line: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +392,7 @@ class LeftBehind:
         baseline: Journalled sites that hold their baseline bytes.
         foreign: Journalled sites with other bytes.
         site_addresses: (address, "patched" | "baseline" | "foreign") each.
+        settings: Static keys and calls that are not as they begin, such as "trace=on".
     """
 
     pid: int
@@ -309,3 +403,9 @@ class LeftBehind:
     baseline: int
     foreign: int
     site_addresses: tuple[tuple[int, str], ...]
+    settings: tuple[str, ...] = ()
+
+    @property
+    def is_only_set(self) -> bool:
+        """Whether there is nothing but settings: no arena, and nothing of one."""
+        return bool(self.settings) and not self.controller_pid and not self.arenas

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from optpoline.controller.arguments import validate_pid
+from optpoline.controller.declared_program import DeclaredProgram
+from optpoline.controller.declared_settings import read_settings
 from optpoline.controller.kept import describe_kept, find_children
 from optpoline.controller.left_arenas import (
     LeftArena,
@@ -27,7 +29,8 @@ from optpoline.controller.perf_map import remove_perf_map
 from optpoline.controller.poking import poke_patiently
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.controller.target import Target
-from optpoline.errors import ControllerActive, PermissionDenied
+from optpoline.controller.wording import count_of
+from optpoline.errors import ControllerActive, NotesError, PermissionDenied
 from optpoline.patch.layout import JournalEntry
 from optpoline.patch.text import (
     Poke,
@@ -46,7 +49,10 @@ from optpoline.process.procfs import read_maps
 from optpoline.process.stop import Wake
 from optpoline.x86.syscalls import SYS_CLOSE
 
-__all__ = ["read_status", "restore", "restore_left"]
+__all__ = ["find_left", "read_status", "restore", "restore_left"]
+
+
+_NOTHING = "nothing was left"
 
 
 def _close_files(target: Target) -> None:
@@ -96,6 +102,36 @@ def _is_hidden(site: _FoundSite, arena: LeftArena) -> bool:
 
 def read_status(pid: int) -> LeftBehind | None:
     """Return what a controller left, or is doing, in a process; None if nothing.
+
+    Nothing is stopped and nothing is written. What keys and static calls were set to is
+    told as well.
+
+    Raises:
+        UsageError: if ``pid`` is no whole number from 1 up.
+        ProcessGone: if there is no such process, or it is a zombie.
+        UnsupportedTarget: if it has no program of our kind: a kernel thread, for one.
+        PermissionDenied: if its memory may not be read.
+    """
+    left = find_left(pid)
+    with RemoteMemory(pid) as memory:
+        settings = read_settings(memory)
+    if left is not None or not settings:
+        return None if left is None else replace(left, settings=settings)
+    return LeftBehind(
+        pid=pid,
+        controller_pid=0,
+        controller_alive=False,
+        arenas=0,
+        sites=0,
+        baseline=0,
+        foreign=0,
+        site_addresses=(),
+        settings=settings,
+    )
+
+
+def find_left(pid: int) -> LeftBehind | None:
+    """Return what a controller left of its arenas and promotions; None if nothing.
 
     Nothing is stopped and nothing is written.
 
@@ -152,8 +188,16 @@ def _check_nobody_works(pid: int, arenas: Sequence[LeftArena]) -> None:
             )
 
 
-def restore(pid: int, *, stop_timeout_s: float = 2.0) -> DetachResult:
+def restore(pid: int, *, stop_timeout_s: float = 2.0, settings: bool = False) -> DetachResult:
     """Undo what an earlier controller left in a process, as ``optpoline detach`` does.
+
+    Static keys and calls stay as they were set; what a controller that was killed has left
+    half changed is finished.
+
+    Args:
+        pid: The process.
+        stop_timeout_s: How long its threads may take to stop.
+        settings: Make static keys and calls what they begin as, too.
 
     Raises:
         UsageError: if ``pid`` is no whole number from 1 up.
@@ -161,13 +205,47 @@ def restore(pid: int, *, stop_timeout_s: float = 2.0) -> DetachResult:
         PermissionDenied: if we may not trace it.
         ControllerActive: if a controller still works on it.
         StopTimeout: if its threads could not be stopped.
+        SiteChanged: if somebody else's bytes are at a branch on a key, or a static call.
+        TransactionTimeout: if keys or calls have to be changed, and threads were in the way.
     """
     check_attachable(validate_pid(pid))
     lock = ControllerLock(pid)
     try:
-        return restore_left(pid, stop_timeout_s=stop_timeout_s)
+        result = restore_left(pid, stop_timeout_s=stop_timeout_s)
+        return _with_settings(pid, result, stop_timeout_s, is_reset=settings)
     finally:
         lock.release()
+
+
+def _with_settings(
+    pid: int, result: DetachResult, stop_timeout_s: float, *, is_reset: bool
+) -> DetachResult:
+    """Put keys and static calls right, or back, and say what stays set.
+
+    Raises:
+        SiteChanged: if somebody else's bytes are at a site.
+        TransactionTimeout: if threads were in the way all the time.
+    """
+    target = Target(pid, stop_timeout_s=stop_timeout_s)
+    program = DeclaredProgram(target)
+    try:
+        n_finished = program.finish()
+        n_reset = program.reset() if is_reset else 0
+        settings = read_settings(target.memory)
+    except NotesError as error:
+        return replace(result, notes=(*result.notes, str(error)))
+    finally:
+        target.close()
+    notes = result.notes
+    if n_finished or n_reset or settings:
+        notes = tuple(note for note in notes if note != _NOTHING)
+    if n_finished:
+        notes += (f"finished {count_of(n_finished, 'change')} of static keys and calls",)
+    if n_reset:
+        notes += (f"{count_of(n_reset, 'setting')} put back to what the program begins with",)
+    if settings:
+        notes += (f"set, and left so: {', '.join(settings)}",)
+    return replace(result, notes=notes)
 
 
 def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
@@ -183,7 +261,7 @@ def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
         _check_nobody_works(pid, arenas)
         _close_files(target)
         result = DetachResult(
-            outcome=DetachOutcome.CLEAN, restored=0, foreign=(), notes=("nothing was left",)
+            outcome=DetachOutcome.CLEAN, restored=0, foreign=(), notes=(_NOTHING,)
         )
         if arenas:
             result = _with_children(pid, _restore(target, arenas), arenas)

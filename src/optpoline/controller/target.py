@@ -40,7 +40,7 @@ from optpoline.process.procfs import (
 )
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Stop, Wake, stop_threads
-from optpoline.x86.syscalls import Disturbance, rank_disturbance
+from optpoline.x86.syscalls import Disturbance, has_temporary_mask, rank_disturbance
 
 __all__ = ["LoadedModule", "StopLog", "Target"]
 
@@ -408,7 +408,12 @@ class Target:
                 state = read_thread_state(process, tid)
             except ProcessGone:
                 continue  # one thread that exited meanwhile; a whole process shows elsewhere
-            if state.where is ThreadWhere.IN_SYSCALL:
+            if state.where is not ThreadWhere.IN_SYSCALL:
+                continue
+            if state.state == "T":  # stopped by job control: it has left its call already
+                if has_temporary_mask(state.syscall_nr, state.syscall_args):
+                    return False
+            else:
                 rank = rank_disturbance(state.syscall_nr, state.syscall_args)
                 if rank is Disturbance.HARMFUL or (
                     rank is Disturbance.TIMEOUT_AFRESH and not may_delay

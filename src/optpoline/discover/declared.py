@@ -43,6 +43,8 @@ _BRANCH_NOP = bytes.fromhex("0f1f440000")
 
 _BRANCH_SIZE = 5
 _WORD_SIZE = 8
+"""Also the alignment of a key, whose count is changed with one write."""
+
 _JMP = b"\xe9"
 _BRANCHES = (Flow.CALL, Flow.JUMP, Flow.COND_JUMP, Flow.INDIRECT_CALL, Flow.INDIRECT_JUMP)
 
@@ -206,6 +208,9 @@ def _owner_problems(found: Declarations) -> Iterator[str]:
 
 def _text_problems(found: Declarations, image: ModuleImage) -> Iterator[str]:
     """Yield a sentence for each site whose bytes are none that it can have."""
+    for key in found.keys:
+        if key.addr % _WORD_SIZE or image.is_code(key.addr):
+            yield f"the static key {key.name} at {key.addr:#x}, where none can be"
     for branch in found.branches:
         code = _code_at(image, branch.addr, branch.size)
         if not _is_branch_form(code, branch):

@@ -73,7 +73,8 @@ class FlagsAnalysis:
             text = self._image.text_at(run_addr)
             if text is None or len(seen) > _MAX_RUNS:
                 return False
-            run = run_flags(text.code_at(run_addr, _MAX_RUN_SIZE), run_addr, pending)
+            code = text.code_at(run_addr, _MAX_RUN_SIZE)
+            run = run_flags(code, run_addr, pending, self._image.changeable.forks)
             if run.fate is FlagsFate.LIVE:
                 return False
             ahead = [(successor, run.pending) for successor in run.successors]

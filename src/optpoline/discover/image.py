@@ -11,7 +11,7 @@ that time, so ask before text is changed.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from optpoline.discover.thunks import ThunkScan, find_thunks
 from optpoline.errors import OptpolineError
 from optpoline.model import Addr, Module
 from optpoline.process.memory import Memory
+
+if TYPE_CHECKING:
+    from optpoline.discover.changeable import Changeable
 
 __all__ = ["ModuleImage"]
 
@@ -152,6 +155,11 @@ class ModuleImage:
         return SymbolTable(self.facts.dynamic_symbols, self.module.load_bias)
 
     @property
+    def has_file_text(self) -> bool:
+        """Whether its file could be read."""
+        return bool(self._files)
+
+    @property
     def is_stripped(self) -> bool:
         """Whether only exported functions have names."""
         return self.facts.symbols is None
@@ -185,6 +193,14 @@ class ModuleImage:
     def thunks(self) -> ThunkScan:
         """Its thunks."""
         return find_thunks(self.texts, self.symbols, lambda: self.functions)
+
+    @cached_property
+    def changeable(self) -> Changeable:
+        """What of it may be changed while it runs, without our sites."""
+        # Here, for what reads declarations needs this module.
+        from optpoline.discover.changeable import read_changeable
+
+        return read_changeable(self)
 
     def is_code(self, addr: int) -> bool:
         """Say whether an address is in its executable memory."""
@@ -241,6 +257,7 @@ class ModuleImage:
         For modules without a site, most of which are large libraries.
         """
         self.__dict__.pop("texts", None)
+        self.__dict__.pop("changeable", None)  # it speaks of that text
         if self.module.mappings:
             self._files = ()
 

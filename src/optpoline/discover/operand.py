@@ -25,24 +25,24 @@ _MAX_RUN_SIZE = 512
 def operand_dead_at(image: ModuleImage, addr: Addr, register: str) -> bool:
     """Say whether nothing depends on a register's value at an address.
 
-    Branches and calls are followed; at a return, or where a jump to a thunk leads who knows
-    where, every register is live.
+    Branches and calls are followed; at a return, or where a jump to a thunk or a static call
+    leads who knows where, every register is live.
 
     Args:
         image: The module that the address is in.
         addr: A target of an indirect branch.
         register: The 64-bit name of the register that held ``addr``.
     """
-    thunk_addrs = {thunk.addr for thunk in image.thunks.thunks}
+    ends = image.changeable.calls | {thunk.addr for thunk in image.thunks.thunks}
     start = (addr, WHOLE_REGISTER)
     todo, seen = [start], {start}
     while todo:
         run_addr, pending = todo.pop()
         text = image.text_at(run_addr)
-        if text is None or run_addr in thunk_addrs or len(seen) > _MAX_RUNS:
+        if text is None or run_addr in ends or len(seen) > _MAX_RUNS:
             return False
         code = text.code_at(run_addr, _MAX_RUN_SIZE)
-        run = run_register(code, run_addr, register, pending)
+        run = run_register(code, run_addr, register, pending, image.changeable.forks)
         if run.fate is RegisterFate.LIVE:
             return False
         ahead = [(successor, run.pending) for successor in run.successors]

@@ -118,6 +118,22 @@ class SymbolTable:
             if entry["section"] != _SHN_UNDEF
         ]
 
+    def find_functions(self, name: str) -> list[tuple[Addr, bool]]:
+        """Find the defined functions and labels of a name.
+
+        Returns:
+            Address of each, aliases included, and whether it is an indirect function: one
+            that is called once and returns the function that is meant.
+        """
+        code = (_STT_FUNC, _STT_GNU_IFUNC, _STT_NOTYPE)
+        return [
+            (self._addr(entry), bool(entry["info"] & 0xF == _STT_GNU_IFUNC))
+            for entry in self._all[self._is_matching((name.encode(),))]
+            if entry["section"] not in (_SHN_UNDEF, _SHN_ABS)
+            and entry["info"] & 0xF in code
+            and self._name(int(entry["name_off"])) == name
+        ]
+
     def undefined_containing(self, marks: tuple[bytes, ...]) -> frozenset[int]:
         """Return table indices of undefined symbols whose name contains one of some strings."""
         indices = np.flatnonzero(self._is_matching(marks) & (self._all["section"] == _SHN_UNDEF))

@@ -73,7 +73,7 @@ MIN_ROW_SHIFT, MAX_ROW_SHIFT = 12, 40
 """A row is whole pages; more than a TiB of them is damage."""
 
 _HEADER = struct.Struct("<8sIIQQQQQQQQQQIIiII4x")
-_ENTRY = struct.Struct("<QBB6x16s")
+_ENTRY = struct.Struct("<QBBB5x16s")
 _BLOCK = struct.Struct("<QIIQ8sBB2xI")
 _HAS_RSEQ = 1
 """In the header's flags: blocks use the program's restartable sequences."""
@@ -197,17 +197,23 @@ class ArenaHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournalEntry:
-    """One site that was linked: where it is and what was there before.
+    """One site that is changed: where it is and what was there before.
+
+    A change writes the 32-bit displacement of a direct branch. Where one of the two forms is no
+    such branch (a nop, an indirect call), it writes the opcode as well: ``opcode_size`` bytes
+    more, right before it. Prefixes stay, so both forms have the same length.
 
     Attributes:
         addr: First byte of the instruction.
         code: Its baseline bytes, at most 16.
         disp_off: Offset of the 32-bit displacement in them.
+        opcode_size: Bytes before the displacement that a change writes too.
     """
 
     addr: Addr
     code: bytes
     disp_off: int
+    opcode_size: int = 0
 
     @property
     def disp_addr(self) -> Addr:
@@ -224,15 +230,35 @@ class JournalEntry:
         """The displacement bytes of the baseline."""
         return self.code[self.disp_off : self.disp_off + 4]
 
+    @property
+    def changed_addr(self) -> Addr:
+        """Address of the bytes that a change writes."""
+        return Addr(self.disp_addr - self.opcode_size)
+
+    @property
+    def changed_size(self) -> int:
+        """How many bytes a change writes."""
+        return self.opcode_size + 4
+
+    def changed_of(self, code: bytes) -> bytes:
+        """Return the bytes that a change writes of an instruction found at the site."""
+        return code[self.disp_off - self.opcode_size : self.disp_off + 4]
+
+    def with_changed(self, changed: bytes) -> bytes:
+        """Return the whole instruction with other bytes where a change writes."""
+        start = self.disp_off - self.opcode_size
+        return self.code[:start] + changed + self.code[start + len(changed) :]
+
     def pack(self) -> bytes:
         """Return the entry's bytes."""
-        return _ENTRY.pack(self.addr, len(self.code), self.disp_off, self.code.ljust(16, b"\0"))
+        code = self.code.ljust(16, b"\0")
+        return _ENTRY.pack(self.addr, len(self.code), self.disp_off, self.opcode_size, code)
 
     @classmethod
     def unpack(cls, data: bytes) -> JournalEntry:
         """Return the entry in ``data`` (``ENTRY_SIZE`` bytes)."""
-        addr, size, disp_off, code = _ENTRY.unpack(data)
-        return cls(addr=Addr(addr), code=code[:size], disp_off=disp_off)
+        addr, size, disp_off, opcode_size, code = _ENTRY.unpack(data)
+        return cls(addr=Addr(addr), code=code[:size], disp_off=disp_off, opcode_size=opcode_size)
 
 
 class BlockKind(IntEnum):

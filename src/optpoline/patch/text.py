@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Change where sites of the program's text lead: four displacement bytes each.
+"""Change where sites of the program's text lead: a displacement each, or an instruction.
 
 The poke protocol, for a batch of sites:
 
@@ -7,25 +7,30 @@ The poke protocol, for a batch of sites:
    baseline is in the journal.
 2. In the stop: read all the batch's sites and compare each with the bytes we
    expect. A site that holds something else is somebody else's: it is left.
-3. Write each displacement with one write that stays inside one page: the
-   kernel copies page by page and a killed controller leaves no half of it.
+3. Write each with one write that stays inside one page: the kernel copies page by
+   page and a killed controller leaves no half of it.
 4. Read all of it back.
 
 At every instant each site leads to its thunk or to a complete block, so a
-controller that dies anywhere leaves a correct program. The opcode and the
-length of an instruction never change (design rule 2), so no thread can stand
-inside one, and threads asleep in the kernel need not be stopped for bytes that
-share a cache line: such a write was never seen torn. Bytes that cross a line
-are written only while every thread is stopped.
+controller that dies anywhere leaves a correct program. The length of an instruction
+never changes (design rule 2), so no thread can stand inside one. Where only the
+displacement changes, threads asleep in the kernel need not be stopped for bytes
+that share a cache line: such a write was never seen torn. Bytes that cross a line,
+and opcodes, are written only while every thread is stopped: what a CPU makes of an
+opcode that changes beside it nobody promises. Those lie in one aligned word of eight.
+
+``poke_batch`` leaves what is not as expected and does the rest; ``poke_all`` does all
+or nothing, for changes that belong together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from optpoline.errors import SiteChanged, TargetFault
+from optpoline.errors import ProcessGone, SiteChanged, TargetFault
 from optpoline.model import Addr
 from optpoline.patch.layout import JournalEntry
 
@@ -34,13 +39,19 @@ __all__ = [
     "PokeResult",
     "Text",
     "crosses_line",
+    "is_inside",
     "is_same_but_disp",
     "leads_into",
+    "needs_all_stopped",
+    "poke_all",
     "poke_batch",
     "read_entries",
+    "read_whole",
 ]
 
 CACHE_LINE_SIZE = 64
+_DIRECT_OPCODES = (b"\xe8", b"\xe9")
+"""call rel32, jmp rel32."""
 _SPAN_GAP_SIZE = 4096
 """Sites closer than this are read with one call; copying a page is cheaper
 than a second system call."""
@@ -58,12 +69,12 @@ class Text(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Poke:
-    """One displacement to change.
+    """One displacement, or opcode and displacement, to change.
 
     Attributes:
         entry: The site, from the journal.
-        expected: Displacement bytes that must be there before.
-        new: Displacement bytes to write.
+        expected: Bytes that must be there before: ``entry.changed_size`` of them.
+        new: Bytes to write, as many.
     """
 
     entry: JournalEntry
@@ -88,14 +99,30 @@ class PokeResult:
 
 
 def crosses_line(entry: JournalEntry) -> bool:
-    """Tell whether a displacement lies in two cache lines."""
-    first = entry.disp_addr // CACHE_LINE_SIZE
-    return first != (entry.disp_addr + 3) // CACHE_LINE_SIZE
+    """Tell whether what a change writes lies in two cache lines."""
+    first = entry.changed_addr // CACHE_LINE_SIZE
+    return first != (entry.changed_addr + entry.changed_size - 1) // CACHE_LINE_SIZE
+
+
+def needs_all_stopped(entry: JournalEntry) -> bool:
+    """Tell whether a site may only be changed while every thread is stopped."""
+    return entry.opcode_size > 0 or crosses_line(entry)
+
+
+def is_inside(entry: JournalEntry, pc: Addr) -> bool:
+    """Tell whether a program counter is within a site, behind its first byte."""
+    return entry.addr < pc < entry.end
 
 
 def is_same_but_disp(entry: JournalEntry, code: bytes) -> bool:
-    """Tell whether bytes found at a site differ from its baseline in the displacement only."""
-    return len(code) == len(entry.code) and _with_disp(entry, _disp_of(entry, code)) == code
+    """Tell whether bytes found at a site are one of its forms, wherever that leads."""
+    if len(code) != len(entry.code):
+        return False
+    changed = entry.changed_of(code)
+    if entry.with_changed(changed) != code:
+        return False
+    opcode = changed[: entry.opcode_size]
+    return not opcode or code == entry.code or opcode in _DIRECT_OPCODES
 
 
 def leads_into(entry: JournalEntry, code: bytes, start: int, end: int) -> bool:
@@ -103,15 +130,10 @@ def leads_into(entry: JournalEntry, code: bytes, start: int, end: int) -> bool:
 
     A breakpoint of somebody else over a patched site hides where it leads, no more.
     """
-    if len(code) != len(entry.code):
+    if len(code) != len(entry.code) or (entry.opcode_size and code == entry.code):
         return False
-    disp = int.from_bytes(_disp_of(entry, code), "little", signed=True)
+    disp = int.from_bytes(code[entry.disp_off : entry.disp_off + 4], "little", signed=True)
     return start <= entry.end + disp < end
-
-
-def _disp_of(entry: JournalEntry, code: bytes) -> bytes:
-    """Return the displacement in bytes found at a site."""
-    return code[entry.disp_off : entry.disp_off + 4]
 
 
 def read_entries(text: Text, entries: Sequence[JournalEntry]) -> dict[Addr, bytes]:
@@ -128,6 +150,19 @@ def read_entries(text: Text, entries: Sequence[JournalEntry]) -> dict[Addr, byte
         span.append(entry)
     if span:
         _read_span(text, span, found)
+    return found
+
+
+def read_whole(text: Text, entries: Sequence[JournalEntry]) -> dict[Addr, bytes]:
+    """Return the instruction bytes of many sites, all of which are there.
+
+    Raises:
+        TargetFault: if one cannot be read: its module was unloaded.
+    """
+    found = read_entries(text, entries)
+    for entry in entries:
+        if not found[entry.addr]:
+            raise TargetFault(entry.addr, len(entry.code), "read")
     return found
 
 
@@ -166,23 +201,61 @@ def poke_batch(text: Text, pokes: Sequence[Poke]) -> PokeResult:
     reloaded: list[Poke] = []
     for poke in pokes:
         now = found[poke.entry.addr]
-        if now == _with_disp(poke.entry, poke.new):
+        if now == poke.entry.with_changed(poke.new):
             done.append(poke)
-        elif now != _with_disp(poke.entry, poke.expected):
+        elif now != poke.entry.with_changed(poke.expected):
             (reloaded if now == poke.entry.code else foreign).append(poke)
         else:
             # Step 3: one write, inside one page.
-            text.write(poke.entry.disp_addr, poke.new)
+            text.write(poke.entry.changed_addr, poke.new)
             done.append(poke)
     # Step 4: read back.
-    found = read_entries(text, [poke.entry for poke in done])
-    for poke in done:
-        wanted = _with_disp(poke.entry, poke.new)
-        if found[poke.entry.addr] != wanted:
-            raise SiteChanged(poke.entry.addr, wanted, found[poke.entry.addr])
+    _check_written(text, done)
     return PokeResult(done=tuple(done), foreign=tuple(foreign), reloaded=tuple(reloaded))
 
 
-def _with_disp(entry: JournalEntry, disp: bytes) -> bytes:
-    """Return the whole instruction with another displacement."""
-    return entry.code[: entry.disp_off] + disp + entry.code[entry.disp_off + len(disp) :]
+def poke_all(text: Text, pokes: Sequence[Poke]) -> None:
+    """Do steps 2 to 4 for all pokes, in their order, or change nothing.
+
+    Target state: every thread is stopped.
+    On error: every site holds what it held before; only if the program's memory is gone
+    half-way, what was not reached by then does.
+
+    Raises:
+        SiteChanged: if a site does not hold what is expected, or does not read back.
+        TargetFault: if a site cannot be read or written.
+        ProcessGone: if the program is.
+    """
+    # Step 2: look before you write.
+    found = read_entries(text, [poke.entry for poke in pokes])
+    for poke in pokes:
+        wanted = poke.entry.with_changed(poke.expected)
+        if found[poke.entry.addr] != wanted:
+            raise SiteChanged(poke.entry.addr, wanted, found[poke.entry.addr])
+    begun: list[Poke] = []
+    try:
+        for poke in pokes:
+            begun.append(poke)
+            # Step 3: one write, inside one page.
+            text.write(poke.entry.changed_addr, poke.new)
+        # Step 4: read back.
+        _check_written(text, pokes)
+    except BaseException:
+        for poke in reversed(begun):
+            # What cannot be written now was not written before either.
+            with suppress(TargetFault, ProcessGone):
+                text.write(poke.entry.changed_addr, poke.expected)
+        raise
+
+
+def _check_written(text: Text, pokes: Sequence[Poke]) -> None:
+    """Read sites back.
+
+    Raises:
+        SiteChanged: if one does not hold what was written.
+    """
+    found = read_entries(text, [poke.entry for poke in pokes])
+    for poke in pokes:
+        wanted = poke.entry.with_changed(poke.new)
+        if found[poke.entry.addr] != wanted:
+            raise SiteChanged(poke.entry.addr, wanted, found[poke.entry.addr])

@@ -158,7 +158,7 @@ def is_usable_for_injection(
     """
     if not code.is_event_stop or regs.cs != USER_CODE_SELECTOR:
         return False
-    if regs.in_syscall and has_temporary_mask(regs.orig_rax):
+    if regs.in_syscall and has_temporary_mask(regs.orig_rax, regs.syscall_args):
         return False  # setting the mask would lose the one the call is to put back
     if tracer.has_shadow_stack(tid):
         return False  # our return address would not be on it

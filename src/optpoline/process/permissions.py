@@ -36,6 +36,7 @@ from optpoline.process.rights import (
     name_tracer,
 )
 from optpoline.process.scene import read_scene
+from optpoline.process.stop_lock import one_stop_at_a_time
 
 __all__ = [
     "check_attachable",
@@ -48,6 +49,9 @@ __all__ = [
 
 PROC_ROOT = Path("/proc")
 SYS_ROOT = Path("/proc/sys")
+
+_STOP_TIMEOUT_NS = 2_000_000_000
+"""How long another controller's stop may take."""
 
 _PROGRAM_CHECKS = frozenset({"exists", "kind", "architecture"})
 """Checks that say whether there is a program of our kind at all; to look at one takes no more."""
@@ -99,13 +103,16 @@ def diagnose(pid: int, proc_root: Path = PROC_ROOT, sys_root: Path = SYS_ROOT) -
 def check_attachable(pid: int, proc_root: Path = PROC_ROOT, sys_root: Path = SYS_ROOT) -> None:
     """Raise the error an attach would end in, before anything is touched.
 
+    Another controller that has stopped the process for a moment is no tracer to complain of.
+
     Raises:
         ProcessGone: if there is no such process, or it is a zombie.
         UnsupportedTarget: if it is a kernel thread, of another architecture, ourselves,
             under seccomp that we may not suspend, on shadow stacks, or frozen.
         PermissionDenied: if a rule forbids us to trace it.
     """
-    error = diagnose(pid, proc_root, sys_root).error()
+    with one_stop_at_a_time(pid, timeout_ns=_STOP_TIMEOUT_NS):
+        error = diagnose(pid, proc_root, sys_root).error()
     if error is not None:
         raise error
 

@@ -33,6 +33,7 @@ from optpoline.process.memory import RemoteMemory
 from optpoline.process.ptrace import Tracer
 from optpoline.process.rseq import RseqRegistration
 from optpoline.process.sharers import SharerFinder
+from optpoline.process.stop_lock import one_stop_at_a_time
 from optpoline.process.stopper import Stopper
 from optpoline.process.tracer_thread import TracerThread
 
@@ -66,6 +67,7 @@ class StoppedThread:
         tid: The thread.
         pc: Its next instruction; in a call, the one behind the ``syscall``.
         sp: Its stack pointer.
+        thread_pointer: Base of its fs segment, which its thread-local storage is found by.
         in_syscall: Whether it was stopped in a system call.
         signal: The signal it is about to take, or 0.
     """
@@ -74,6 +76,7 @@ class StoppedThread:
     tid: int
     pc: Addr
     sp: Addr
+    thread_pointer: Addr
     in_syscall: bool
     signal: int
 
@@ -101,6 +104,7 @@ class Stop:
                 tid=tracee.tid,
                 pc=Addr(tracee.regs.rip),
                 sp=Addr(tracee.regs.rsp),
+                thread_pointer=Addr(tracee.regs.fs_base),
                 in_syscall=tracee.regs.in_syscall,
                 signal=tracee.code.delivered_signal,
             )
@@ -221,7 +225,7 @@ def stop_threads(
         code = find_injection_code(pid, memory)
     sharers = sharers or SharerFinder(pid)
     sharers.look()  # the long look before the stop: in it only those are looked at who are new
-    with _undisturbed():
+    with one_stop_at_a_time(pid, timeout_ns=timeout_ns), _undisturbed():
         thread = TracerThread()
         try:
             stop = thread.call(

@@ -249,7 +249,9 @@ class Stopper:
                     continue
                 try:
                     state = read_state_char(pid, tid)
-                    may_wake = state == "S" and self._may_wake(pid, tid)
+                    # Who is stopped by job control may be continued at any time.
+                    is_wakeable = state == "S" or (state == "T" and self.wakes_all)
+                    may_wake = is_wakeable and self._may_wake(pid, tid)
                 except ProcessGone:
                     continue
                 if state == "R":
@@ -514,7 +516,9 @@ def _rank_waking(pid: int, state: ThreadState) -> Disturbance:
     """Say how much a sleeping thread would notice of being woken."""
     if state.state == "T":
         # Stopped by job control: it has left its call already.
-        is_masked = state.where is ThreadWhere.IN_SYSCALL and has_temporary_mask(state.syscall_nr)
+        is_masked = state.where is ThreadWhere.IN_SYSCALL and has_temporary_mask(
+            state.syscall_nr, state.syscall_args
+        )
         return Disturbance.HARMFUL if is_masked else Disturbance.NONE
     if state.where is ThreadWhere.RUNNING:
         # It has just woken by itself, or waits for a CPU.

@@ -45,7 +45,7 @@ def _format_verdict(report: AuditReport, style: Style) -> str:
     if report.faults:
         verdict = style.paint(f"{count_of(len(report.faults), 'fault')} found", Colour.RED)
         return f"{name}: {verdict}"
-    if not report.arenas:
+    if not report.arenas and not report.settings:
         return f"{name}: nothing of optpoline is in it"
     return f"{name}: {style.paint('all is well', Colour.GREEN)}"
 
@@ -62,6 +62,8 @@ def _format_counts(report: AuditReport) -> list[str]:
             f"  {count_of(report.blocks, 'live block')} and {report.retired} retired in"
             f" {count_of(report.arenas, 'arena')}",
         ]
+    if report.settings:
+        lines.append(f"  set: {printable(', '.join(report.settings))}")
     return [*lines, f"  text of {count_of(report.modules, 'module')} compared with its file"]
 
 

@@ -15,7 +15,7 @@ _COLUMNS = (
     Column(title="address", right=True),
     Column(title="declared"),
     Column(title="name", flexible=True),
-    Column(title="now", flexible=True),
+    Column(title="begins", flexible=True),
     Column(title="source", flexible=True),
     Column(title="changeable", flexible=True),
 )

@@ -19,10 +19,12 @@ from optpoline.controller.summary import (
     ChildSummary,
     DeclaredSummary,
     DetachResult,
+    KeySummary,
     LeftBehind,
     ModuleSummary,
     ReclaimSummary,
     SiteSummary,
+    StaticCallSummary,
     Summary,
     TargetShare,
 )
@@ -38,8 +40,10 @@ __all__ = [
     "detach_document",
     "encode_document",
     "error_document",
+    "keys_document",
     "session_document",
     "sites_document",
+    "static_calls_document",
     "status_document",
 ]
 
@@ -160,6 +164,58 @@ def checks_document(
     }
 
 
+def keys_document(pid: int, keys: Sequence[KeySummary]) -> JsonObject:
+    """Return what ``key`` writes."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "key",
+        "pid": pid,
+        "keys": [_key_object(key) for key in keys],
+    }
+
+
+def static_calls_document(pid: int, calls: Sequence[StaticCallSummary]) -> JsonObject:
+    """Return what ``static-call`` writes."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "static-call",
+        "pid": pid,
+        "static_calls": [_static_call_object(call) for call in calls],
+    }
+
+
+def _key_object(key: KeySummary) -> JsonObject:
+    """One static key."""
+    return {
+        "name": key.name,
+        "state": key.state.value,
+        "begins_on": key.begins_on,
+        "count": key.count,
+        "n_branches": key.n_branches,
+        "torn": key.is_torn,
+        "modules": list(key.modules),
+        "file": key.file,
+        "line": key.line,
+    }
+
+
+def _static_call_object(call: StaticCallSummary) -> JsonObject:
+    """One static call."""
+    return {
+        "name": call.name,
+        "target": call.target,
+        "default": call.default,
+        "targets": list(call.targets),
+        "out_of_line": call.is_out_of_line,
+        "n_calls": call.n_calls,
+        "set": call.is_set,
+        "torn": call.is_torn,
+        "modules": list(call.modules),
+        "file": call.file,
+        "line": call.line,
+    }
+
+
 def audit_document(report: AuditReport) -> JsonObject:
     """Return what ``check`` writes."""
     return {
@@ -189,6 +245,7 @@ def audit_document(report: AuditReport) -> JsonObject:
             }
             for one in report.foreign_changes
         ],
+        "settings": list(report.settings),
         "notes": list(report.notes),
     }
 
@@ -308,6 +365,7 @@ def _left_behind_object(left: LeftBehind) -> JsonObject:
         "baseline": left.baseline,
         "foreign": left.foreign,
         "sites": [{"address": hex(addr), "state": state} for addr, state in left.site_addresses],
+        "settings": list(left.settings),
     }
 
 

@@ -114,12 +114,16 @@ def format_detach(result: DetachResult) -> list[str]:
 
 def format_left_behind(left: LeftBehind, *, with_addresses: bool) -> list[str]:
     """Return what an earlier controller left in a process."""
+    settings = [f"  set: {printable(', '.join(left.settings))}"] if left.settings else []
+    if left.is_only_set:
+        return [f"process {left.pid}: no site is promoted", *settings]
     alive = "still running" if left.controller_alive else "gone"
     lines = [
         f"process {left.pid}: {count_of(left.sites, 'site')} promoted by controller"
         f" {left.controller_pid} ({alive})",
         f"  {count_of(left.arenas, 'arena')} mapped, {count_of(left.baseline, 'site')} at baseline,"
         f" {left.foreign} with another patcher's bytes",
+        *settings,
     ]
     if with_addresses:
         lines += [f"  {address:#x} {state}" for address, state in left.site_addresses]

@@ -14,6 +14,7 @@ writing nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -76,13 +77,19 @@ _DEAD = FlagsRun(fate=FlagsFate.DEAD)
 _LIVE = FlagsRun(fate=FlagsFate.LIVE)
 
 
-def run_flags(code: bytes, addr: Addr, pending: int = ARITHMETIC_FLAGS) -> FlagsRun:
+def run_flags(
+    code: bytes,
+    addr: Addr,
+    pending: int = ARITHMETIC_FLAGS,
+    forks: Mapping[Addr, tuple[Addr, ...]] | None = None,
+) -> FlagsRun:
     """Follow flags from ``addr`` to the next branch, or until their fate is known.
 
     Args:
         code: Text from ``addr`` on. If it ends first, the flags count as live.
         addr: Where to begin.
         pending: Flags that hold the value in question, as decoder bits.
+        forks: Instructions that may be changed into a branch and back, and where they lead.
 
     >>> run_flags(bytes.fromhex("31c0c3"), Addr(0)).fate.name  # xor eax, eax; ret
     'DEAD'
@@ -90,6 +97,8 @@ def run_flags(code: bytes, addr: Addr, pending: int = ARITHMETIC_FLAGS) -> Flags
     'LIVE'
     """
     for raw in Decoder(64, code, ip=addr):
+        if forks and (ways := forks.get(Addr(raw.ip))):
+            return FlagsRun(fate=FlagsFate.BRANCH, pending=pending, successors=ways)
         if raw.is_invalid or raw.rflags_read & pending:
             return _LIVE
         flow = raw.flow_control

@@ -10,6 +10,7 @@ bytes are followed by themselves: compilers write and read them alone (``setae %
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -83,7 +84,11 @@ _LIVE = RegisterRun(fate=RegisterFate.LIVE)
 
 
 def run_register(
-    code: bytes, addr: Addr, register: str, pending: int = WHOLE_REGISTER
+    code: bytes,
+    addr: Addr,
+    register: str,
+    pending: int = WHOLE_REGISTER,
+    forks: Mapping[Addr, tuple[Addr, ...]] | None = None,
 ) -> RegisterRun:
     """Follow a register from ``addr`` to the next branch, or until its fate is known.
 
@@ -92,6 +97,7 @@ def run_register(
         addr: Where to begin.
         register: Its 64-bit name.
         pending: Parts that hold the value in question.
+        forks: Instructions that may be changed into a branch and back, and where they lead.
 
     >>> run_register(bytes.fromhex("31c0c3"), Addr(0), "rax").fate.name  # xor eax, eax; ret
     'DEAD'
@@ -102,6 +108,8 @@ def run_register(
     for insn in Decoder(64, code, ip=addr):
         if insn.is_invalid:
             return _LIVE
+        if forks and (ways := forks.get(Addr(insn.ip))):
+            return _branch(pending, *ways)
         written = 0
         for used in _INFO.info(insn).used_registers():
             if RegisterExt.full_register(used.register) != wanted:

@@ -70,6 +70,11 @@ class Registers(NamedTuple):
         return self.orig_rax != _NO_SYSCALL
 
     @property
+    def syscall_args(self) -> tuple[int, ...]:
+        """The six arguments of the call it came in by."""
+        return self.rdi, self.rsi, self.rdx, self.r10, self.r8, self.r9
+
+    @property
     def result(self) -> int:
         """Rax as a signed number: what a system call returned, or minus an error number."""
         return self.rax - (1 << 64) if self.rax >> 63 else self.rax

@@ -81,20 +81,23 @@ _EINTR_ON_SOCKET_TIMEOUT = frozenset(
 _READ_WRITE = frozenset({_READ, _WRITE, _READV, _WRITEV})
 """The same on a socket; on another file EINTR can have any meaning, so it is left alone."""
 
-_TEMPORARY_MASK = frozenset(
-    {
-        _PPOLL, _PSELECT6, _RT_SIGSUSPEND, _RT_SIGTIMEDWAIT, _EPOLL_PWAIT, _EPOLL_PWAIT2,
-        _IO_PGETEVENTS, _IO_URING_ENTER,
-    }
-)  # fmt: skip
+_TEMPORARY_MASK = frozenset({_RT_SIGSUSPEND, _RT_SIGTIMEDWAIT, _IO_PGETEVENTS, _IO_URING_ENTER})
+_MASK_ARGUMENT = {_PPOLL: 3, _PSELECT6: 5, _EPOLL_PWAIT: 4, _EPOLL_PWAIT2: 4}
+"""Which argument points to a mask, where there may be none: select() is a pselect6 without one
+(glibc since 2.34), and language run-times wait in an epoll_pwait without one."""
+
 
 _RESTARTED = frozenset(
     {
         _READ, _READV, _WAIT4, _WAITID, _PAUSE, _SELECT, _MSGSND, _MSGRCV, _FLOCK, _OPEN, _OPENAT,
-        _MQ_TIMEDSEND, _MQ_TIMEDRECEIVE, _SEMOP,
+        _MQ_TIMEDSEND, _MQ_TIMEDRECEIVE, _SEMOP, _PPOLL, _PSELECT6,
     }
 )  # fmt: skip
-_RESTARTED_AFRESH = frozenset({_EPOLL_WAIT, _SEMTIMEDOP, _IO_GETEVENTS})
+"""The kernel writes what is left of a timeout of select, pselect6 and ppoll back before."""
+
+_RESTARTED_AFRESH = frozenset(
+    {_EPOLL_WAIT, _EPOLL_PWAIT, _EPOLL_PWAIT2, _SEMTIMEDOP, _IO_GETEVENTS}
+)
 _RECEIVES = frozenset({_ACCEPT, _ACCEPT4, _RECVFROM, _RECVMSG})
 
 _RESTART_BLOCK = frozenset({_NANOSLEEP, _POLL, _RESTART_SYSCALL})
@@ -127,8 +130,12 @@ def rank_disturbance(nr: int, args: tuple[int, ...]) -> Disturbance:
     """
     if (nr == _RECVFROM and args[3] & _MSG_WAITALL) or (nr == _RECVMSG and args[2] & _MSG_WAITALL):
         return Disturbance.HARMFUL
-    if nr == _EPOLL_WAIT and args[3] & _NEGATIVE:
+    if has_temporary_mask(nr, args):
+        return Disturbance.HARMFUL
+    if nr in (_EPOLL_WAIT, _EPOLL_PWAIT) and args[3] & _NEGATIVE:
         return Disturbance.NONE  # no timeout
+    if nr == _EPOLL_PWAIT2 and not args[3]:
+        return Disturbance.NONE  # likewise
     if nr == _FUTEX and args[1] & _FUTEX_COMMAND_MASK in _FUTEX_WAITS:
         return Disturbance.RESTART_BLOCK if args[3] else Disturbance.NONE
     if nr == _CLOCK_NANOSLEEP:
@@ -147,8 +154,16 @@ def rank_disturbance(nr: int, args: tuple[int, ...]) -> Disturbance:
     return Disturbance.HARMFUL
 
 
-def has_temporary_mask(nr: int) -> bool:
-    """Say whether a call may run under a signal mask of its own."""
+def has_temporary_mask(nr: int, args: tuple[int, ...]) -> bool:
+    """Say whether a call may run under a signal mask of its own.
+
+    >>> has_temporary_mask(271, (0x1000, 1, 0, 0x2000, 8, 0))  # ppoll
+    True
+    >>> has_temporary_mask(271, (0x1000, 1, 0, 0, 8, 0))
+    False
+    """
+    if nr in _MASK_ARGUMENT:
+        return bool(args[_MASK_ARGUMENT[nr]])
     return nr in _TEMPORARY_MASK
 
 

@@ -16,16 +16,18 @@ from optpoline.controller.summary import (
     DeclaredSummary,
     DetachOutcome,
     DetachResult,
+    KeySummary,
     LeftBehind,
     ModuleSummary,
     SessionState,
     SiteState,
     SiteSummary,
+    StaticCallSummary,
     Summary,
     TargetShare,
 )
 from optpoline.controller.tracing import RecordPlan, RecordTotals
-from optpoline.errors import OptpolineError
+from optpoline.errors import OptpolineError, UsageError
 from optpoline.simulate.trace import Burst, TracePair, TraceSite, TraceTarget
 from optpoline.simulate.trace_file import TraceWriter
 
@@ -34,6 +36,7 @@ __all__ = [
     "FakeEvent",
     "FakeKind",
     "FakeListing",
+    "FakeProgram",
     "FakeSession",
     "make_site",
     "make_summary",
@@ -195,6 +198,73 @@ class FakeSession:
 
 
 @dataclass
+class FakeHandle:
+    """A key or a static call in a transaction; ``wanted`` is what will be done."""
+
+    name: str
+    wanted: dict[str, str]
+
+    def enable(self) -> None:
+        """Enable."""
+        self.wanted[self.name] = "enable"
+
+    def disable(self) -> None:
+        """Disable."""
+        self.wanted[self.name] = "disable"
+
+    def reset(self) -> None:
+        """Reset."""
+        self.wanted[self.name] = "reset"
+
+    def update(self, function: str, *, any_function: bool = False) -> None:
+        """Redirect."""
+        self.wanted[self.name] = function + (" of any type" if any_function else "")
+
+
+@dataclass
+class FakeTransaction:
+    """A transaction."""
+
+    program: FakeProgram
+    wanted: dict[str, str] = field(default_factory=dict)
+
+    def key(self, name: str) -> FakeHandle:
+        """Return a key."""
+        if name not in {key.name for key in self.program.keys}:
+            raise UsageError(f"process 1 has no static key {name}")
+        return FakeHandle(name, self.wanted)
+
+    def static_call(self, name: str) -> FakeHandle:
+        """Return a static call."""
+        return FakeHandle(name, self.wanted)
+
+    def commit(self) -> int:
+        """Make the changes."""
+        self.program.committed.append(self.wanted)
+        return len(self.wanted)
+
+
+@dataclass
+class FakeProgram:
+    """What a program declares."""
+
+    keys: tuple[KeySummary, ...] = ()
+    static_calls: tuple[StaticCallSummary, ...] = ()
+    committed: list[dict[str, str]] = field(default_factory=list)
+    timeout_s: float | None = None
+    is_closed: bool = False
+
+    def transaction(self, *, timeout_s: float) -> FakeTransaction:
+        """Begin a transaction."""
+        self.timeout_s = timeout_s
+        return FakeTransaction(self)
+
+    def close(self) -> None:
+        """Close."""
+        self.is_closed = True
+
+
+@dataclass
 class FakeApi:
     """An API."""
 
@@ -206,6 +276,8 @@ class FakeApi:
     report: AuditReport | None = None
     restore_error: OptpolineError | None = None
     found: list[int | str] = field(default_factory=list)
+    program: FakeProgram = field(default_factory=lambda: FakeProgram())
+    restored_settings: bool = False
 
     def attach(self, pid: int, *, settings: SessionSettings, on_event: OnEvent) -> FakeSession:
         """Attach."""
@@ -232,8 +304,13 @@ class FakeApi:
         assert self.report is not None
         return self.report
 
-    def restore(self, pid: int) -> DetachResult:
+    def declared(self, pid: int) -> FakeProgram:
+        """Open."""
+        return self.program
+
+    def restore(self, pid: int, *, settings: bool = False) -> DetachResult:
         """Restore."""
+        self.restored_settings = settings
         if self.restore_error is not None:
             raise self.restore_error
         return self.session.result

@@ -26,7 +26,7 @@ from optpoline.errors import ControllerActive, OptpolineError
 from optpoline.process.checks import CheckStatus, Diagnosis
 from tests.unit.cli.fakes import FakeApi, FakeListing, make_site
 
-VERBS = ("run", "attach", "status", "check", "detach", "sites", "doctor")
+VERBS = (*("run", "attach", "status", "check", "detach", "sites", "key", "static-call", "doctor"),)
 
 LEFT = LeftBehind(
     pid=4711,
@@ -195,7 +195,7 @@ def test_declarations_are_listed_without_any_site(capsys: pytest.CaptureFixture[
     out, err = capsys.readouterr()
     assert [line.split() for line in out.splitlines()] == [
         ["/usr/bin/codec:", "3", "declared", "in", "its", "source"],
-        ["address", "declared", "name", "now", "source", "changeable"],
+        ["address", "declared", "name", "begins", "source", "changeable"],
         ["0x401000", "key", "trace", "on", "codec.c:7", "yes"],
         ["0x401010", "branch", "trace", "nop", "codec.c:7", "yes"],
         ["0x401020", "dynamic", "call", "-", "-", "codec.c:7", "no:", "too", "short"],

@@ -172,6 +172,18 @@ def test_a_branch_on_no_key(program: ModuleImage) -> None:
         read_damaged(program, place(record, OBJECT_OFF, record + OBJECT_OFF + field + 4))
 
 
+def test_a_key_whose_count_would_overwrite_something_else(program: ModuleImage) -> None:
+    """All that belongs to a key says that it is somewhere else."""
+    notes = read_notes(program)
+    key = next(note for note in notes if note.kind is NoteKind.KEY)
+    assert key.object is not None
+    text = -(-program.code_ranges[0].start // 8) * 8
+    for elsewhere in (Addr(text), Addr(key.object + 1)):
+        moved = [note.addr for note in notes if note.object == key.object]
+        with pytest.raises(NotesError, match=rf"static key {key.name} at 0x\w+, where none can"):
+            read_damaged(program, *(place(record, OBJECT_OFF, elsewhere) for record in moved))
+
+
 def test_bytes_that_are_no_branch(program: ModuleImage) -> None:
     branch = read_declarations(program).branches[0]
     other = (branch.addr + branch.size - 1, b"\x55")

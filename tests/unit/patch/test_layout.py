@@ -144,9 +144,14 @@ def test_any_bytes_are_a_header_or_none(data: bytes) -> None:
     assert ArenaHeader.unpack(data) is None
 
 
-@given(addr=u64, code=st.binary(min_size=5, max_size=15), off=st.integers(1, 11))
-def test_entry_round_trip(addr: int, code: bytes, off: int) -> None:
-    entry = JournalEntry(addr=Addr(addr), code=code, disp_off=off)
+@given(
+    addr=u64,
+    code=st.binary(min_size=5, max_size=15),
+    off=st.integers(1, 11),
+    opcode_size=st.integers(0, 1),
+)
+def test_entry_round_trip(addr: int, code: bytes, off: int, opcode_size: int) -> None:
+    entry = JournalEntry(addr=Addr(addr), code=code, disp_off=off, opcode_size=opcode_size)
     data = entry.pack()
     assert len(data) == ENTRY_SIZE
     assert JournalEntry.unpack(data) == entry
@@ -155,6 +160,21 @@ def test_entry_round_trip(addr: int, code: bytes, off: int) -> None:
 def test_entry_addresses() -> None:
     entry = JournalEntry(addr=Addr(0x1000), code=bytes.fromhex("2e e8 01 02 03 04"), disp_off=2)
     assert (entry.disp_addr, entry.end, entry.disp) == (0x1002, 0x1006, b"\1\2\3\4")
+
+
+def test_entry_of_an_arena_from_before_opcodes_were_changed() -> None:
+    data = struct.pack("<QBB6x16s", 0x1000, 5, 1, b"\xe8\1\2\3\4")
+    entry = JournalEntry.unpack(data)
+    assert entry.opcode_size == 0
+    assert entry.changed_of(entry.code) == entry.disp == b"\1\2\3\4"
+
+
+def test_entry_whose_opcode_changes() -> None:
+    code = bytes.fromhex("2e 0f 1f 44 00 00")
+    entry = JournalEntry(addr=Addr(0x1000), code=code, disp_off=2, opcode_size=1)
+    assert (entry.changed_addr, entry.changed_size) == (0x1001, 5)
+    assert entry.changed_of(code) == code[1:]
+    assert entry.with_changed(b"\xe9\1\2\3\4") == b"\x2e\xe9\1\2\3\4"
 
 
 def test_entries_lie_in_words() -> None:

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from optpoline.errors import SiteChanged, TargetFault
 from optpoline.model import Addr
 from optpoline.patch.layout import JournalEntry
-from optpoline.patch.text import Poke, crosses_line, poke_batch, read_entries
+from optpoline.patch.text import (
+    Poke,
+    crosses_line,
+    is_inside,
+    is_same_but_disp,
+    leads_into,
+    needs_all_stopped,
+    poke_all,
+    poke_batch,
+    read_entries,
+)
 
 PAGE = 4096
 BASE = 0x40_0000
@@ -248,3 +258,81 @@ def test_crosses_line(disp_off_in_line: int, crosses: bool) -> None:
         addr=Addr(BASE + 64 + disp_off_in_line - 1), code=b"\xe8" + OLD, disp_off=1
     )
     assert crosses_line(entry) is crosses
+
+
+# --- whole instructions
+
+NOP = bytes.fromhex("0f1f440000")
+JUMP = b"\xe9" + NEW
+
+
+@pytest.mark.parametrize("n_prefixes", range(4))
+def test_opcode_and_displacement_are_written_with_one_call(n_prefixes: int) -> None:
+    text = FakeText()
+    prefixes = b"\x2e" * n_prefixes
+    text.data[0x40 - n_prefixes : 0x45] = prefixes + NOP
+    entry = JournalEntry(
+        addr=Addr(BASE + 0x40 - n_prefixes),
+        code=prefixes + NOP,
+        disp_off=n_prefixes + 1,
+        opcode_size=1,
+    )
+    assert needs_all_stopped(entry)
+    there = Poke(entry=entry, expected=NOP, new=JUMP)
+    assert poke_batch(text, [there]).done == (there,)
+    assert text.writes == [(BASE + 0x40, JUMP)]
+    code = text.read(entry.addr, len(entry.code))
+    assert code == prefixes + JUMP
+    assert is_same_but_disp(entry, code)
+    goal = entry.end + int.from_bytes(NEW, "little")
+    assert leads_into(entry, code, goal, goal + 1)
+    assert not leads_into(entry, entry.code, 0, 1 << 64)
+    poke_all(text, [Poke(entry=entry, expected=JUMP, new=NOP)])
+    assert text.read(entry.addr, len(entry.code)) == prefixes + NOP
+
+
+def test_forms_of_a_plain_indirect_call() -> None:
+    # Prefixed, so that a direct call has its length: what a compiler plugin would emit.
+    code = bytes.fromhex("2e2e2effd0")
+    entry = JournalEntry(addr=Addr(BASE), code=code, disp_off=1, opcode_size=1)
+    assert is_same_but_disp(entry, code)
+    assert is_same_but_disp(entry, b"\xe8" + NEW)
+    assert not is_same_but_disp(entry, b"\xcc" + NEW)
+    assert not is_same_but_disp(entry, b"\xe8" + NEW + b"\x90")
+
+
+def test_inside_is_behind_the_first_byte() -> None:
+    entry = JournalEntry(addr=Addr(BASE), code=NOP, disp_off=1, opcode_size=1)
+    assert [off for off in range(-1, 7) if is_inside(entry, Addr(BASE + off))] == [1, 2, 3, 4]
+
+
+def test_all_are_written_in_their_order() -> None:
+    text = FakeText()
+    entries = [text.place(off) for off in (0x80, 0x20, 0x1020)]
+    poke_all(text, [poke(entry) for entry in entries])
+    assert [addr for addr, _ in text.writes] == [entry.disp_addr for entry in entries]
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_one_that_is_not_as_expected_keeps_all_from_being_written(odd: int) -> None:
+    text = FakeText()
+    entries = [text.place(off) for off in (0x20, 0x40, 0x1020)]
+    text.data[entries[odd].addr - BASE] = 0xCC
+    before = bytes(text.data)
+    with pytest.raises(SiteChanged) as caught:
+        poke_all(text, [poke(entry) for entry in entries])
+    assert caught.value.addr == entries[odd].addr
+    assert text.writes == []
+    assert bytes(text.data) == before
+
+
+@pytest.mark.parametrize("failing", range(3))
+def test_a_write_that_fails_undoes_those_before(failing: int) -> None:
+    text = FakeText()
+    entries = [text.place(off) for off in (0x20, 0x40, 0x1020)]
+    before = bytes(text.data)
+    text.sticky.add(entries[failing].disp_addr)  # it does not read back
+    with pytest.raises(SiteChanged):
+        poke_all(text, [poke(entry) for entry in entries])
+    assert len(text.writes) > 3
+    assert bytes(text.data) == before

@@ -31,11 +31,14 @@ from optpoline.report.json_document import (
     detach_document,
     encode_document,
     error_document,
+    keys_document,
     session_document,
     sites_document,
+    static_calls_document,
     status_document,
 )
 from optpoline.toolchain.compiler import Compiler, Family
+from tests.unit.cli.declared_summaries import CODEC, TRACE
 from tests.unit.cli.fakes import make_summary
 
 RESULT = DetachResult(
@@ -74,6 +77,8 @@ DECLARED = DeclaredSummary(
 )
 
 DOCUMENTS: dict[str, JsonObject] = {
+    "key": keys_document(1, (TRACE,)),
+    "static-call": static_calls_document(1, (CODEC,)),
     "session": session_document(SUMMARY, RESULT, command="attach"),
     "sites": sites_document("1", SUMMARY.modules, SUMMARY.sites, ("n",), (DECLARED,)),
     "status": status_document(1, LEFT),

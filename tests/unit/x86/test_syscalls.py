@@ -41,15 +41,23 @@ def _regs(nr: int, result: int) -> Registers:
         (232, NO_ARGS, Disturbance.TIMEOUT_AFRESH),
         (232, (0, 0, 0, 2**32 - 1, 0, 0), Disturbance.NONE),  # epoll_wait without a timeout
         (72, (0, 7, 0, 0, 0, 0), Disturbance.NONE),  # F_SETLKW
-        (271, NO_ARGS, Disturbance.HARMFUL),  # ppoll
-        (281, NO_ARGS, Disturbance.HARMFUL),  # epoll_pwait
+        (271, (0, 0, 0, 0x1000, 8, 0), Disturbance.HARMFUL),  # ppoll with a mask
+        (271, (0, 0, 0x1000, 0, 8, 0), Disturbance.NONE),  # the kernel keeps its timeout
+        (270, (0, 0, 0, 0, 0, 0x1000), Disturbance.HARMFUL),  # pselect6 with a mask
+        (270, (0, 0, 0, 0, 0x1000, 0), Disturbance.NONE),  # select
+        (281, (0, 0, 0, 0, 0x1000, 8), Disturbance.HARMFUL),  # epoll_pwait with a mask
+        (281, NO_ARGS, Disturbance.TIMEOUT_AFRESH),
+        (281, (0, 0, 0, 2**32 - 1, 0, 8), Disturbance.NONE),  # without a timeout
+        (441, (0, 0, 0, 0x1000, 0, 8), Disturbance.TIMEOUT_AFRESH),  # epoll_pwait2
+        (441, NO_ARGS, Disturbance.NONE),
+        (130, NO_ARGS, Disturbance.HARMFUL),  # rt_sigsuspend
         (40, NO_ARGS, Disturbance.HARMFUL),  # sendfile
         (9999, NO_ARGS, Disturbance.HARMFUL),
     ],
 )
 def test_rank(nr: int, args: tuple[int, ...], expected: Disturbance) -> None:
     assert rank_disturbance(nr, args) is expected
-    assert not has_temporary_mask(nr) or expected is Disturbance.HARMFUL
+    assert not has_temporary_mask(nr, args) or expected is Disturbance.HARMFUL
 
 
 @pytest.mark.parametrize(
