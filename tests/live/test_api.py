@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +13,7 @@ import optpoline
 from optpoline import EventKind, OptpolineError, UsageError
 from optpoline.process.procfs import read_status
 from tests.live.conftest import LiveTarget, StartTarget
+from tests.live.documented import OF_DECLARED, read_examples, run_example
 from tests.live.serving import learn_and_promote
 from tests.live.witness import RETPOLINE, Witness
 
@@ -60,22 +60,13 @@ def test_promoting_before_learning_is_an_error(target: LiveTarget) -> None:
     assert target.finish().startswith("wrong 0 rounds")
 
 
-DOCS = Path(__file__).resolve().parent.parent.parent
-
-
-def _read_examples(name: str) -> list[str]:
-    """Return the Python examples of a page, with less patience than people have."""
-    text = (DOCS / name).read_text().replace("seconds=60", "seconds=0.2")
-    return [part.split("```")[0] for part in text.split("```python\n")[1:]]
-
-
 @pytest.mark.parametrize(("name", "n_examples"), [("README.md", 1), ("docs/api.md", 3)])
 def test_documented_examples_work(target: LiveTarget, name: str, n_examples: int) -> None:
     before = Witness.of(target.pid)
-    examples = _read_examples(name)
+    examples = [example for example in read_examples(name) if OF_DECLARED not in example]
     assert len(examples) == n_examples
     for example in examples:
-        exec(compile(example, name, "exec"), {"pid": target.pid, "optpoline": optpoline})
+        run_example(example, name, target.pid)
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")
 

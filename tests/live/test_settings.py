@@ -21,6 +21,7 @@ from optpoline.process.memory import RemoteMemory
 from optpoline.process.procfs import read_maps
 from optpoline.process.stop import Wake, stop_threads
 from tests.live.conftest import LiveTarget
+from tests.live.documented import OF_DECLARED, read_examples, run_example
 from tests.live.witness import Witness
 
 pytestmark = pytest.mark.live
@@ -144,6 +145,17 @@ def test_there_and_back(build: Build, start: Start, way: str) -> None:
             assert program.reset() == len(case.settings) or case.expected == PLAIN
             before.check(target.pid)
     assert target.ask("") == PLAIN
+    target.finish()
+
+
+def test_documented_example_works(target: LiveTarget) -> None:
+    before = Witness.of(target.pid)
+    (example,) = [one for one in read_examples("docs/api.md") if OF_DECLARED in one]
+    run_example(example, "docs/api.md", target.pid)
+    assert target.ask("") == PLAIN
+    with optpoline.declared(target.pid) as program:
+        program.reset()
+    before.check(target.pid)
     target.finish()
 
 
