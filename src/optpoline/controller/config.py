@@ -51,8 +51,9 @@ class Config:
         sample_every_max_s: Longest such interval; None: the policy's.
         overhead_ratio: What all re-sampling windows may cost, as a share of one CPU;
             None: the policy's.
-        poll_s: Interval of looking at miss counters, seconds. One look at 2,000 sites
-            takes some 30 us; a flip waits for it half the interval on average.
+        poll_s: Interval of looking at miss counters, seconds; twice that when no site has
+            changed for ``promote.schedule.CALM_AFTER_S``. A flip waits for it half the
+            interval on average.
         maps_every_s: Interval of looking for new or vanished modules, seconds.
         relink_after_s: How long a re-promoted site must be quiet before the block that its
             text leads to is made to do the new one's work; or, where that has no room, before
@@ -77,7 +78,7 @@ class Config:
     sample_every_s: float | None = None
     sample_every_max_s: float | None = None
     overhead_ratio: float | None = None
-    poll_s: float = 0.1
+    poll_s: float = 0.05
     maps_every_s: float = 1.0
     relink_after_s: float = 1.0
     stop_timeout_s: float = 2.0

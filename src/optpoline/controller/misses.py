@@ -2,7 +2,7 @@
 """Watching the miss counters of all promoted sites at once.
 
 A promoted block counts its misses in one cell of the shared row, all threads with a
-plain ``inc``: what is wanted is a rate, not a count. Polled 10 times a second for
+plain ``inc``: what is wanted is a rate, not a count. Polled 10 or 20 times a second for
 thousands of sites, this must not be a loop in Python: numpy gathers the cells of an
 arena, subtracts and compares them. A poll is the first thing done after a sleep: with its
 caches cold a call of numpy takes some 30 us, and where nobody misses much there are three.
@@ -23,12 +23,9 @@ from optpoline.controller.summary import SiteState
 from optpoline.model import CELL_SIZE, Addr, SiteKind, TreeNode
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block
+from optpoline.promote.schedule import forgotten_ratio
 
 __all__ = ["MissWatch"]
-
-FORGOTTEN_PER_READ = 0.81
-"""What is left of a site's judged miss rate after a read without as many: a level of
-misses that was found to be no reason for a change is taken for normal for a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +134,10 @@ class MissWatch:
             is_held = now_s < self.records[number].hold_until_s
             if self._rate_hz(number) > limit_hz and not is_held:
                 missing.append(number)
+        kept_ratio = forgotten_ratio(elapsed_s)
         for number, judged_hz in tuple(self._judged_hz.items()):
             level_hz = min(judged_hz, self._rate_hz(number))
-            level_hz = max(level_hz, FORGOTTEN_PER_READ * judged_hz)
+            level_hz = max(level_hz, kept_ratio * judged_hz)
             if growth * level_hz > floor_hz:
                 self._judged_hz[number] = level_hz
             else:

@@ -42,7 +42,7 @@ from optpoline.model import Refusal
 from optpoline.patch.blocks import Block
 from optpoline.promote.cost import CostModel
 from optpoline.promote.policy import Action
-from optpoline.promote.schedule import next_interval, stretch_factor
+from optpoline.promote.schedule import next_interval, poll_interval, stretch_factor
 from optpoline.promote.tree import stake_cycles
 
 __all__ = ["Sampler"]
@@ -96,6 +96,8 @@ class Sampler:
         self._work_left_s = WORK_SAVED_S
         self._next_review_s = 0.0
         self._next_relink_s = 0.0
+        self._changed_s = time.monotonic()
+        """When any site was promoted, promoted anew or demoted last."""
 
     @property
     def spares(self) -> tuple[Block, ...]:
@@ -116,6 +118,7 @@ class Sampler:
         ]
         for _, record in new:
             record.sample_every_s = self._interval_s(record, now_s)
+            self._changed_s = now_s
         # The bound on overhead holds for their first interval as well.
         self._stretch = self._stretch_of(records)
         for number, record in new:
@@ -154,6 +157,10 @@ class Sampler:
                 if record.state is SiteState.PROMOTED
             ),
         )
+
+    def pause_s(self, now_s: float) -> float:
+        """Return the time to the next poll."""
+        return poll_interval(self._config.poll_s, now_s - self._changed_s)
 
     def jump_misses_hz(self) -> float:
         """Return how often all promoted jump sites together missed at the last poll, a second."""
@@ -220,6 +227,7 @@ class Sampler:
             n_demoted += demoted
         self._watch.judged(judged)
         if n_again or n_demoted:
+            self._changed_s = time.monotonic()
             self._watch.use(self._watch.records)
         return n_again, n_demoted
 

@@ -458,8 +458,9 @@ class Session(DeclaringSession):
             now_s = time.monotonic()
             if end_s is not None and now_s >= end_s:
                 break
-            left_s = self.config.poll_s if end_s is None else end_s - now_s
-            self._watch_once(min(self.config.poll_s, left_s), stop)
+            assert self._sampler is not None
+            pause_s = self._sampler.pause_s(now_s)
+            self._watch_once(pause_s if end_s is None else min(pause_s, end_s - now_s), stop)
         return self.state
 
     def _watch_once(self, pause_s: float, stop: threading.Event | None) -> None:

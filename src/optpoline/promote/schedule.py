@@ -28,12 +28,49 @@ from dataclasses import dataclass
 
 from optpoline.promote.cost import CPU_HZ
 
-__all__ = ["WatchSchedule", "next_interval", "stretch_factor"]
+__all__ = [
+    "WatchSchedule",
+    "forgotten_ratio",
+    "next_interval",
+    "poll_interval",
+    "stretch_factor",
+]
 
 
 MAX_SLOTS = 128
 """Most slots that a policy may ask for: no tree tells more targets apart, and every site
 is given them at once."""
+
+
+CALM_AFTER_S = 10.0
+"""Time without a change of any site after which polls are half as many: a poll takes the
+controller 0.3 to 0.5 ms, with its caches cold, and settled means hardly any work."""
+
+KEPT_PER_S = 0.12
+"""What is left after a second of a site's judged miss rate when it no longer misses: a level
+of misses that was found to be no reason for a change is taken for normal for so long."""
+
+
+def poll_interval(poll_s: float, since_change_s: float) -> float:
+    """Return the time to the next poll, in seconds.
+
+    Args:
+        poll_s: While sites change.
+        since_change_s: Since any site was promoted, promoted anew or demoted.
+
+    >>> poll_interval(0.05, 3.0), poll_interval(0.05, 30.0)
+    (0.05, 0.1)
+    """
+    return poll_s if since_change_s < CALM_AFTER_S else 2 * poll_s
+
+
+def forgotten_ratio(elapsed_s: float) -> float:
+    """Return what is left of a judged miss rate after some time without as many misses.
+
+    >>> round(forgotten_ratio(0.5) ** 2, 2)
+    0.12
+    """
+    return float(KEPT_PER_S**elapsed_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

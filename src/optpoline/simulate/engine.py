@@ -39,7 +39,7 @@ def replay(workload: Workload, policy: Policy, engine: EngineModel | None = None
     now_s = min(end_s, policy.schedule.learn_s)
     learner.learn_first(now_s)
     sampler.schedule(now_s)
-    while (now_s := now_s + state.engine.poll_s) < end_s:
+    while (now_s := sampler.next_poll_s(now_s)) < end_s:
         now_s = sampler.poll(now_s)
         promoted, now_s = learner.learn_again(now_s)
         if promoted:

@@ -26,7 +26,7 @@ from optpoline.learn.counting import FIRST_OPEN_SLOTS, SiteCounts, n_cells
 from optpoline.model import CELL_SIZE, Addr, Count, Guard, Miss
 from optpoline.promote.cost import CostModel
 from optpoline.promote.policy import Policy, SiteHistory
-from optpoline.promote.schedule import next_interval, stretch_factor
+from optpoline.promote.schedule import next_interval, poll_interval, stretch_factor
 from optpoline.promote.tree import stake_cycles
 from optpoline.simulate.sizes import counting_block_size, promoted_block_size
 from optpoline.simulate.state import EngineModel
@@ -229,7 +229,7 @@ def _project_one(
             + promoted_block_size(2)
             + counting_block_size(2, SAMPLE_OPEN_SLOTS)
         ),
-        poll_ratio=_poll_s(measured, n_sites) / engine.poll_s,
+        poll_ratio=_poll_s(measured, n_sites) / poll_interval(engine.poll_s, math.inf),
         window_ratio=windows_hz * window_s,
         windows_hz=windows_hz,
     )

@@ -14,16 +14,20 @@ from numpy.typing import NDArray
 from optpoline.learn.counting import NO_COUNTS, UNKNOWN_SHARE_TO_GROW, SiteCounts, add
 from optpoline.promote.cost import CostModel
 from optpoline.promote.policy import Action
-from optpoline.promote.schedule import next_interval, stretch_factor
+from optpoline.promote.schedule import (
+    forgotten_ratio,
+    next_interval,
+    poll_interval,
+    stretch_factor,
+)
 from optpoline.promote.tree import stake_cycles
 from optpoline.simulate.state import ReplayState, SimulatedSite
 from optpoline.simulate.windows import SAMPLE_OPEN_SLOTS, Window
 
-__all__ = ["FORGOTTEN_PER_READ", "GOLDEN_RATIO", "Sampler"]
+__all__ = ["GOLDEN_RATIO", "Sampler"]
 
 GOLDEN_RATIO = 0.618033988749895
-FORGOTTEN_PER_READ = 0.81
-"""As in ``controller/sampling.py`` and ``controller/misses.py``."""
+"""As in ``controller/sampling.py``."""
 
 _STAKE_MODEL = CostModel()
 
@@ -42,12 +46,20 @@ class Sampler:
         self._stretch = 1.0
         self._next_review_s = 0.0
         self._last_poll_s = 0.0
+        self._elapsed_s = 0.0
+        """Between the last two polls."""
+        self._changed_s = 0.0
+
+    def next_poll_s(self, now_s: float) -> float:
+        """Return when the next poll is."""
+        return now_s + poll_interval(self._state.engine.poll_s, now_s - self._changed_s)
 
     def schedule(self, now_s: float) -> None:
         """Put newly promoted sites on the schedule, spread over their first interval."""
         new = [site for site in self._state.sites if site.is_promoted and site.interval_s == 0.0]
         for site in new:
             site.interval_s = self._interval_s(site, now_s)
+            self._changed_s = now_s
         self._last_poll_s = now_s
         self._review(now_s)
         for site in new:
@@ -90,7 +102,7 @@ class Sampler:
         limit_hz = np.maximum(schedule.miss_rate_floor_hz, schedule.miss_growth * state.judged_hz)
         is_missing = state.is_promoted & (miss_hz > limit_hz) & (now_s >= state.hold_s)
         state.judged_hz = np.maximum(
-            np.minimum(state.judged_hz, miss_hz), FORGOTTEN_PER_READ * state.judged_hz
+            np.minimum(state.judged_hz, miss_hz), forgotten_ratio(self._elapsed_s) * state.judged_hz
         )
         due = np.flatnonzero(state.is_promoted & (now_s >= state.due_s) & ~is_missing)
         due = due[np.argsort(state.due_s[due], kind="stable")][: state.engine.max_due]
@@ -121,11 +133,11 @@ class Sampler:
         """Return the misses a second of each site since the last poll."""
         state, work = self._state, self._state.workload
         first, last = work.slice_at(self._last_poll_s), work.slice_at(now_s)
-        elapsed_s = max(1e-6, now_s - self._last_poll_s)
+        self._elapsed_s = max(1e-6, now_s - self._last_poll_s)
         self._last_poll_s = now_s
         taken = work.counts(first, last) * ~state.is_guarded
         missed = np.bincount(work.pair_sites, taken, minlength=len(state.sites))
-        rates: NDArray[np.float64] = missed / elapsed_s
+        rates: NDArray[np.float64] = missed / self._elapsed_s
         return rates
 
     def _count(self, site: SimulatedSite, start_s: float, end_s: float) -> Window:
@@ -189,9 +201,11 @@ class Sampler:
             case Action.PROMOTE if decision.plan is not None:
                 state.promote(site, decision.plan, now_s)
                 state.replay.n_repromoted += 1
+                self._changed_s = now_s
             case Action.DEMOTE:
                 state.demote(site, now_s)
                 state.replay.n_demoted += 1
+                self._changed_s = now_s
             case _:
                 pass
         state.keep(site, decision, now_s)

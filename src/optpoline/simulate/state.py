@@ -51,7 +51,7 @@ class EngineModel:
         seed: Of all chance: which targets come first, which sites samples meet.
     """
 
-    poll_s: float = 0.1
+    poll_s: float = 0.05
     wave_s: float = 0.025
     relearn_s: float = 0.25
     look_s: float = 0.002

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from optpoline.controller import hot_sites, learning, misses, rediscovery, sampling
+from optpoline.controller import hot_sites, learning, rediscovery, sampling
 from optpoline.controller.config import Config
 from optpoline.learn.counting import plan_counting
 from optpoline.model import (
@@ -191,8 +191,8 @@ def test_flip_is_followed_at_the_next_poll(at_s: float) -> None:
     assert (outcome.replay.n_repromoted, outcome.replay.n_demoted) == (1, 0)
     assert outcome.adaptation.n_missed == 0
     assert outcome.adaptation.median_s is not None
-    # One poll of 100 ms until it is seen, a window of 20 ms until it is known.
-    assert 0.0 < outcome.adaptation.median_s <= 0.1 + 0.02 + 2 * SLICE_S
+    # One poll of 50 ms until it is seen, a window of 20 ms until it is known.
+    assert 0.0 < outcome.adaptation.median_s <= 0.05 + 0.02 + 2 * SLICE_S
     missed_s = outcome.adaptation.median_s
     assert outcome.hit_ratio == pytest.approx(1 - (1.0 + missed_s) / 6.0, abs=0.003)
 
@@ -310,7 +310,6 @@ def test_numbers_are_those_of_the_controller() -> None:
     assert engine.after_finds_s == rediscovery.AFTER_FINDS_S
     assert engine.after_nothing_s == rediscovery.AFTER_NOTHING_S
     assert engine.thunk_s == rediscovery.MISS_S
-    assert simulated_sampling.FORGOTTEN_PER_READ == misses.FORGOTTEN_PER_READ
     assert simulated_sampling.GOLDEN_RATIO == sampling.GOLDEN_RATIO
     assert windows.SAMPLE_OPEN_SLOTS == learning.SAMPLE_OPEN_SLOTS
     assert windows.MIN_WINDOW_COUNT == learning.MIN_WINDOW_COUNT
