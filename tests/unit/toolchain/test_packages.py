@@ -108,6 +108,10 @@ def check_program(
     assert len(document["sites"]) == n_sites
     found = Counter((one["kind"], one["name"]) for one in document["declared"])
     assert found == (DECLARED + MARKED if is_marked else DECLARED)
+    (filters,) = (one for one in document["declared"] if one["name"] == "filters")
+    n_notes = sum(one["address"] == filters["address"] for one in document["declared"])
+    assert n_notes == 1 + is_marked
+    assert (filters["problem"] is None) is (n_sites > 0)
 
 
 @pytest.mark.parametrize(
