@@ -2,11 +2,13 @@
 """``optpoline cflags`` and ``ldflags``: what to tell a compiler.
 
 Flags go to stdout and nothing else does, quoted for a shell: they are meant for
-``$(optpoline cflags --plugin)``.
+``$(optpoline cflags --plugin)``. For build systems that would rather find packages, ``cflags`` says
+where these are, as one word for ``"$(...)"``.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +19,11 @@ import click
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import compiler_option, pass_invocation, shared_options
 from optpoline.errors import UsageError
-from optpoline.report.flags_document import flags_document
+from optpoline.report.flags_document import directories_document, flags_document
 from optpoline.toolchain.compiler import Compiler, find_compiler
 from optpoline.toolchain.flags import Form, Mode, compile_flags, form_costs, link_flags
 from optpoline.toolchain.gcc_plugin import build_plugin
+from optpoline.toolchain.packages import CMAKE_PREFIX, pkg_config_path
 
 __all__ = ["cflags_command", "ldflags_command"]
 
@@ -51,11 +54,34 @@ def _form_options(function: Callable[P, R]) -> Callable[P, R]:
 
 @click.command("cflags")
 @_form_options
-@click.option("--explain", is_flag=True, help="Say what each form costs, and print no flags.")
+@click.option(
+    "--explain",
+    "instead",
+    flag_value="explain",
+    help="Say what each form costs, and print no flags.",
+)
+@click.option(
+    "--pkg-config-path",
+    "instead",
+    flag_value="pkg-config",
+    help="Print where pkg-config finds optpoline, optpoline-thunks and, with --plugin,"
+    " optpoline-plugin, and no flags.",
+)
+@click.option(
+    "--cmake-prefix-path",
+    "instead",
+    flag_value="cmake",
+    help="Print where CMake finds the package optpoline, and no flags.",
+)
 @shared_options
 @pass_invocation
 def cflags_command(
-    invocation: Invocation, cc: str, plugin: bool, retpoline: bool, mode: str | None, explain: bool
+    invocation: Invocation,
+    cc: str,
+    plugin: bool,
+    retpoline: bool,
+    mode: str | None,
+    instead: str | None,
 ) -> None:
     """Print the flags that make every indirect branch patchable.
 
@@ -63,12 +89,19 @@ def cflags_command(
     GCC and Clang have them. The plugin is built first if it is not there.
     """
     invocation.sink.validate_writable()
-    if explain:
+    if instead == "explain":
         for cost in form_costs():
             invocation.print_data([f"{cost.form.value}: {cost.site}", f"    {cost.cost}"])
         return
+    if instead == "cmake":
+        _print_directories(invocation, (CMAKE_PREFIX,))
+        return
     compiler, form, built = _choose(cc, plugin, retpoline, mode)
-    flags = compile_flags(compiler, form, plugin=built, mode=Mode(mode or Mode.OPT_OUT.value))
+    chosen = Mode(mode or Mode.OPT_OUT.value)
+    if instead == "pkg-config":
+        _print_directories(invocation, pkg_config_path(compiler, plugin=built, mode=chosen))
+        return
+    flags = compile_flags(compiler, form, plugin=built, mode=chosen)
     _print_flags(invocation, "cflags", compiler, flags)
 
 
@@ -110,3 +143,11 @@ def _print_flags(
     invocation.sink.write(flags_document(command, compiler, flags))
     if not invocation.sink.takes_stdout:
         invocation.print_data([shlex.join(flags)])
+
+
+def _print_directories(invocation: Invocation, directories: Sequence[Path]) -> None:
+    """Print a search path, or write its directories as JSON."""
+    invocation.sink.write(directories_document(directories))
+    if not invocation.sink.takes_stdout:
+        # In a variable, it is quoted already: nothing but the separator counts there.
+        invocation.print_data([os.pathsep.join(map(str, directories))])

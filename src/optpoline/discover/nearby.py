@@ -9,7 +9,7 @@ the header's marks are matched with calls:
   code that the compiler copied). Each gets the place of the last mark before it.
 * A dynamic call is the next indirect call, or branch to a thunk, in the function. Marks are
   a stack, because arguments may hold other dynamic calls: the call of the outer one
-  comes last.
+  comes last. With the plugin a call has two marks.
 
 A wrong match is never harmful: it gives a call another's name, and nothing else.
 """
@@ -138,7 +138,11 @@ def _match(
             opened.append(waiting.pop())
         is_via_thunk = insn.target in thunks
         if opened and (is_via_thunk or insn.flow in _INDIRECT):
-            yield DynamicSite(mark=opened.pop(), insn=insn, is_via_thunk=is_via_thunk)
+            mark = opened.pop()
+            yield DynamicSite(mark=mark, insn=insn, is_via_thunk=is_via_thunk)
+            # The header says whose call it is, and the plugin where: one mark of each.
+            if opened and opened[-1].is_near is not mark.is_near:
+                yield DynamicSite(mark=opened.pop(), insn=insn, is_via_thunk=is_via_thunk)
         if not opened and not waiting:
             return
     for mark in (*opened, *waiting):

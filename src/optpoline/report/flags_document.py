@@ -9,7 +9,7 @@ from pathlib import Path
 from optpoline.report.json_document import SCHEMA_VERSION, JsonObject
 from optpoline.toolchain.compiler import Compiler
 
-__all__ = ["flags_document", "plugin_document"]
+__all__ = ["directories_document", "flags_document", "plugin_document"]
 
 
 def flags_document(command: str, compiler: Compiler, flags: Sequence[str]) -> JsonObject:
@@ -19,6 +19,15 @@ def flags_document(command: str, compiler: Compiler, flags: Sequence[str]) -> Js
         "command": command,
         "compiler": _compiler_object(compiler),
         "flags": list(flags),
+    }
+
+
+def directories_document(directories: Sequence[Path]) -> JsonObject:
+    """Return what ``cflags`` writes where it is asked for packages."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "cflags",
+        "directories": [str(directory) for directory in directories],
     }
 
 

@@ -3,20 +3,17 @@
 
 A plugin works with exactly the compiler whose headers it was built with. So it is built where it
 is used, into the user's cache, under a name that says for which compiler and from which source:
-what is there is right, and need not be looked into. Two builds at a time do no harm: each writes a
-file of its own and then gives it its name.
+what is there is right, and need not be looked into.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from optpoline.errors import ToolchainError
+from optpoline.toolchain.cache import cache_dir, drafted
 from optpoline.toolchain.compiler import Compiler, Family, run_compiler
 
 __all__ = ["build_plugin", "find_plugin_headers", "is_plugin_built", "plugin_path"]
@@ -77,7 +74,7 @@ def plugin_path(compiler: Compiler) -> Path:
         except OSError as error:
             raise ToolchainError(f"{path} cannot be read: {error.strerror}") from error
     directory = f"gcc-{compiler.version}-{digest.hexdigest()[:16]}"
-    return _cache_dir() / "gcc-plugin" / directory / _NAME
+    return cache_dir() / "gcc-plugin" / directory / _NAME
 
 
 def is_plugin_built(compiler: Compiler) -> bool:
@@ -103,21 +100,9 @@ def build_plugin(compiler: Compiler, *, output: Path | None = None, again: bool 
     path = plugin_path(compiler) if output is None else output
     if output is None and path.is_file() and not again:
         return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(prefix=".", suffix=".so", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise ToolchainError(f"{path} cannot be written: {error.strerror}") from error
-    try:
-        _compile(compiler, headers, Path(draft))
-        Path(draft).chmod(0o755)
-        Path(draft).replace(path)
-    except OSError as error:
-        raise ToolchainError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            Path(draft).unlink()
+    with drafted(path) as draft:
+        _compile(compiler, headers, draft)
+        draft.chmod(0o755)
     return path
 
 
@@ -141,18 +126,3 @@ def _compile(compiler: Compiler, headers: Path, output: Path) -> None:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
         first = next((line for line in lines if "error" in line), lines[-1])
         raise ToolchainError(f"the plugin cannot be built with {shlex.join(command)}: {first}")
-
-
-def _cache_dir() -> Path:
-    """Return the directory where this user's programs keep what they can make again."""
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification says that a relative path is to be ignored.
-    if os.path.isabs(chosen):
-        return Path(chosen) / "optpoline"
-    try:
-        return Path.home() / ".cache" / "optpoline"
-    except RuntimeError as error:
-        raise ToolchainError(
-            "there is no home directory to keep the plugin in",
-            hint="set XDG_CACHE_HOME to a directory, or use --output",
-        ) from error

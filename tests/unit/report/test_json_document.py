@@ -23,7 +23,7 @@ from optpoline.controller.summary import (
 )
 from optpoline.errors import OptpolineError
 from optpoline.process.checks import Check, CheckStatus
-from optpoline.report.flags_document import flags_document, plugin_document
+from optpoline.report.flags_document import directories_document, flags_document, plugin_document
 from optpoline.report.json_document import (
     JsonObject,
     JsonValue,
@@ -85,6 +85,7 @@ DOCUMENTS: dict[str, JsonObject] = {
     "detach": detach_document(1, RESULT),
     "doctor": checks_document(1, (CHECK,), (CHECK,), 0),
     "cflags": flags_document("cflags", GCC, ("-O2",)),
+    "directories": directories_document((Path("/x"),)),
     "plugin": plugin_document(GCC, Path("/x/optpoline.so")),
     "error": error_document(OptpolineError("m", hint="h"), 1),
 }

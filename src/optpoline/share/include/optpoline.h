@@ -221,6 +221,15 @@ struct optpoline_key_true {
 #define OPTPOLINE_BARE_ "%p"
 #endif
 
+/* Begin or end what unwinders are told of a trampoline. The assembler within Clang has one such
+ * frame at a time for all sections, and that of the function around is open, so it is told none:
+ * nothing can be thrown through a jump. */
+#ifdef __clang__
+#define OPTPOLINE_FRAME_(what)
+#else
+#define OPTPOLINE_FRAME_(what) ".cfi_" what "\n\t"
+#endif
+
 #define OPTPOLINE_HIDDEN_ __attribute__((visibility("hidden")))
 
 /* ---- static keys --------------------------------------------------------------------------- */
@@ -332,10 +341,10 @@ struct optpoline_key_true {
             ".hidden optpoline.call." #name "\n\t"                                                 \
             ".type optpoline.call." #name ",@function\n"                                           \
             "optpoline.call." #name ":\n\t"                                                        \
-            ".cfi_startproc\n\t"                                                                   \
+            OPTPOLINE_FRAME_("startproc")                                                          \
             "%{disp32%} jmp " jump "\n\t"                                                          \
             "int3\n\t"                                                                             \
-            ".cfi_endproc\n\t"                                                                     \
+            OPTPOLINE_FRAME_("endproc")                                                            \
             ".size optpoline.call." #name ", . - optpoline.call." #name "\n\t"                     \
             OPTPOLINE_NOTE_(OPTPOLINE_KIND_CALL_, "%c[form]", "5", "optpoline.call." #name,        \
                 OPTPOLINE_AT_("optpoline.call." #name) OPTPOLINE_AT_("optpoline.call." #name)      \
@@ -355,9 +364,9 @@ struct optpoline_key_true {
     ".hidden optpoline." name "\n\t"                                                               \
     ".type optpoline." name ",@function\n"                                                         \
     "optpoline." name ":\n\t"                                                                      \
-    ".cfi_startproc\n\t"                                                                           \
+    OPTPOLINE_FRAME_("startproc")                                                                  \
     code "\n\t"                                                                                    \
-    ".cfi_endproc\n\t"                                                                             \
+    OPTPOLINE_FRAME_("endproc")                                                                    \
     ".size optpoline." name ", . - optpoline." name "\n\t"                                         \
     ".popsection\n\t"                                                                              \
     ".endif\n\t"
