@@ -42,7 +42,7 @@ MAX_SLOTS = 128
 is given them at once."""
 
 
-CALM_AFTER_S = 10.0
+CALM_AFTER_S = 6.0
 """Time without a change of any site after which polls are half as many: a poll takes the
 controller 0.3 to 0.5 ms, with its caches cold, and settled means hardly any work."""
 
