@@ -20,7 +20,7 @@ inside) is left to ``Sampler.relink``, which takes a stop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from optpoline.controller.config import Config
@@ -44,6 +44,10 @@ PATIENCE_S = 30.0
 """How long a grace period may take until the site is no longer waited for. Looks may take
 ``Config.reclaim_duty`` of a core, and some programs need several."""
 
+MAX_WRITES = 48
+"""Homes that are written in one step, some 0.1 ms of Python each. The rest waits for the next:
+nobody comes in meanwhile, and flips of other sites are not kept waiting."""
+
 
 @dataclass(slots=True)
 class _Settling:
@@ -53,12 +57,14 @@ class _Settling:
         record: The site.
         home: Where its text leads; the block as it was written last.
         since_s: When the present step began.
+        is_left: Whether step 1 is done. It stays so: only step 4 lets anybody in again.
         source: The block whose work home was written to do, once step 2 is done.
     """
 
     record: SiteRecord
     home: Block
     since_s: float
+    is_left: bool = False
     source: Block | None = None
 
 
@@ -77,6 +83,7 @@ class Settler:
         self._settling: dict[Addr, _Settling] = {}
         self._refused: dict[Addr, Block] = {}
         self._next_look_s = 0.0
+        self._n_writes_left = 0
         self.n_settled = 0
         """Sites settled so far."""
 
@@ -93,8 +100,8 @@ class Settler:
             How many sites were settled.
         """
         n_before = self.n_settled
-        for start in self._reclaimer.take_left():
-            self._write(start, now_s)
+        self._note_left(self._reclaimer.take_left())
+        self._n_writes_left = MAX_WRITES
         for one in tuple(self._settling.values()):
             self._go_on(one, now_s)
         if now_s >= self._next_look_s:
@@ -127,13 +134,18 @@ class Settler:
         self._settling[record.site.addr] = _Settling(record=record, home=home, since_s=now_s)
         self._reclaimer.await_left(RetiredCode(_body_of(home), Addr(home.addr + home.size)))
 
-    def _write(self, start: Addr, now_s: float) -> None:
-        """Step 2: write what the site does by now, if it still leads there."""
-        one = next((o for o in self._settling.values() if _body_of(o.home) == start), None)
-        if one is None or one.source is not None or not _leads(one.record, one.home):
-            return  # given up meanwhile
-        active = one.record.active
-        assert active is not None
+    def _note_left(self, starts: Collection[Addr]) -> None:
+        """Note in which homes nobody is any more; thousands may come at a time."""
+        if not starts:
+            return
+        by_start = {_body_of(one.home): one for one in self._settling.values()}
+        for start in starts:
+            one = by_start.get(start)
+            if one is not None:  # else it was given up meanwhile
+                one.is_left = True
+
+    def _write(self, one: _Settling, active: Block, now_s: float) -> None:
+        """Step 2: write what the site does by now."""
         written = rewrite(one.home, active)
         if written is None:
             self._give_up(one)
@@ -146,6 +158,10 @@ class Settler:
         record, active = one.record, one.record.active
         if active is None or not _leads(record, one.home):
             del self._settling[record.site.addr]
+        elif one.source is None and one.is_left:
+            if self._n_writes_left > 0:
+                self._n_writes_left -= 1
+                self._write(one, active, now_s)
         elif one.source is None:
             has_room = one.home.arena.has_room_at(one.home.addr, active.size)
             if not has_room or now_s - one.since_s >= PATIENCE_S:

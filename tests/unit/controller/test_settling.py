@@ -19,7 +19,7 @@ from optpoline.controller.config import Config
 from optpoline.controller.left_arenas import LeftArena
 from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.settling import LOOK_EVERY_S, PATIENCE_S, SEEN_S, Settler
+from optpoline.controller.settling import LOOK_EVERY_S, MAX_WRITES, PATIENCE_S, SEEN_S, Settler
 from optpoline.controller.summary import SiteState
 from optpoline.errors import TargetFault
 from optpoline.model import Addr, BlockPlan, Guard, Mapping, Miss, TreeNode
@@ -28,7 +28,7 @@ from optpoline.patch.blocks import Block, add_block, redirect, redirection_of, r
 from optpoline.patch.grace import RetiredCode
 from optpoline.patch.layout import ARENA_PATH, ArenaHeader, BlockState
 from optpoline.x86.blocks import POISON
-from tests.unit.controller.lone_arena import CODE, THUNK, make_record, make_site
+from tests.unit.controller.lone_arena import CODE, THUNK, make_arena, make_record, make_site
 from tests.unit.patch.conftest import ARENA_ADDR, GEOMETRY, make_header
 
 SITE = make_site()
@@ -229,6 +229,56 @@ def test_somebody_who_stays_inside_is_not_waited_for(arena: Arena) -> None:
     walk.reclaimer.end()
     assert walk.step() == 0
     assert record.home is not record.active
+
+
+def test_many_homes_are_written_a_few_at_a_time() -> None:
+    n_sites = 2 * MAX_WRITES + 10
+    arena = make_arena(n_sites=n_sites)
+    records = [make_record(arena, make_site(i), SiteState.PROMOTED) for i in range(n_sites)]
+    for record in records:
+        record.home = write(arena, FEW, 3.0)
+        record.active = write(arena, MANY)
+        redirect(record.home, record.active.addr)
+    reclaimer = FakeReclaimer()
+    settler = Settler(CONFIG, cast(Reclaimer, reclaimer))
+    settler.step(records, QUIET_S)
+    assert len(reclaimer.awaited) == n_sites
+    reclaimer.end()
+    n_written = []
+    for number in range(3):
+        settler.step(records, QUIET_S + number * SEEN_S / 4)
+        n_written.append(sum(r.home is not None and r.home.plan.tree is MANY for r in records))
+    assert n_written == [MAX_WRITES, 2 * MAX_WRITES, n_sites]
+    assert settler.step(records, QUIET_S + 2 * SEEN_S) == n_sites
+    assert all(record.home is record.active for record in records)
+    arena.close()
+
+
+def test_promoted_anew_while_it_waits_to_be_written() -> None:
+    arena = make_arena(n_sites=MAX_WRITES + 1)
+    records = [make_record(arena, make_site(i), SiteState.PROMOTED) for i in range(MAX_WRITES + 1)]
+    for record in records:
+        record.home = write(arena, MANY)
+        record.active = write(arena, MANY)
+        redirect(record.home, record.active.addr)
+    reclaimer = FakeReclaimer()
+    settler = Settler(CONFIG, cast(Reclaimer, reclaimer))
+    settler.step(records, QUIET_S)
+    reclaimer.end()
+    settler.step(records, QUIET_S)
+    last = records[-1]
+    assert last.home is not None
+    assert last.active is not None
+    newest = write(arena, FEW)
+    redirect(last.active, newest.addr)
+    redirect(last.home, newest.addr)
+    last.active = newest
+    settler.step(records, QUIET_S)
+    settler.step(records, QUIET_S + 2 * SEEN_S)
+    assert last.home is last.active
+    assert last.home.plan.tree is FEW
+    assert reclaimer.awaited == []
+    arena.close()
 
 
 # --- a controller that is killed
