@@ -81,7 +81,7 @@ class Reclaimer:
         )
         self._retired: dict[Addr, _Retired] = {}
         self._expired: list[RetiredCode] = []
-        self._awaited: set[Addr] = set()
+        self._awaited: dict[Addr, RetiredCode] = {}
         self._left: list[Addr] = []
         self._handle = 0
         self._put_size_seen = 0
@@ -148,9 +148,19 @@ class Reclaimer:
         That is a block's behind its head, which leads elsewhere.
         """
         if code.start not in self._awaited:
-            self._awaited.add(code.start)
+            self._awaited[code.start] = code
             self._grace.retire(code)
             self._handle = self._grace.start_poll()
+
+    def cancel_left(self, starts: Iterable[Addr]) -> None:
+        """Wait no more for such code, told by where it starts."""
+        awaited = [self._awaited.pop(start, None) for start in starts]
+        self._grace.cancel([code for code in awaited if code is not None])
+
+    @property
+    def is_switching(self) -> bool:
+        """Whether grace periods take stops: the program is taken to switch its stacks."""
+        return self._grace.is_switching
 
     def take_left(self) -> tuple[Addr, ...]:
         """Return where such code starts whose grace period is over, each once."""
@@ -252,7 +262,7 @@ class Reclaimer:
         """
         for code in self._grace.take_expired():
             if code.start in self._awaited:
-                self._awaited.remove(code.start)
+                del self._awaited[code.start]
                 self._left.append(code.start)
             else:
                 self._expired.append(code)

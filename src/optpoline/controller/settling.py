@@ -15,7 +15,9 @@ step 2 home's old bytes are int3, as is other memory that is used again. A site 
 anew in between begins again; nothing is written but between two looks at whether that is so.
 
 A site that cannot be settled (its home has no room, or is a counting block, or somebody stays
-inside) is left to ``Sampler.relink``, which takes a stop.
+inside) is left to ``Sampler.relink``, which takes a stop. So is every site of a program that
+switches its stacks: there a grace period takes a stop as well, a longer one, in which memory
+is searched, and does not end at all where there is much of that.
 """
 
 from __future__ import annotations
@@ -84,6 +86,7 @@ class Settler:
         self._refused: dict[Addr, Block] = {}
         self._next_look_s = 0.0
         self._n_writes_left = 0
+        self._given_up: list[Addr] = []
         self.n_settled = 0
         """Sites settled so far."""
 
@@ -104,6 +107,10 @@ class Settler:
         self._n_writes_left = MAX_WRITES
         for one in tuple(self._settling.values()):
             self._go_on(one, now_s)
+        if self._given_up:
+            # Else it would be looked for on and on.
+            self._reclaimer.cancel_left(self._given_up)
+            self._given_up.clear()
         if now_s >= self._next_look_s:
             self._next_look_s = now_s + min(LOOK_EVERY_S, self._config.relink_after_s)
             self._find(records, now_s)
@@ -124,6 +131,7 @@ class Settler:
             and active is not None
             and _leads(record, home)
             and self._refused.get(record.site.addr) is not active
+            and not self._reclaimer.is_switching
             and home.arena.has_room_at(home.addr, active.size)
         )
 
@@ -164,7 +172,8 @@ class Settler:
                 self._write(one, active, now_s)
         elif one.source is None:
             has_room = one.home.arena.has_room_at(one.home.addr, active.size)
-            if not has_room or now_s - one.since_s >= PATIENCE_S:
+            is_over = now_s - one.since_s >= PATIENCE_S or self._reclaimer.is_switching
+            if is_over or not has_room:
                 self._give_up(one)
         elif one.source is not active:
             del self._settling[record.site.addr]  # promoted anew since: begin again
@@ -177,6 +186,8 @@ class Settler:
     def _give_up(self, one: _Settling) -> None:
         """Do not try again to settle a site where its text leads, for what it does now."""
         del self._settling[one.record.site.addr]
+        if not one.is_left:
+            self._given_up.append(_body_of(one.home))
         if one.record.active is not None:
             self._refused[one.record.site.addr] = one.record.active
 

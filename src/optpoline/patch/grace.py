@@ -9,6 +9,7 @@ been seen outside it) and with its words::
     poll(handle)          look once; tell whether that grace period is over
     synchronize(timeout)  look until it is, or time is up
     take_expired()        what may be used again by now
+    cancel(code)          nobody waits for it any more
 
 The program pays nothing: it is looked at from outside (``Observer``), as in
 J. Fernandes' variant that goes and looks at each CPU instead of waiting.
@@ -155,6 +156,8 @@ class _Period:
     holding: dict[ThreadKey, frozenset[RetiredCode]] = field(default_factory=dict)
     """Threads that were looked at, with the code that the last look found them in."""
     n_looks: int = 0
+    cancelled: set[RetiredCode] = field(default_factory=set)
+    """What nobody waits for any more."""
 
     def code_at(self, addrs: Iterable[int]) -> frozenset[RetiredCode]:
         """Return the pieces of code that addresses are in."""
@@ -201,6 +204,24 @@ class GracePeriods:
         """
         self._waiting.append(code)
         self.statistics.n_retired += 1
+
+    def cancel(self, code: Collection[RetiredCode]) -> None:
+        """Note that nobody waits any more for code that was retired; it does not expire."""
+        gone = set(code)
+        self._waiting = [one for one in self._waiting if one not in gone]
+        self._expired = [one for one in self._expired if one not in gone]
+        period = self._period
+        if period is None:
+            return
+        period.cancelled |= gone.intersection(period.code)
+        if len(period.cancelled) == len(period.code):
+            self._period = None
+            self._n_over = self._n_begun
+
+    @property
+    def is_switching(self) -> bool:
+        """Whether the program is taken to switch its stacks: each period takes a stop then."""
+        return self._observer.is_switching()
 
     def start_poll(self) -> int:
         """Return a handle on the grace period that covers all that is retired by now."""
@@ -320,9 +341,10 @@ class GracePeriods:
         self.is_search_refused = pointed_to is None
         held = frozenset(period.code) if pointed_to is None else period.code_at(pointed_to)
         held = held.union(*period.holding.values())
-        kept = [one for one in period.code if one in held]
-        self._expired += [one for one in period.code if one not in held]
-        self.statistics.n_expired += len(period.code) - len(kept)
+        wanted = [one for one in period.code if one not in period.cancelled]
+        kept = [one for one in wanted if one in held]
+        self._expired += [one for one in wanted if one not in held]
+        self.statistics.n_expired += len(wanted) - len(kept)
         self.statistics.n_kept_back += len(kept)
         self.statistics.n_periods += 1
         self._waiting += kept

@@ -319,6 +319,29 @@ def test_left_bytes_of_a_block_are_told_and_not_freed(session: Session) -> None:
     assert session.reclaimer.summary().blocks_retired == 0
 
 
+def test_left_bytes_that_nobody_waits_for_any_more(session: Session) -> None:
+    record = session.add_record()
+    home, active = session.write(), session.write()
+    record.home, record.active = home, active
+    redirect(home, active.addr)
+    body = RetiredCode(Addr(home.addr + 1), Addr(home.addr + home.size))
+    session.observer.held = frozenset([home.addr + 9])
+    session.reclaimer.await_left(body)
+    session.step()
+    session.reclaimer.cancel_left([body.start, active.addr])
+    n_looks = session.observer.n_looks
+    for _ in range(5):
+        session.step()
+    assert session.observer.n_looks == n_looks
+    assert session.reclaimer.take_left() == ()
+    # The site moves on, and the block is garbage like any other.
+    record.home = active
+    session.observer.held = frozenset()
+    for _ in range(5):
+        session.step()
+    assert session.live == {active.addr}
+
+
 def test_block_is_not_retired_while_its_bytes_are_waited_for(session: Session) -> None:
     home = session.write()
     session.observer.is_unseen = True

@@ -7,7 +7,7 @@ The arena is a real one on a memfd, with no program on the other side.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -44,6 +44,7 @@ class FakeReclaimer:
 
     awaited: list[RetiredCode] = field(default_factory=list)
     left: list[Addr] = field(default_factory=list)
+    is_switching: bool = False
 
     def await_left(self, code: RetiredCode) -> None:
         """Note what is waited for."""
@@ -53,6 +54,11 @@ class FakeReclaimer:
         """Return what was said to be left."""
         left, self.left = tuple(self.left), []
         return left
+
+    def cancel_left(self, starts: Iterable[Addr]) -> None:
+        """Wait no more for some."""
+        gone = set(starts)
+        self.awaited = [code for code in self.awaited if code.start not in gone]
 
     def end(self) -> None:
         """Let all grace periods be over."""
@@ -222,13 +228,33 @@ def test_free_memory_behind_home_is_room(arena: Arena) -> None:
 
 def test_somebody_who_stays_inside_is_not_waited_for(arena: Arena) -> None:
     record = promoted_anew(arena)
+    assert record.home is not None
     walk = Walk(record)
     walk.step()
     walk.step(PATIENCE_S)
     assert not walk.settler.is_settling(record)
-    walk.reclaimer.end()
+    assert walk.reclaimer.awaited == []  # nobody is looked for any more
+    walk.reclaimer.left = [Addr(record.home.addr + 1)]
     assert walk.step() == 0
     assert record.home is not record.active
+
+
+def test_a_program_that_switches_stacks_is_left_to_stops(arena: Arena) -> None:
+    record = promoted_anew(arena)
+    walk = Walk(record)
+    walk.step()
+    assert len(walk.reclaimer.awaited) == 1
+    walk.reclaimer.is_switching = True  # found out by the first look
+    walk.step()
+    assert walk.reclaimer.awaited == []
+    assert not walk.settler.is_settling(record)
+    assert record.home is not record.active
+    record.active = write(arena, FEW)
+    assert record.home is not None
+    redirect(record.home, record.active.addr)
+    walk.step()
+    assert walk.reclaimer.awaited == []
+    assert not walk.settler.is_settling(record)
 
 
 def test_many_homes_are_written_a_few_at_a_time() -> None:

@@ -507,6 +507,33 @@ def test_suspicion_is_looked_into_in_one_stop() -> None:
     assert grace.take_expired() == ()
 
 
+def test_cancelled_code_neither_expires_nor_is_kept_back() -> None:
+    observer = ScriptedObserver([make_look([], [ONE]), make_look([ONE])], found=[frozenset()])
+    grace = retire(observer, FIRST, SECOND)
+    handle = grace.start_poll()
+    assert not grace.poll(handle)
+    grace.cancel([FIRST])
+    assert not grace.is_idle
+    assert grace.poll(handle)
+    assert grace.take_expired() == (SECOND,)
+    assert grace.is_idle
+
+
+def test_period_for_what_nobody_waits_for_is_over() -> None:
+    observer = ScriptedObserver([make_look([], [ONE]), make_look([ONE])], found=[frozenset()])
+    grace = retire(observer, FIRST)
+    handle = grace.start_poll()
+    assert not grace.poll(handle)
+    grace.retire(SECOND)
+    later = grace.start_poll()
+    grace.cancel([FIRST])
+    assert grace.poll(handle)
+    assert not grace.is_idle
+    grace.retire(FIRST)
+    assert grace.poll(later)
+    assert grace.take_expired() == (FIRST, SECOND)
+
+
 def test_program_too_large_for_that_is_excused() -> None:
     looks = [make_look(holding={ONE: IN_FIRST}), make_look(holding={ONE: IN_SECOND})]
     looks.append(make_look([ONE]))
