@@ -119,6 +119,8 @@ class Settler:
     def _find(self, records: Iterable[SiteRecord], now_s: float) -> None:
         """Begin with the sites that have been quiet long enough."""
         for record in records:
+            if record.home is record.active:
+                continue  # all but a few of thousands
             is_quiet = now_s - record.changed_s >= self._config.relink_after_s
             if is_quiet and record.site.addr not in self._settling and self._may_begin(record):
                 self._begin(record, now_s)
