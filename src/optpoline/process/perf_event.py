@@ -28,8 +28,10 @@ import fcntl
 import mmap
 import os
 import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from optpoline.errors import OptpolineError, PermissionDenied, ProcessGone, UnsupportedTarget
 
@@ -92,6 +94,7 @@ MAX_STACK_WORDS = 64
 
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _libc = ctypes.CDLL(None, use_errno=True)
+_Decoded = TypeVar("_Decoded")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +153,7 @@ class SampleRing:
         Raises:
             OptpolineError: if the ring holds no whole records; all of it is skipped.
         """
-        return _decode_records(self._take())
+        return self._decode(_decode_records)
 
     def drain_last_stack(self) -> StackSample | None:
         """Do so, but return the last user sample with all its stack, None if there is none.
@@ -158,7 +161,14 @@ class SampleRing:
         Raises:
             OptpolineError: if the ring holds no whole records; all of it is skipped.
         """
-        return _decode_last_stack(self._take())
+        return self._decode(_decode_last_stack)
+
+    def _decode(self, decode: Callable[[bytes], _Decoded]) -> _Decoded:
+        """Take all records out and decode them."""
+        try:
+            return decode(self._take())
+        except struct.error as error:
+            raise OptpolineError("a perf ring ends in the middle of a record") from error
 
     def _take(self) -> bytes:
         """Return all records and give their room back."""
@@ -187,27 +197,35 @@ class SampleRing:
         return bytes(self._data[start:]) + bytes(self._data[: end - self._size])
 
 
+def _split_records(records: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Yield of each record (kind, misc, where its body begins, where it ends)."""
+    off = 0
+    while off < len(records):
+        kind, misc, size = _HEADER.unpack_from(records, off)
+        if size < _HEADER.size or off + size > len(records):
+            raise OptpolineError(f"a perf ring holds a record of {size} bytes, which is none")
+        yield kind, misc, off + _HEADER.size, off + size
+        off += size
+
+
+def _is_user_sample(kind: int, misc: int) -> bool:
+    """Tell whether a record is a sample of the program."""
+    # Not all that is outside the kernel is the program: a guest's PC is not.
+    is_user = misc & _PERF_RECORD_MISC_CPUMODE_MASK == _PERF_RECORD_MISC_USER
+    return kind == _PERF_RECORD_SAMPLE and is_user
+
+
 def _decode_records(records: bytes) -> RingRecords:
     """Pick the user samples and the losses out of whole records."""
     samples: list[tuple[int, ...]] = []
-    n_lost = off = 0
-    try:
-        while off < len(records):
-            kind, misc, size = _HEADER.unpack_from(records, off)
-            if size < _HEADER.size or off + size > len(records):
-                raise OptpolineError(f"a perf ring holds a record of {size} bytes, which is none")
-            body = off + _HEADER.size
-            if kind == _PERF_RECORD_SAMPLE:
-                # Not all that is outside the kernel is the program: a guest's PC is not.
-                if misc & _PERF_RECORD_MISC_CPUMODE_MASK == _PERF_RECORD_MISC_USER:
-                    pc, _, tid = _SAMPLE.unpack_from(records, body)
-                    stack = _decode_stack(records, body + _SAMPLE.size, off + size)
-                    samples.append((tid, pc, *stack))
-            elif kind == _PERF_RECORD_LOST:
-                n_lost += _LOST.unpack_from(records, body)[1]
-            off += size
-    except struct.error as error:
-        raise OptpolineError("a perf ring ends in the middle of a record") from error
+    n_lost = 0
+    for kind, misc, body, end in _split_records(records):
+        if _is_user_sample(kind, misc):
+            pc, _, tid = _SAMPLE.unpack_from(records, body)
+            stack = _decode_stack(records, body + _SAMPLE.size, end)
+            samples.append((tid, pc, *stack))
+        elif kind == _PERF_RECORD_LOST:
+            n_lost += _LOST.unpack_from(records, body)[1]
     return RingRecords(samples=tuple(samples), n_lost=n_lost)
 
 
@@ -230,30 +248,22 @@ def _decode_stack(records: bytes, off: int, end: int) -> tuple[int, ...]:
 def _decode_last_stack(records: bytes) -> StackSample | None:
     """Return the last user sample of whole records, with its stack."""
     last: StackSample | None = None
-    off = 0
-    try:
-        while off < len(records):
-            kind, misc, size = _HEADER.unpack_from(records, off)
-            if size < _HEADER.size or off + size > len(records):
-                raise OptpolineError(f"a perf ring holds a record of {size} bytes, which is none")
-            is_user = misc & _PERF_RECORD_MISC_CPUMODE_MASK == _PERF_RECORD_MISC_USER
-            if kind == _PERF_RECORD_SAMPLE and is_user:
-                pc, _, _ = _SAMPLE.unpack_from(records, off + _HEADER.size)
-                at = off + _HEADER.size + _SAMPLE.size
-                (abi,) = _ABI.unpack_from(records, at)
-                if abi == _PERF_SAMPLE_REGS_ABI_64:
-                    _, sp, wanted = _ABI_SP_SIZE.unpack_from(records, at)
-                    at += _ABI_SP_SIZE.size
-                    if wanted and at + wanted + _SIZE.size != off + size:
-                        raise OptpolineError(
-                            f"a perf ring holds a stack of {wanted} bytes in too short a record"
-                        )
-                    n_valid = _SIZE.unpack_from(records, at + wanted)[0] if wanted else 0
-                    stack = records[at : at + min(n_valid, wanted)]
-                    last = StackSample(pc=pc, sp=sp, stack=stack)
-            off += size
-    except struct.error as error:
-        raise OptpolineError("a perf ring ends in the middle of a record") from error
+    for kind, misc, body, end in _split_records(records):
+        if not _is_user_sample(kind, misc):
+            continue
+        pc, _, _ = _SAMPLE.unpack_from(records, body)
+        at = body + _SAMPLE.size
+        (abi,) = _ABI.unpack_from(records, at)
+        if abi == _PERF_SAMPLE_REGS_ABI_64:
+            _, sp, wanted = _ABI_SP_SIZE.unpack_from(records, at)
+            at += _ABI_SP_SIZE.size
+            if wanted and at + wanted + _SIZE.size != end:
+                raise OptpolineError(
+                    f"a perf ring holds a stack of {wanted} bytes in too short a record"
+                )
+            n_valid = _SIZE.unpack_from(records, at + wanted)[0] if wanted else 0
+            stack = records[at : at + min(n_valid, wanted)]
+            last = StackSample(pc=pc, sp=sp, stack=stack)
     return last
 
 
