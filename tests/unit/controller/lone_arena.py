@@ -10,7 +10,8 @@ from optpoline.controller.summary import SiteState
 from optpoline.model import Addr, Site, SiteKind, Thunk, ThunkFlavour
 from optpoline.patch.arena import Arena
 from optpoline.patch.geometry import ArenaGeometry
-from optpoline.patch.layout import ArenaHeader, JournalEntry
+from optpoline.patch.layout import JournalEntry
+from tests.unit.patch.conftest import make_header
 
 ARENA_ADDR = Addr(0x5000_0000)
 THUNK = Thunk(addr=Addr(0x4F00_0000), operand="rax", flavour=ThunkFlavour.GCC, symbol=None)
@@ -22,23 +23,10 @@ CODE = bytes.fromhex("e8 fb ef ff ff")
 def make_arena(addr: Addr = ARENA_ADDR, n_sites: int = 1) -> Arena:
     """Return an arena for that many sites; who asks for it closes it."""
     geometry = ArenaGeometry.for_sites(n_sites, N_CPUS)
-    header = ArenaHeader(
-        size=geometry.size,
-        block_off=geometry.block_off,
-        code_off=geometry.code_off,
-        literal_off=geometry.literal_off,
-        counter_off=geometry.counter_off,
-        controller_pid=1,
-        controller_start=2,
-        target_pid=3,
-        n_entries=0,
-        row_shift=geometry.row_shift,
-        n_cpus=geometry.n_cpus,
-    )
     fd = os.memfd_create("optpoline", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, geometry.size)
-        return Arena(addr, fd, geometry, header)
+        return Arena(addr, fd, geometry, make_header(geometry))
     finally:
         os.close(fd)
 

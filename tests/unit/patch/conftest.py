@@ -38,20 +38,20 @@ N_BLOCK_ENTRIES = (GEOMETRY.code_off - GEOMETRY.block_off) // BLOCK_ENTRY_SIZE
 NO_CELLS = (Addr(0), 0)
 
 
-def make_header() -> ArenaHeader:
+def make_header(geometry: ArenaGeometry = GEOMETRY) -> ArenaHeader:
     """Return the header of an arena with nothing in it."""
     return ArenaHeader(
-        size=GEOMETRY.size,
-        block_off=GEOMETRY.block_off,
-        code_off=GEOMETRY.code_off,
-        literal_off=GEOMETRY.literal_off,
-        counter_off=GEOMETRY.counter_off,
+        size=geometry.size,
+        block_off=geometry.block_off,
+        code_off=geometry.code_off,
+        literal_off=geometry.literal_off,
+        counter_off=geometry.counter_off,
         controller_pid=1,
         controller_start=2,
         target_pid=3,
         n_entries=0,
-        row_shift=GEOMETRY.row_shift,
-        n_cpus=GEOMETRY.n_cpus,
+        row_shift=geometry.row_shift,
+        n_cpus=geometry.n_cpus,
     )
 
 
