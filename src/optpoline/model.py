@@ -68,6 +68,7 @@ class Refusal(Enum):
     FOREIGN_BYTES = "another patcher's bytes are in it"
     UNKNOWN_OPERAND = "its thunk does not take the target in a register"
     CRITICAL_SECTION = "it is inside a restartable sequence of the program's own"
+    EXCLUDED = "the program's source says that it shall stay as it is"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +168,7 @@ class Site:
         function: Name of the function it is in, or None.
         function_addr: Start of that function, or None.
         refusal: Why it must not be promoted, or None.
+        max_guards: Guards that its source allows at most, 0 for any number.
     """
 
     addr: Addr
@@ -178,6 +180,7 @@ class Site:
     function: str | None
     function_addr: Addr | None
     refusal: Refusal | None = None
+    max_guards: int = 0
 
     @property
     def end(self) -> Addr:

@@ -142,6 +142,7 @@ def _promote_one(
             now_s=now_s,
             kind=record.site.kind,
             hotter_ratio=hotter_ratio,
+            max_guards=record.site.max_guards,
         )
     )
     if decision.action is not Action.PROMOTE or decision.plan is None:

@@ -290,6 +290,7 @@ class Sampler:
             window_s=self._schedule.sample_s,
             now_s=time.monotonic(),
             kind=record.site.kind,
+            max_guards=record.site.max_guards,
         )
         return self._config.policy.is_surprising(view)
 
@@ -310,7 +311,13 @@ class Sampler:
         """Ask the policy and do what it says; return (promoted anew, demoted)."""
         history = history_of(record)
         window_s = counts.total / record.rate_hz if record.rate_hz else self._schedule.sample_s
-        view = history.view(counts, window_s=window_s, now_s=now_s, kind=record.site.kind)
+        view = history.view(
+            counts,
+            window_s=window_s,
+            now_s=now_s,
+            kind=record.site.kind,
+            max_guards=record.site.max_guards,
+        )
         decision = self._config.policy.decide(view)
         is_again = is_demoted = False
         match decision.action:

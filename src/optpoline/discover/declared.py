@@ -165,6 +165,7 @@ def _dynamic(note: Note) -> DynamicMark:
         type=note.type,
         n_branches=note.argument,
         place=_place(note),
+        is_excluded=NoteFlag.EXCLUDED in note.flags,
     )
 
 

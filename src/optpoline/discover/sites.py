@@ -23,6 +23,7 @@ from optpoline.discover.branches import decode_branches
 from optpoline.discover.critical_sections import find_critical_sections
 from optpoline.discover.flags import FlagsAnalysis
 from optpoline.discover.image import ModuleImage
+from optpoline.discover.nearby import read_marked_sites
 from optpoline.discover.relocations import read_relocations
 from optpoline.discover.text import Text
 from optpoline.model import Addr, Refusal, Site, SiteKind, Thunk
@@ -139,6 +140,7 @@ class _SiteFinder:
         self._thunks = {thunk.addr: thunk for thunk in image.thunks.thunks}
         self._flags = FlagsAnalysis(image)
         self._critical = find_critical_sections(image)
+        self._marked = read_marked_sites(image)
         self.n_unverified = 0
 
     def find_in(self, text: Text) -> Iterator[Site]:
@@ -176,8 +178,11 @@ class _SiteFinder:
         else:
             span = self._image.functions.find(insn.addr)
             function_addr = span.start if span else None
+        marked = self._marked.get(insn.addr)
         if code != text.code_at(insn.addr, insn.size):
             refusal: Refusal | None = Refusal.FOREIGN_BYTES
+        elif marked is not None and marked.mark.is_excluded:
+            refusal = Refusal.EXCLUDED
         else:
             refusal = self._refusal(insn, thunk)
         return Site(
@@ -190,6 +195,7 @@ class _SiteFinder:
             function=name[0] if name else None,
             function_addr=function_addr,
             refusal=refusal,
+            max_guards=marked.mark.n_branches if marked is not None else 0,
         )
 
     def _refusal(self, insn: Insn, thunk: Thunk) -> Refusal | None:

@@ -14,6 +14,9 @@ from elftools.dwarf.callframe import FDE
 from elftools.elf.elffile import ELFFile
 
 from optpoline.cli.main import main
+from optpoline.discover import ModuleImage, find_sites
+from optpoline.discover.nearby import read_marked_sites
+from optpoline.model import Refusal
 from tests.unit.toolchain.conftest import ROOT
 from tests.unit.toolchain.marked_code import COLD, EXCLUDED, GOTO, Code, read_code
 
@@ -126,6 +129,35 @@ def test_attributes(make: Make, flags: tuple[str, ...]) -> None:
         (note,) = code.noted_in(function)
         assert (note.flags, note.n_branches, note.type) == expected, function
     assert [note.flags for note in code.noted_in("quiet_function")] == [EXCLUDED, EXCLUDED]
+
+
+def test_sites_have_what_their_source_says(make: Make) -> None:
+    path = make("marked.c", flags=("-O2", *THUNKS, *SHARED))
+    code = read(path)
+    sites = find_sites(ModuleImage.from_file(str(path))).sites
+    assert {site.addr for site in sites} == set(code.notes)
+    for site in sites:
+        note = code.notes[site.addr]
+        assert (site.refusal is Refusal.EXCLUDED) == bool(note.flags & EXCLUDED), site
+        assert site.max_guards == note.n_branches, site
+
+
+def test_a_dynamic_call_of_the_header_that_is_marked_too(plugin: Path, tmp_path: Path) -> None:
+    source = tmp_path / "twice.c"
+    source.write_text(
+        '#include "optpoline.h"\n'
+        "DYNAMIC_CALL_TABLE_BRANCHES(filters, 3, int, int);\n"
+        "int first(int (*call)(int), int (*other)(int))\n"
+        "{ return dynamic_call(filters, call, 1) + other(2) + 1; }\n"
+    )
+    path = tmp_path / "twice.so"
+    include = ROOT / "src" / "optpoline" / "share" / "include"
+    flags = ["-O2", *SHARED, *THUNKS, f"-I{include}", f"-fplugin={plugin}"]
+    subprocess.run(["gcc", *flags, str(source), "-o", str(path)], check=True, timeout=60)
+    image = ModuleImage.from_file(str(path))
+    marks = [site.mark for site in read_marked_sites(image).values()]
+    assert [(mark.table, mark.n_branches) for mark in marks] == [("filters", 3), (None, 0)]
+    assert [site.max_guards for site in find_sites(image).sites] == [3, 0]
 
 
 def test_opt_in(make: Make) -> None:

@@ -25,7 +25,7 @@ phase that returns finds its targets guarded still.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from optpoline.learn.counting import SiteCounts, blend
 from optpoline.promote.cost import CostModel
@@ -82,6 +82,9 @@ class AdaptivePolicy:
 
     def decide(self, view: SiteView) -> Decision:
         """See ``Policy``."""
+        limit = view.limit_guards(self.model.max_targets)
+        if limit < self.model.max_targets:
+            return replace(self, model=replace(self.model, max_targets=limit)).decide(view)
         if view.current is None:
             return self._decide_first(view)
         if view.window.total < self.min_count:
@@ -96,7 +99,9 @@ class AdaptivePolicy:
             return False
         shares = view.window.shares()
         guarded = sum(shares.get(target, 0.0) for target in view.current.targets)
-        return (1.0 - guarded) * self.model.retpoline_cycles >= self.clear_gain_cycles
+        # What no tree of so few guards could have served is no surprise.
+        best = sum(sorted(shares.values())[-view.max_guards :]) if view.max_guards else 1.0
+        return (best - guarded) * self.model.retpoline_cycles >= self.clear_gain_cycles
 
     def hold_s(self, n_changes: int) -> float:
         """Return how long a site with so many changes is left alone after the last one."""
