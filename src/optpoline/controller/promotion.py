@@ -143,6 +143,7 @@ def _promote_one(
             kind=record.site.kind,
             hotter_ratio=hotter_ratio,
             max_guards=record.site.max_guards,
+            is_plain=record.site.is_plain,
         )
     )
     if decision.action is not Action.PROMOTE or decision.plan is None:

@@ -3,7 +3,7 @@
 
 A site's way at any moment::
 
-    text --(disp)--> home block --(head, maybe redirected)--> active block
+    text --(branch)--> home block --(head, maybe redirected)--> active block
     home     the block the text leads to; None while it holds its baseline
     active   the block that does the work: home itself, or a newer one that
              home's head jumps to until home does its work (``settling``), or
@@ -19,7 +19,7 @@ from optpoline.controller.summary import SiteState
 from optpoline.learn.counting import NO_COUNTS, SiteCounts
 from optpoline.model import Addr, Refusal, Site
 from optpoline.patch.arena import Arena
-from optpoline.patch.blocks import Block, redirect
+from optpoline.patch.blocks import Block, add_plain_thunk, redirect
 from optpoline.patch.layout import JournalEntry
 from optpoline.promote.tree import PlannedTree
 
@@ -36,8 +36,11 @@ class SiteRecord:
     entry: JournalEntry
     inode: int
     """Of the file that the site is in: another one may be mapped there by now."""
-    disp: bytes
-    """The displacement that the text holds now, as we wrote or found it."""
+    branch: bytes
+    """What the text holds now where a change writes (``JournalEntry.original`` at first), as we
+    wrote or found it."""
+    plain_thunk: Addr | None = None
+    """Of a plain site: where its blocks end; None as long as it has had no block."""
     refusal: Refusal | None = None
     home: Block | None = None
     active: Block | None = None
@@ -101,8 +104,18 @@ class SiteRecord:
 
     @property
     def thunk_addr(self) -> Addr:
-        """Where the baseline leads."""
-        return self.site.thunk.addr
+        """Where the baseline leads; of a plain site, what does the same."""
+        return self.site.thunk.addr if self.plain_thunk is None else self.plain_thunk
+
+    def make_thunk(self) -> None:
+        """Have a thunk before the first block, if the site has none of the program's.
+
+        Raises:
+            ArenaError: if the arena is used up.
+        """
+        if self.site.is_plain and self.plain_thunk is None:
+            operand, site_addr = self.site.thunk.operand, self.site.addr
+            self.plain_thunk = add_plain_thunk(self.arena, operand, site_addr=site_addr)
 
     def refuse(self, reason: Refusal) -> None:
         """Give the site up at once: whoever enters its blocks goes to the thunk.
@@ -121,7 +134,7 @@ class SiteRecord:
     def forget_links(self) -> None:
         """Start anew: the site's text is its baseline again, without our doing."""
         self.state = SiteState.BASELINE
-        self.disp = self.entry.disp
+        self.branch = self.entry.original
         self.home = self.active = self.counting = self.counts_before = None
         self.earlier.clear()
         self.plan = self.profile = self.counts = self.counted = self.sampled = None

@@ -291,6 +291,7 @@ class Sampler:
             now_s=time.monotonic(),
             kind=record.site.kind,
             max_guards=record.site.max_guards,
+            is_plain=record.site.is_plain,
         )
         return self._config.policy.is_surprising(view)
 
@@ -317,6 +318,7 @@ class Sampler:
             now_s=now_s,
             kind=record.site.kind,
             max_guards=record.site.max_guards,
+            is_plain=record.site.is_plain,
         )
         decision = self._config.policy.decide(view)
         is_again = is_demoted = False

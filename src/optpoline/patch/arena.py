@@ -244,6 +244,11 @@ class Arena:
         self._entries[entry.addr] = entry
         self.n_changes += 1
 
+    def is_thunk(self, addr: Addr) -> bool:
+        """Tell whether the thunk of a plain site begins at an address."""
+        entry = self._entries.get(addr)
+        return entry is not None and entry.kind is BlockKind.THUNK
+
     def retire_block(self, addr: Addr) -> BlockEntry:
         """Note that nothing leads to a block any more; return its entry."""
         self._set_state(self._entries[addr], BlockState.RETIRED)
@@ -418,7 +423,7 @@ class Arena:
         known = self._journal.get(site.addr)
         if known is not None and known.code == site.code:
             return known
-        entry = JournalEntry(addr=site.addr, code=site.code, disp_off=site.disp_addr - site.addr)
+        entry = JournalEntry.of(site)
         n_entries = self.load_u64(Addr(self.addr + ArenaHeader.N_ENTRIES_OFF))
         off = HEADER_SIZE + n_entries * ENTRY_SIZE
         if off + ENTRY_SIZE > self.geometry.block_off:

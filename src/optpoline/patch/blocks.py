@@ -22,10 +22,12 @@ from optpoline.patch.extents import Extent
 from optpoline.patch.layout import BlockKind
 from optpoline.x86.assembler import JMP32_OPCODE, JMP32_SIZE
 from optpoline.x86.blocks import HEAD_SIZE, LINE_SIZE, POISON, encode_redirect, place_block
+from optpoline.x86.plain_branches import encode_plain_thunk
 
 __all__ = [
     "Block",
     "add_block",
+    "add_plain_thunk",
     "counter_cells",
     "point_back",
     "redirect",
@@ -90,6 +92,21 @@ def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr, slack_ratio: floa
     addr = arena.put_block(room, code, site_addr=site_addr, kind=kind, cells=counter_cells(plan))
     size = len(code.code)
     return Block(arena=arena, addr=addr, size=size, plan=plan, head=arena.head_of(addr))
+
+
+def add_plain_thunk(arena: Arena, operand: str, *, site_addr: Addr) -> Addr:
+    """Write what a plain site's blocks end at, and return its address.
+
+    Each site has its own, as it had its own branch: predictors tell branches apart by
+    their addresses, too.
+
+    Raises:
+        ArenaError: if the arena is used up.
+    """
+    code = encode_plain_thunk(operand)
+    room = _find_room(arena, len(code.code), is_counting=False)
+    none = (Addr(0), 0)
+    return arena.put_block(room, code, site_addr=site_addr, kind=BlockKind.THUNK, cells=none)
 
 
 def _find_room(arena: Arena, size: int, is_counting: bool, slack_ratio: float = 0.0) -> Extent:

@@ -17,7 +17,7 @@ never changes (design rule 2), so no thread can stand inside one. Where only the
 displacement changes, threads asleep in the kernel need not be stopped for bytes
 that share a cache line: such a write was never seen torn. Bytes that cross a line,
 and opcodes, are written only while every thread is stopped: what a CPU makes of an
-opcode that changes beside it nobody promises. Those lie in one aligned word of eight.
+opcode that changes beside it nobody promises.
 
 ``poke_batch`` leaves what is not as expected and does the rest; ``poke_all`` does all
 or nothing, for changes that belong together.

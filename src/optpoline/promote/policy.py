@@ -80,6 +80,7 @@ class SiteView:
         kind: What the site's instruction does.
         hotter_ratio: Share of all branches of the program that hotter sites take, 0..1.
         max_guards: Guards that the program's source allows at most, 0 for any number.
+        is_plain: Whether a miss is a plain indirect branch, not a retpoline.
     """
 
     current: PlannedTree | None
@@ -92,6 +93,7 @@ class SiteView:
     kind: SiteKind = SiteKind.CALL
     hotter_ratio: float = 0.0
     max_guards: int = 0
+    is_plain: bool = False
 
     def limit_guards(self, n_guards: int) -> int:
         """Return how many guards a tree may have by a policy's limit and the source's."""
@@ -127,6 +129,7 @@ class SiteHistory:
         kind: SiteKind = SiteKind.CALL,
         hotter_ratio: float = 0.0,
         max_guards: int = 0,
+        is_plain: bool = False,
     ) -> SiteView:
         """Return what a policy is told about the site after a window."""
         return SiteView(
@@ -140,6 +143,7 @@ class SiteHistory:
             kind=kind,
             hotter_ratio=hotter_ratio,
             max_guards=max_guards,
+            is_plain=is_plain,
         )
 
     def after(self, decision: Decision, now_s: float) -> SiteHistory:

@@ -25,7 +25,7 @@ from optpoline.errors import Unsettled
 from optpoline.learn.counting import NO_COUNTS
 from optpoline.model import Addr, BlockPlan, Guard, Miss
 from optpoline.patch.arena import Arena
-from optpoline.patch.blocks import Block, add_block, redirect, redirection_of
+from optpoline.patch.blocks import Block, add_block, add_plain_thunk, redirect, redirection_of
 from optpoline.patch.grace import Look, RetiredCode, ThreadKey
 from optpoline.patch.layout import BlockState, JournalEntry
 from optpoline.patch.ranges import AddressRanges
@@ -282,6 +282,16 @@ def test_retired_block_goes_on_to_no_other(session: Session) -> None:
     assert session.live == set()
     assert session.arena.head_of(to_block.addr) == to_block.head
     assert redirection_of(session.arena, to_thunk.addr) == THUNK.addr
+
+
+def test_thunk_of_a_plain_site_stays_and_is_led_to(session: Session) -> None:
+    session.observer.is_unseen = True
+    thunk = add_plain_thunk(session.arena, "rax", site_addr=SITE.addr)
+    refused = session.write()
+    redirect(refused, thunk)
+    session.step()
+    assert session.live == {thunk}
+    assert redirection_of(session.arena, refused.addr) == thunk
 
 
 def test_text_of_a_child_keeps_what_it_leads_to(session: Session) -> None:

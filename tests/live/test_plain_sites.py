@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain indirect branches that the compiler plugin has marked are sites like any other."""
+
+from __future__ import annotations
+
+import pytest
+
+import optpoline
+from optpoline.controller.audit import audit
+from optpoline.model import Addr, SiteKind
+from optpoline.process.memory import RemoteMemory
+from optpoline.x86.decode import Flow, decode_one
+from tests.live.conftest import LiveTarget, StartTarget
+from tests.live.witness import Witness, start_cli, wait_for_line
+from tests.unit.toolchain.conftest import build_plugin_once
+
+pytestmark = pytest.mark.live
+
+LEARN_S = 0.1
+N_SITES = 6
+
+
+@pytest.fixture
+def target(start_target: StartTarget) -> LiveTarget:
+    """Start a program whose plain call, tail call and four computed gotos take registers."""
+    plugin = f"-fplugin={build_plugin_once()}"
+    return start_target("promote", "1", flags=("-O2", "-pthread", plugin))
+
+
+def _flow_at(pid: int, addr: int) -> Flow:
+    """Return what the instruction at a site does now."""
+    with RemoteMemory(pid) as memory:
+        insn = decode_one(memory.read(addr, 5), Addr(addr))
+    assert insn is not None
+    assert insn.size == 5
+    return insn.flow
+
+
+def test_there_and_back(target: LiveTarget) -> None:
+    before, listed = Witness.of(target.pid), optpoline.find_sites(target.pid)
+    with optpoline.attach(target.pid) as session:
+        kinds = {site.addr: site.kind for site in session.sites}
+        assert sorted(kind.value for kind in kinds.values()) == ["call", *["jump"] * (N_SITES - 1)]
+        assert all(site.is_plain and len(site.code) == 5 for site in session.sites)
+        session.learn(LEARN_S)
+        direct = {SiteKind.CALL: Flow.CALL, SiteKind.JUMP: Flow.JUMP}
+        for addr, kind in kinds.items():
+            assert _flow_at(target.pid, addr) is direct[kind]
+        assert audit(target.pid).is_sound
+        assert session.promote() == N_SITES
+        changed = before.changed_bytes(target.pid)
+        assert all(any(0 <= addr - site < 5 for site in kinds) for addr in changed)
+        # Others than were learned come by the site's thunk, and are learned in their turn.
+        for phase in (1, 2, 3, 4):
+            target.ask(str(phase))
+            session.watch(0.05)
+        assert audit(target.pid).is_sound
+        assert all(site.refusal is None for site in session.summary().sites)
+        # Whoever looks sees the program as its source has it.
+        now = optpoline.find_sites(target.pid)
+        assert now.declared == listed.declared
+        assert [site.thunk for site in now.sites] == [site.thunk for site in listed.sites]
+        assert {site.thunk[:2] for site in now.sites} == {"*%"}
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_what_a_killed_controller_left(target: LiveTarget) -> None:
+    before = Witness.of(target.pid)
+    command = ("attach", "-v", "--learn-seconds", LEARN_S, target.pid)
+    with start_cli(*command) as controller:
+        wait_for_line(controller, "promoted")
+        controller.kill()
+    assert audit(target.pid).is_sound
+    left = optpoline.find_sites(target.pid).sites
+    assert [site.state for site in left] == [optpoline.SiteState.PROMOTED] * N_SITES
+    optpoline.restore(target.pid)
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
