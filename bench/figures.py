@@ -128,6 +128,18 @@ def measure_quiet(workload: Workload, executable: Path) -> Iterator[Figure]:
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(workload.start(executable, workload.name))
         controller = stack.enter_context(attach_and_settle(worker.pid, worker.iterate))
+        with _tracing(strace, controller) as log:
+            begin_s = time.monotonic()
+            while time.monotonic() - begin_s < _QUIET_S:
+                worker.iterate()
+        calls = sum("ptrace(" in line for line in log.read_text().splitlines())
+        log.unlink()
+        yield Figure(
+            name=f"settled: ptrace calls in {_QUIET_S:.0f} s, seen by strace",
+            value=float(calls),
+            unit="calls",
+            bar=0.0,
+        )
         begin_s, begin_cpu_s = time.monotonic(), _cpu_s(controller.pid)
         while time.monotonic() - begin_s < _SHARE_S:
             worker.iterate()
@@ -143,18 +155,6 @@ def measure_quiet(workload: Workload, executable: Path) -> Iterator[Figure]:
             value=_memory_mb(controller.pid),
             unit="MB",
             bar=_MEMORY_BAR_MB,
-        )
-        with _tracing(strace, controller) as log:
-            begin_s = time.monotonic()
-            while time.monotonic() - begin_s < _QUIET_S:
-                worker.iterate()
-        calls = sum("ptrace(" in line for line in log.read_text().splitlines())
-        log.unlink()
-        yield Figure(
-            name=f"settled: ptrace calls in {_QUIET_S:.0f} s, seen by strace",
-            value=float(calls),
-            unit="calls",
-            bar=0.0,
         )
 
 

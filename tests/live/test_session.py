@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import capstone
 import pytest
 
 import optpoline
+from optpoline.controller import first_window
+from optpoline.controller.audit import audit
+from optpoline.controller.linker import Move
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome, SiteState
 from optpoline.model import Refusal
@@ -93,6 +98,29 @@ def test_promoted_and_restored(start_target: StartTarget, variant: str, n_thread
         _check_no_indirect_branch(session)
         assert before.changed_bytes(target.pid)
         session.watch(0.3)
+        assert session.detach().outcome is DetachOutcome.CLEAN
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_learned_in_turn(start_target: StartTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_window, "GROUP_SITES", 1)
+    target = start_target("promote", "2", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    linked: list[int] = []
+    with optpoline.attach(target.pid) as session:
+        link = session._first_window._link
+
+        def watched(moves: Sequence[Move], done: Sequence[SiteRecord] = ()) -> list[SiteRecord]:
+            found = link(moves, done)
+            linked.append(sum(record.home is not None for record in session.records))
+            return found
+
+        monkeypatch.setattr(session._first_window, "_link", watched)
+        session.learn(0.4, in_turn=True)
+        assert linked == [1, 1, 1, 1]
+        assert session.promote() == 4
+        assert audit(target.pid).is_sound
         assert session.detach().outcome is DetachOutcome.CLEAN
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")

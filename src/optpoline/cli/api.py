@@ -87,7 +87,7 @@ class SessionSettings:
 class SessionHandle(Protocol):
     """An attached session (``optpoline.Session``)."""
 
-    def learn(self, *, seconds: float, stop: threading.Event) -> object:
+    def learn(self, *, seconds: float, stop: threading.Event, in_turn: bool = False) -> object:
         """Count targets for a window."""
 
     def promote(self) -> object:

@@ -156,7 +156,7 @@ def _keep_promoted(
         window_s = min(window_s, limit_s)
     if window_s > 0 and not stop.is_set():
         _show_progress(session, console, clock() - started)
-        session.learn(seconds=window_s, stop=stop)
+        session.learn(seconds=window_s, stop=stop, in_turn=True)
     # Too little time to promote for; but what is to be left has to be made first.
     if stop.is_set():
         return ()

@@ -134,7 +134,9 @@ def _promote_one(
     counts = fit_counts(record, record.counts, may_guard)
     if record.unsafe_targets:
         return None
-    history = replace(history_of(record), current=None, profile=None)
+    history = history_of(record)
+    if history.current is not None or history.profile is not None:
+        history = replace(history, current=None, profile=None)
     decision = policy.decide(
         history.view(
             counts,

@@ -22,6 +22,7 @@ from optpoline.controller.hot_sites import NEARBY_WEIGHT, HotSites
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.site_map import Evidence, Weights
 from optpoline.controller.summary import SiteState
+from optpoline.promote.schedule import look_interval
 
 __all__ = ["Rediscovery"]
 
@@ -29,10 +30,12 @@ LOOK_EVERY_S = 1.0
 """Time between looks; one takes LOOK_S at LOOK_HZ, some 100 samples a busy thread,
 each two or three microseconds: 0.03 % of a CPU."""
 
-CALM_LOOKS = 8
-CALM_LOOK_EVERY_S = 2.0
-"""Time between looks when so many in a row were followed by no window: a look takes 2 to 3 ms
-of the controller's own time."""
+CALM_LOOKS = 4
+"""Looks in a row followed by no window after which the time between them doubles: one takes the
+controller 3 to 9 ms, with its caches cold, and most programs start nothing new for hours."""
+
+CALM_LOOK_EVERY_S = 8.0
+"""What it comes to at most."""
 
 LOOK_S = 0.05
 LOOK_HZ = 1993
@@ -104,7 +107,9 @@ class Rediscovery:
         evidence = self._hot.look(LOOK_S, LOOK_HZ)
         is_blind = self._hot.reason_blind is not None
         self._n_calm += 1
-        every_s = LOOK_EVERY_S if self._n_calm <= CALM_LOOKS else CALM_LOOK_EVERY_S
+        every_s = look_interval(
+            self._n_calm, every_s=LOOK_EVERY_S, n_calm_looks=CALM_LOOKS, max_s=CALM_LOOK_EVERY_S
+        )
         self._next_look_s = now_s + (BLIND_INTERVAL_S if is_blind else every_s)
         if evidence.n_samples < (1 if is_blind else MIN_SAMPLES):
             return []

@@ -274,7 +274,13 @@ class Session(DeclaringSession):
 
     # --- learning and promoting
 
-    def learn(self, seconds: float | None = None, stop: threading.Event | None = None) -> None:
+    def learn(
+        self,
+        seconds: float | None = None,
+        stop: threading.Event | None = None,
+        *,
+        in_turn: bool = False,
+    ) -> None:
         """Count the targets of the sites that are not promoted, for a while.
 
         Where there are more than ``ALL_AT_ONCE_SITES`` of them, of those that run: more
@@ -284,6 +290,10 @@ class Session(DeclaringSession):
             seconds: Length of the window; None for ``Config.learn_s``. Its default becomes
                 ``FIRST_HOT_S`` where only those that run are learned.
             stop: Ends the window early when set.
+            in_turn: Whether many sites (``first_window.GROUP_SITES``) may count in groups, one
+                after the other, each for its part of the window: the program is slowed down
+                less. Then ``promote`` decides on all of them, and ``drain`` knows the last group
+                only.
 
         Raises:
             OptpolineError: if the session is over.
@@ -296,18 +306,25 @@ class Session(DeclaringSession):
         baseline = [r for r in self.records if r.state is SiteState.BASELINE]
         if length_s == LEARN_S and len(baseline) > ALL_AT_ONCE_SITES:
             length_s = FIRST_HOT_S
-        self._learn(baseline, length_s, stop)
+        self._learn(baseline, length_s, stop, in_turn=in_turn)
 
     def _learn(
-        self, records: list[SiteRecord], length_s: float, stop: threading.Event | None
+        self,
+        records: list[SiteRecord],
+        length_s: float,
+        stop: threading.Event | None,
+        *,
+        in_turn: bool,
     ) -> None:
         """Run one first window over baseline sites: all of them, or those that run."""
         if len(records) > ALL_AT_ONCE_SITES:
             self._learn_hot([], length_s, stop)
             return
-        linked = self._first_window.link(records)
-        self._tell_learning(count_of(len(linked), "site"), length_s)
-        self._first_window.run(linked, length_s, stop)
+
+        def began(n_sites: int) -> None:
+            self._tell_learning(count_of(n_sites, "site"), length_s)
+
+        self._first_window.learn(records, length_s, stop, in_turn=in_turn, began=began)
 
     def _learn_hot(
         self, records: list[SiteRecord], length_s: float, stop: threading.Event | None
@@ -384,6 +401,8 @@ class Session(DeclaringSession):
         assert self._rediscovery is not None
         linked = list(self._first_window.ever_linked.values())
         learned = [r for r in linked if r.home is not None and r.active is None]
+        waiting, self._first_window.waiting = self._first_window.waiting, []
+        learned += [r for r in waiting if r.home is None]
         begin_s = time.monotonic()
         n_promoted = promote_first(
             learned,
@@ -395,9 +414,6 @@ class Session(DeclaringSession):
         for record in learned:
             if record.state is SiteState.LEARNING:
                 record.state = SiteState.BASELINE
-        self._sampler.schedule(linked, time.monotonic())
-        self._rediscovery.learned(learned, time.monotonic())
-        self._name_blocks(at_once=True)
         self.state = SessionState.PROMOTED
         took_s = time.monotonic() - begin_s
         if n_promoted:
@@ -408,6 +424,9 @@ class Session(DeclaringSession):
             why = explain_not_promoted(self.pid, learned)
             message = f"nothing {'more ' if more else ''}to promote yet: {why}"
             self._tell(EventKind.NOT_PROMOTED, message)
+        self._sampler.schedule(linked, time.monotonic())
+        self._rediscovery.learned(learned, time.monotonic())
+        self._name_blocks(at_once=True)
         return n_promoted
 
     def record(
@@ -548,8 +567,9 @@ class Session(DeclaringSession):
 
     def _check_maps(self, stop: threading.Event | None) -> bool:
         """Notice exec and new modules; tell whether the program is still the same."""
-        before = self.target.maps
-        if self.target.read_maps() == before:
+        before = self.target.code_maps
+        self.target.read_maps()
+        if self.target.code_maps == before:
             return True
         if not self.target.has_arena():
             self.state = SessionState.EXECED
@@ -559,7 +579,7 @@ class Session(DeclaringSession):
         if fresh:
             names = ", ".join(sorted({record.site.module for record in fresh}))
             self._tell(EventKind.MODULE_ADDED, f"{names}: {count_of(len(fresh), 'site')}")
-            self._learn(fresh, self.config.learn_s, stop)
+            self._learn(fresh, self.config.learn_s, stop, in_turn=True)
             self.promote()
             self.state = SessionState.WATCHING
         return True

@@ -158,6 +158,11 @@ class Target:
         """The memory map as last read."""
         return self._maps
 
+    @property
+    def code_maps(self) -> tuple[Mapping, ...]:
+        """What of it can be executed: a heap that grows changes nothing here."""
+        return tuple(mapping for mapping in self._maps if mapping.is_executable)
+
     def is_code(self, addr: int) -> bool:
         """Tell whether instructions can be fetched from an address (arenas left out)."""
         at = bisect.bisect_right(self._code_starts, addr) - 1

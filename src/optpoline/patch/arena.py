@@ -174,7 +174,8 @@ class Arena:
                 hint="detach and attach again to start with an empty one",
             )
         end = -(-found.end // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
-        return replace(found, end=min(end, self.geometry.literal_off))
+        end = min(end, self.geometry.literal_off)
+        return Extent(start=found.start, at=found.at, end=end)
 
     def put_block(
         self,
@@ -218,14 +219,14 @@ class Arena:
             site_addr=site_addr,
             head=padded[:HEAD_SIZE],
             kind=kind,
-            state=BlockState.FREE,
+            state=BlockState.LIVE,
         )
         off = self.geometry.block_off + slot * BLOCK_ENTRY_SIZE
         # The entry first: should we die here, no bytes are left that none explains.
-        self._memory[off : off + BLOCK_ENTRY_SIZE] = entry.pack()
+        self._memory[off : off + BLOCK_ENTRY_SIZE] = entry.pack(BlockState.FREE)
         self._memory[room.start : room.at] = poison * (room.at - room.start)
         self._memory[room.at : room.end] = padded
-        self._set_state(entry, BlockState.LIVE)
+        self._put_state(entry)
         return addr
 
     def _new_slot(self) -> int:
@@ -238,8 +239,11 @@ class Arena:
 
     def _set_state(self, entry: BlockEntry, state: BlockState) -> None:
         """Say in one store where a block is in its life."""
+        self._put_state(replace(entry, state=state))
+
+    def _put_state(self, entry: BlockEntry) -> None:
+        """Store the state of a block whose entry says it already."""
         off = self.geometry.block_off + self._slots[entry.addr] * BLOCK_ENTRY_SIZE
-        entry = replace(entry, state=state)
         self.store_u64(Addr(self.addr + off + BlockEntry.STATE_OFF), entry.state_word)
         self._entries[entry.addr] = entry
         self.n_changes += 1

@@ -345,8 +345,8 @@ class BlockEntry:
         """The last word of the entry, stored at once to change the state."""
         return self.kind | self.state << 8 | self.text_size << 32
 
-    def pack(self) -> bytes:
-        """Return the entry's bytes."""
+    def pack(self, state: BlockState | None = None) -> bytes:
+        """Return the entry's bytes, in another state if one is given."""
         return _BLOCK.pack(
             self.addr,
             self.size,
@@ -354,7 +354,7 @@ class BlockEntry:
             self.site_addr,
             self.head,
             self.kind,
-            self.state,
+            self.state if state is None else state,
             self.text_size,
         )
 

@@ -31,6 +31,7 @@ from optpoline.promote.cost import CPU_HZ
 __all__ = [
     "WatchSchedule",
     "forgotten_ratio",
+    "look_interval",
     "next_interval",
     "poll_interval",
     "stretch_factor",
@@ -43,8 +44,12 @@ is given them at once."""
 
 
 CALM_AFTER_S = 6.0
-"""Time without a change of any site after which polls are half as many: a poll takes the
+"""Time without a change of any site after which polls are rarer: a poll takes the
 controller 0.3 to 0.5 ms, with its caches cold, and settled means hardly any work."""
+
+CALM_POLL_RATIO = 2.5
+"""By how much the time between polls is longer then: a site that goes elsewhere is noticed after
+an eighth of a second at the latest."""
 
 KEPT_PER_S = 0.12
 """What is left after a second of a site's judged miss rate when it no longer misses: a level
@@ -59,9 +64,25 @@ def poll_interval(poll_s: float, since_change_s: float) -> float:
         since_change_s: Since any site was promoted, promoted anew or demoted.
 
     >>> poll_interval(0.05, 3.0), poll_interval(0.05, 30.0)
-    (0.05, 0.1)
+    (0.05, 0.125)
     """
-    return poll_s if since_change_s < CALM_AFTER_S else 2 * poll_s
+    return poll_s if since_change_s < CALM_AFTER_S else CALM_POLL_RATIO * poll_s
+
+
+def look_interval(n_calm: int, *, every_s: float, n_calm_looks: int, max_s: float) -> float:
+    """Return the time to the next look at what runs on thunks, in seconds.
+
+    Args:
+        n_calm: Looks in a row, one or more, that were followed by no window.
+        every_s: Time between the first of them.
+        n_calm_looks: Looks after which it doubles, each time.
+        max_s: The most that it comes to.
+
+    >>> [look_interval(n, every_s=1.0, n_calm_looks=4, max_s=8.0) for n in (1, 4, 5, 9, 99)]
+    [1.0, 1.0, 2.0, 4.0, 8.0]
+    """
+    n_doubled = min((n_calm - 1) // n_calm_looks, 32)
+    return min(max_s, every_s * 2.0**n_doubled)
 
 
 def forgotten_ratio(elapsed_s: float) -> float:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from optpoline.learn.counting import FIRST_OPEN_SLOTS
 from optpoline.model import Miss
 from optpoline.promote.policy import Action
+from optpoline.promote.schedule import look_interval
 from optpoline.promote.tree import balance_tree
 from optpoline.simulate.state import ReplayState, SimulatedSite, Tenure
 from optpoline.simulate.windows import Window
@@ -86,9 +87,11 @@ class Learner:
         if now_s < self._next_look_s:
             return []
         self._n_calm += 1
-        is_calm = self._n_calm > engine.n_calm_looks
-        self._next_look_s = now_s + (
-            engine.calm_look_every_s if is_calm else engine.thunk_look_every_s
+        self._next_look_s = now_s + look_interval(
+            self._n_calm,
+            every_s=engine.thunk_look_every_s,
+            n_calm_looks=engine.n_calm_looks,
+            max_s=engine.calm_look_every_s,
         )
         rates_hz = self._site_rates_hz(now_s - engine.thunk_look_s, now_s)
         n_samples = rates_hz * engine.thunk_s * engine.thunk_look_s * engine.thunk_look_hz

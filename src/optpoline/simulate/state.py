@@ -38,8 +38,8 @@ class EngineModel:
         hot_wave_s: Time between waves of a window over sites that run (``hot_sites``).
         hot_hz: Samples a second of CPU time meanwhile (``hot_sites``).
         thunk_look_every_s: Time between looks at time spent in thunks (``rediscovery``).
-        n_calm_looks: Looks without a window from which on they are rarer.
-        calm_look_every_s: Time between those.
+        n_calm_looks: Looks without a window after which the time between them doubles.
+        calm_look_every_s: What it comes to at most.
         thunk_look_s: Length of one.
         thunk_look_hz: Samples a second of CPU time meanwhile.
         after_finds_s: From a window that had sites promoted to the next look.
@@ -61,8 +61,8 @@ class EngineModel:
     hot_wave_s: float = 0.1
     hot_hz: float = 3989.0
     thunk_look_every_s: float = 1.0
-    n_calm_looks: int = 8
-    calm_look_every_s: float = 2.0
+    n_calm_looks: int = 4
+    calm_look_every_s: float = 8.0
     thunk_look_s: float = 0.05
     thunk_look_hz: float = 1993.0
     after_finds_s: float = 0.5

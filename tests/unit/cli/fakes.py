@@ -153,7 +153,7 @@ class FakeSession:
         if name in self.errors:
             raise self.errors[name]
 
-    def learn(self, *, seconds: float, stop: threading.Event) -> None:
+    def learn(self, *, seconds: float, stop: threading.Event, in_turn: bool = False) -> None:
         """Learn."""
         self._call("learn", f"learn {seconds:g}")
 

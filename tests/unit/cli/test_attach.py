@@ -210,7 +210,7 @@ def test_a_duration_that_is_long_enough_has_no_note(capsys: pytest.CaptureFixtur
 
 def test_a_note_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     class Noting(FakeSession):
-        def learn(self, *, seconds: float, stop: threading.Event) -> None:
+        def learn(self, *, seconds: float, stop: threading.Event, in_turn: bool = False) -> None:
             self.on_event(FakeEvent(FakeKind.NOTE, "the arena is used up"))
 
     session = Noting(before=replace(make_summary(), notes=("the arena is used up", "and so on")))
@@ -287,7 +287,7 @@ def test_stop_while_learning_promotes_nothing() -> None:
     stop = threading.Event()
 
     class Interrupted(FakeSession):
-        def learn(self, *, seconds: float, stop: threading.Event) -> None:
+        def learn(self, *, seconds: float, stop: threading.Event, in_turn: bool = False) -> None:
             super().learn(seconds=seconds, stop=stop)
             stop.set()
 

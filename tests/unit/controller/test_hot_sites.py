@@ -166,7 +166,8 @@ def test_looks_are_rarer_where_nothing_is_found(records: list[SiteRecord]) -> No
             looks_s.append(now_s)
     pauses_s = [later - earlier for earlier, later in pairwise(looks_s)]
     assert pauses_s[:CALM_LOOKS] == [LOOK_EVERY_S] * CALM_LOOKS
-    assert set(pauses_s[CALM_LOOKS:]) == {CALM_LOOK_EVERY_S}
+    assert pauses_s[CALM_LOOKS : 2 * CALM_LOOKS] == [2 * LOOK_EVERY_S] * CALM_LOOKS
+    assert set(pauses_s[3 * CALM_LOOKS :]) == {CALM_LOOK_EVERY_S}
     rediscovery.learned([], 100.0)
     before = hot.n_looks
     rediscovery.find(100.0 + AFTER_NOTHING_S)

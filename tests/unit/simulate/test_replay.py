@@ -380,9 +380,9 @@ def test_projection_follows_what_was_measured() -> None:
     small, wide, large = project(policy, measured, (1000, 1_000_000), (1, 256))[:3]
     assert (small.n_sites, wide.n_cpus, large.n_sites) == (1000, 256, 1_000_000)
     assert wide.reserved_size == small.reserved_size * 257 / 2
-    assert small.poll_ratio == pytest.approx(1e-5 / 0.1)
+    assert small.poll_ratio == pytest.approx(1e-5 / 0.125)
     # Not measured: a hundred times what 10,000 sites take.
-    assert large.poll_ratio == pytest.approx(1e-2 / 0.1)
+    assert large.poll_ratio == pytest.approx(1e-2 / 0.125)
     # The bound on overhead holds for any number of sites.
     assert large.windows_hz <= policy.schedule.overhead_ratio / policy.schedule.window_cost_s
     assert large.table_size <= large.reserved_size
