@@ -73,6 +73,7 @@ class Refusal(Enum):
     UNKNOWN_OPERAND = "its thunk does not take the target in a register"
     CRITICAL_SECTION = "it is inside a restartable sequence of the program's own"
     EXCLUDED = "the program's source says that it shall stay as it is"
+    DAMAGED_NOTES = "its module's notes, which may exclude it, are damaged or too new"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,9 +26,8 @@ import numpy as np
 
 from optpoline.discover.branches import decode_branches
 from optpoline.discover.declarations import CallMark, Declarations, DynamicMark, Place
-from optpoline.discover.declared import read_declarations
+from optpoline.discover.declared import read_dynamic_marks
 from optpoline.discover.image import ModuleImage
-from optpoline.errors import NotesError, TargetFault
 from optpoline.model import Addr
 from optpoline.x86.decode import (
     Flow,
@@ -175,7 +174,7 @@ def _decode_each(image: ModuleImage, marks: Mapping[Addr, DynamicMark]) -> Itera
     for mark in tuple(marks.values()):
         text = image.text_at(mark.addr)
         insn = decode_one(text.code_at(mark.addr, mark.size), mark.addr) if text else None
-        if insn is not None:
+        if insn is not None and insn.size == mark.size:
             yield insn
 
 
@@ -194,10 +193,9 @@ def _join(exact: DynamicMark | None, near: DynamicMark | None) -> DynamicMark | 
 def read_marked_sites(image: ModuleImage) -> Mapping[Addr, DynamicSite]:
     """Return the branches of a module that its notes speak of, by their addresses.
 
-    Where notes are damaged nothing is known of any, as if the module had none.
+    Raises:
+        NotesError: if its notes are damaged, or too new.
+        TargetFault: if the text cannot be read.
     """
-    try:
-        sites = find_dynamic_sites(image, read_declarations(image))
-    except (NotesError, TargetFault):
-        return {}
+    sites = find_dynamic_sites(image, Declarations(dynamic=read_dynamic_marks(image)))
     return {site.insn.addr: site for site in sites if site.insn is not None}

@@ -27,6 +27,7 @@ from optpoline.discover.image import ModuleImage
 from optpoline.discover.nearby import DynamicSite, read_marked_sites
 from optpoline.discover.relocations import read_relocations
 from optpoline.discover.text import Text
+from optpoline.errors import NotesError
 from optpoline.model import Addr, Refusal, Site, SiteKind, Thunk, ThunkFlavour
 from optpoline.x86.decode import (
     AddrArray,
@@ -96,9 +97,13 @@ def find_sites(image: ModuleImage, *, count_plain: bool = False) -> SiteScan:
     scan = image.thunks
     sites: list[Site] = []
     n_unverified = 0
-    marked = read_marked_sites(image)
+    try:
+        marked = read_marked_sites(image)
+        default = None
+    except NotesError:
+        marked, default = {}, Refusal.DAMAGED_NOTES
     if scan.thunks or marked:
-        finder = _SiteFinder(image, marked)
+        finder = _SiteFinder(image, marked, default)
         for text in image.texts:
             sites += [*finder.find_in(text), *finder.find_plain(text)]
         sites.sort(key=lambda site: site.addr)
@@ -142,13 +147,16 @@ def _count_via_plt(image: ModuleImage) -> int:
 class _SiteFinder:
     """Finds the sites of one module, text by text."""
 
-    def __init__(self, image: ModuleImage, marked: Mapping[Addr, DynamicSite]) -> None:
-        """Prepare what all its texts need."""
+    def __init__(
+        self, image: ModuleImage, marked: Mapping[Addr, DynamicSite], refusal: Refusal | None
+    ) -> None:
+        """Prepare what all its texts need; ``refusal`` is that of all its sites, if there is."""
         self._image = image
         self._thunks = {thunk.addr: thunk for thunk in image.thunks.thunks}
         self._flags = FlagsAnalysis(image)
         self._critical = find_critical_sections(image)
         self._marked = marked
+        self._refused = refusal
         self.n_unverified = 0
 
     def find_in(self, text: Text) -> Iterator[Site]:
@@ -163,19 +171,28 @@ class _SiteFinder:
                 yield self._site(insn, thunk, text)
 
     def find_plain(self, text: Text) -> Iterator[Site]:
-        """Yield the plain sites of one text that notes tell of, in no order."""
-        for addr, marked in self._marked.items():
-            if addr not in text or marked.insn is None or marked.is_via_thunk:
+        """Yield the plain sites of one text that notes tell of, in address order."""
+        marked = {
+            one.insn.end: one.insn
+            for addr, one in self._marked.items()
+            if one.insn is not None and addr in text and not one.is_via_thunk
+        }
+        branches = {
+            end: branch
+            for end, insn in marked.items()
+            if (branch := decode_plain_branch(text.code_at(insn.addr, insn.size))) is not None
+        }
+        self.n_unverified += len(branches)
+        # A wrong note must not have us write into the middle of an instruction.
+        for insn in decode_branches(self._image, text, np.array(sorted(branches), np.int64)):
+            if insn.addr != marked[insn.end].addr:
                 continue
-            branch = decode_plain_branch(text.code_at(addr, marked.insn.size))
-            if branch is not None:
-                thunk = Thunk(
-                    addr=Addr(0),
-                    operand=branch.operand,
-                    flavour=ThunkFlavour.PLAIN,
-                    symbol=f"*%{branch.operand}",
-                )
-                yield self._site(marked.insn, thunk, text)
+            self.n_unverified -= 1
+            operand = branches[insn.end].operand
+            thunk = Thunk(
+                addr=Addr(0), operand=operand, flavour=ThunkFlavour.PLAIN, symbol=f"*%{operand}"
+            )
+            yield self._site(insn, thunk, text)
 
     def _is_excluded(self, addrs: AddrArray) -> NDArray[np.bool_]:
         """Say of each address whether it is in a thunk's own code, or in the PLT's."""
@@ -225,6 +242,8 @@ class _SiteFinder:
 
     def _refusal(self, insn: Insn, thunk: Thunk) -> Refusal | None:
         """Say why a site whose bytes are its own must not be promoted, or None."""
+        if self._refused is not None:
+            return self._refused
         if thunk.operand == STACK_OPERAND:
             return Refusal.UNKNOWN_OPERAND
         if any(insn.addr in span for span in self._critical):
