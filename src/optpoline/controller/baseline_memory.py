@@ -16,10 +16,10 @@ from optpoline.controller.summary import SiteState
 from optpoline.errors import TargetFault
 from optpoline.model import Addr, Mapping
 from optpoline.patch.layout import BlockEntry, BlockKind, JournalEntry
-from optpoline.patch.text import is_same_but_disp, leads_into
+from optpoline.patch.text import direct_opcodes, is_same_but_disp, leads_into
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.procfs import read_maps
-from optpoline.x86.assembler import CALL32_OPCODE, JMP32_OPCODE, JMP32_SIZE
+from optpoline.x86.assembler import JMP32_OPCODE, JMP32_SIZE
 
 __all__ = ["BaselineMemory"]
 
@@ -134,5 +134,5 @@ class BaselineMemory:
 def _without_breakpoint(entry: JournalEntry, code: bytes) -> bytes:
     """Return a linked site's bytes as they would be without the breakpoint over the first."""
     if entry.opcode_size and entry.changed_addr == entry.addr:
-        return CALL32_OPCODE + code[1:]  # or a jump's: what it leads to is the same
+        return direct_opcodes(entry)[0] + code[1:]
     return entry.code[:1] + code[1:]

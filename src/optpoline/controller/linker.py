@@ -11,10 +11,10 @@ from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.controller.target import Target
 from optpoline.errors import ProcessGone
-from optpoline.model import Addr, Refusal, SiteKind
+from optpoline.model import Addr, Refusal
 from optpoline.patch.blocks import Block, redirect
-from optpoline.patch.text import Poke, read_entries
-from optpoline.x86.assembler import CALL32_OPCODE, JMP32_OPCODE, encode_disp32
+from optpoline.patch.text import Poke, direct_opcodes, read_entries
+from optpoline.x86.assembler import encode_disp32
 
 __all__ = ["Linker", "Move"]
 
@@ -38,8 +38,8 @@ class Linker:
         """Change all sites of a batch, in as few stops as their length allows.
 
         Sites that hold another patcher's bytes are left and refused. Sites
-        whose displacement crosses a cache line are written only if every
-        thread could be stopped; else they stay where they are.
+        whose displacement crosses a cache line, and plain ones, are written only
+        if every thread could be stopped; else they stay where they are.
 
         Args:
             moves: Where each site shall lead.
@@ -123,7 +123,8 @@ def _branch_to(record: SiteRecord, block: Block) -> bytes:
     disp = encode_disp32(record.entry.end, block.addr)
     if not record.entry.opcode_size:
         return disp
-    return (CALL32_OPCODE if record.site.kind is SiteKind.CALL else JMP32_OPCODE) + disp
+    (opcode,) = direct_opcodes(record.entry)
+    return opcode + disp
 
 
 def _counts_hits(block: Block) -> bool:

@@ -17,12 +17,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optpoline.x86.assembler import INT3, JMP32_SIZE, REGISTER_NUMBERS, BlockCode
+from optpoline.x86.assembler import (
+    CALL32_OPCODE,
+    INT3,
+    JMP32_OPCODE,
+    JMP32_SIZE,
+    REGISTER_NUMBERS,
+    BlockCode,
+)
 
 __all__ = ["PlainBranch", "decode_plain_branch", "encode_plain_thunk"]
 
-_HARMLESS_PREFIXES = b"\x2e\x3e\xf2"
-"""cs, ds (notrack as well) and bnd: what may stand before a direct branch, too."""
+_HARMLESS_PREFIXES = b"\x2e\x3e"
+"""cs and ds (notrack as well): what may stand before a direct branch, too. Linux puts no uprobe on
+an instruction that has one (``is_prefix_bad`` in arch/x86/kernel/uprobes.c). That is needed: it
+keeps the first byte as the *file* has it, and would put that back over an opcode of ours."""
 
 _REX, _REX_MASK = 0x40, 0xF0
 _REX_B = 1
@@ -46,6 +55,11 @@ class PlainBranch:
 
     operand: str
     is_call: bool
+
+    @property
+    def direct_opcode(self) -> bytes:
+        """The opcode of the direct branch that may stand in its place."""
+        return CALL32_OPCODE if self.is_call else JMP32_OPCODE
 
 
 def decode_plain_branch(code: bytes) -> PlainBranch | None:

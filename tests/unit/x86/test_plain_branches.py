@@ -21,7 +21,7 @@ def read_with_capstone(code: bytes) -> list[tuple[str, str]]:
     return [(insn.mnemonic, insn.op_str) for insn in decoder.disasm(code, 0)]
 
 
-@pytest.mark.parametrize("prefixes", ["2e2e2e", "2e2e3e", "2e2ef2", "2e2e2e2e"])
+@pytest.mark.parametrize("prefixes", ["2e2e2e", "2e2e3e", "3e3e3e", "2e2e2e2e"])
 def test_what_a_disassembler_says(prefixes: str) -> None:
     seen: set[str] = set()
     for rex in (b"", b"\x40", b"\x41", b"\x48", b"\x4f"):
@@ -35,6 +35,8 @@ def test_what_a_disassembler_says(prefixes: str) -> None:
             mnemonic, operand = insns[0][0].split()[-1], insns[0][1]
             if mnemonic in ("call", "jmp") and operand in OPERANDS:
                 assert found == PlainBranch(operand=operand, is_call=mnemonic == "call")
+                direct = read_with_capstone(found.direct_opcode + bytes(4))
+                assert [name for name, _ in direct] == [mnemonic]
                 seen.add(operand)
             else:
                 assert found is None, code.hex(" ")
@@ -43,7 +45,8 @@ def test_what_a_disassembler_says(prefixes: str) -> None:
 
 @pytest.mark.parametrize(
     "code",
-    ["ff d0", "2e 2e ff d0", "2e ff 53 10 90", "2e 2e ff 53 10", "66 2e 2e ff d0",
+    ["ff d0", "2e 2e ff d0", "f2 f2 f2 ff d0", "2e 2e f2 ff d0", "66 2e 2e ff d0",
+     "2e ff 53 10 90", "2e 2e ff 53 10",
      "2e 2e 2e ff d4", "41 2e 2e ff d0", "2e 2e 2e ff 10", "e8 00 00 00 00", "2e 2e 2e ff d0 90"],
 )  # fmt: skip
 def test_what_is_none(code: str) -> None:
