@@ -99,8 +99,9 @@ class ArenaJudge:
         self._thunks: dict[Addr, set[Addr]] = defaultdict(set)
         self._jumps: set[Addr] = set()
         """Sites that are no call in at least one of their baselines."""
-        self._plain: dict[Addr, str] = {}
-        """Operands of plain sites, whose thunks are blocks of their own."""
+        self._plain: dict[Addr, set[str]] = defaultdict(set)
+        """Operands of plain sites, whose thunks are blocks of their own; several where one module
+        after the other was loaded there."""
         self._blocks: dict[Addr, list[BlockEntry]] = defaultdict(list)
         self._literals: dict[int, int] = {}
         self._operands: dict[Addr, str | None] = {}
@@ -121,7 +122,7 @@ class ArenaJudge:
         branch = decode_plain_branch(entry.code)
         if branch is None:
             return
-        self._plain[entry.addr] = branch.operand
+        self._plain[entry.addr].add(branch.operand)
         if not branch.is_call:
             self._jumps.add(entry.addr)
 
@@ -190,8 +191,8 @@ class ArenaJudge:
             self.remarks.append(f"{name} was being freed when its controller died")
             return
         if block.kind is BlockKind.THUNK:
-            operand = self._plain.get(block.site_addr)
-            if operand is None or now[: block.size] != encode_plain_thunk(operand).code:
+            operands = self._plain.get(block.site_addr, ())
+            if now[: block.size] not in [encode_plain_thunk(one).code for one in operands]:
                 sentence = f"{name} is its thunk, and not the indirect jump that the site was"
                 yield _finding(FaultKind.BLOCK, block.addr, sentence, slot.raw)
             return
@@ -290,7 +291,10 @@ class ArenaJudge:
         """Return the register that a site's thunk branches to, None if that cannot be told."""
         if len(thunks) != 1:
             return None
-        return self._plain.get(site_addr) or self._read_operand(next(iter(thunks)))
+        operands = self._plain.get(site_addr)
+        if operands:
+            return next(iter(operands)) if len(operands) == 1 else None
+        return self._read_operand(next(iter(thunks)))
 
     def _read_operand(self, thunk_addr: Addr) -> str | None:
         """Return the register that a thunk branches to, None if its body does not tell."""

@@ -82,6 +82,7 @@ class Arena:
         self._free_slots: list[int] = []
         self._entries: dict[Addr, BlockEntry] = {}
         self._cells: dict[Addr, tuple[Addr, int]] = {}
+        self._thunks: dict[tuple[Addr, bytes], Addr] = {}
         self.templates = BlockTemplates(self)
         """Encodes the blocks that are put here."""
         self.n_put = 0
@@ -227,6 +228,8 @@ class Arena:
         self._memory[room.start : room.at] = poison * (room.at - room.start)
         self._memory[room.at : room.end] = padded
         self._put_state(entry)
+        if kind is BlockKind.THUNK:
+            self._thunks[site_addr, code.code] = addr
         return addr
 
     def _new_slot(self) -> int:
@@ -247,6 +250,13 @@ class Arena:
         self.store_u64(Addr(self.addr + off + BlockEntry.STATE_OFF), entry.state_word)
         self._entries[entry.addr] = entry
         self.n_changes += 1
+
+    def find_thunk(self, site_addr: Addr, code: BlockCode) -> Addr | None:
+        """Return the thunk of a plain site, None if none was put here.
+
+        It stays: a module that is loaded again where it was must not take another each time.
+        """
+        return self._thunks.get((site_addr, code.code))
 
     def is_thunk(self, addr: Addr) -> bool:
         """Tell whether the thunk of a plain site begins at an address."""

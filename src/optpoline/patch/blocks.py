@@ -95,7 +95,7 @@ def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr, slack_ratio: floa
 
 
 def add_plain_thunk(arena: Arena, operand: str, *, site_addr: Addr) -> Addr:
-    """Write what a plain site's blocks end at, and return its address.
+    """Write what a plain site's blocks end at, unless it is there, and return its address.
 
     Each site has its own, as it had its own branch: predictors tell branches apart by
     their addresses, too.
@@ -104,6 +104,9 @@ def add_plain_thunk(arena: Arena, operand: str, *, site_addr: Addr) -> Addr:
         ArenaError: if the arena is used up.
     """
     code = encode_plain_thunk(operand)
+    known = arena.find_thunk(site_addr, code)
+    if known is not None:
+        return known
     room = _find_room(arena, len(code.code), is_counting=False)
     none = (Addr(0), 0)
     return arena.put_block(room, code, site_addr=site_addr, kind=BlockKind.THUNK, cells=none)

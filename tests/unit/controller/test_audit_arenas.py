@@ -136,7 +136,7 @@ def judge(
     code: bytes, state: BlockState = BlockState.LIVE, header: ArenaHeader = HEADER
 ) -> tuple[list[FaultKind], list[str]]:
     """Judge an arena with one block; return the kinds of the faults, and the remarks."""
-    return judge_blocks(code, header, SITE, _promoted_entry(state))
+    return judge_blocks(code, header, (SITE,), _promoted_entry(state))
 
 
 def _promoted_entry(state: BlockState) -> BlockEntry:
@@ -154,16 +154,16 @@ def _promoted_entry(state: BlockState) -> BlockEntry:
 
 
 def judge_blocks(
-    code: bytes, header: ArenaHeader, site: JournalEntry, *entries: BlockEntry
+    code: bytes, header: ArenaHeader, history: tuple[JournalEntry, ...], *entries: BlockEntry
 ) -> tuple[list[FaultKind], list[str]]:
-    """Judge an arena with some blocks of one site."""
+    """Judge an arena with some blocks of one site, whose module may have been loaded anew."""
     start = START + header.block_off
     table = b"".join(entry.pack() for entry in entries)
     packed = [(start + len(one.pack()) * i, one.pack()) for i, one in enumerate(entries)]
     slots = tuple(
         BlockSlot(addr=Addr(addr), raw=raw, entry=BlockEntry.unpack(raw)) for addr, raw in packed
     )
-    arena = replace(arena_of(*PARTS), history=(site,))
+    arena = replace(arena_of(*PARTS), history=history)
     contents = ArenaContents(arena=arena, header=header, before=slots, code=code, after=slots)
     memory = FakeMemory((START, header.pack()), (start, table), (BLOCK_ADDR, code))
     text = replace(mapping(0, 0, "r-xp", "/bin/x"), start=Addr(0x40_0000), end=Addr(0x42_0000))
@@ -194,7 +194,7 @@ PLAIN_CODE = encode_block(
 ).code
 
 
-def judge_plain(site: JournalEntry, thunk: bytes) -> list[FaultKind]:
+def judge_plain(site: JournalEntry, thunk: bytes, *before: JournalEntry) -> list[FaultKind]:
     """Judge a block and the thunk that it ends at; return the kinds of the faults."""
     block, own = (
         BlockEntry(
@@ -210,7 +210,7 @@ def judge_plain(site: JournalEntry, thunk: bytes) -> list[FaultKind]:
         for off, code, kind in ((0, PLAIN_CODE, BlockKind.PROMOTED), (64, thunk, BlockKind.THUNK))
     )
     code = PLAIN_CODE.ljust(64, bytes((POISON,))) + thunk.ljust(16, bytes((POISON,)))
-    return judge_blocks(code, HEADER, site, block, own)[0]
+    return judge_blocks(code, HEADER, (*before, site), block, own)[0]
 
 
 def test_a_plain_site() -> None:
@@ -220,6 +220,13 @@ def test_a_plain_site() -> None:
 @pytest.mark.parametrize("thunk", ["ff e1 cc", "ff e0 90", "ff d0 cc", "ff 20 cc"])
 def test_thunk_that_is_not_what_the_site_was(thunk: str) -> None:
     assert judge_plain(PLAIN, bytes.fromhex(thunk)) == [FaultKind.BLOCK]
+
+
+def test_thunks_of_modules_that_were_loaded_at_one_place_in_turn() -> None:
+    other = replace(PLAIN, code=bytes.fromhex("2e 2e 2e ff d1"))
+    for thunk in ("ff e0 cc", "ff e1 cc"):
+        assert judge_plain(PLAIN, bytes.fromhex(thunk), other) == []
+    assert judge_plain(PLAIN, bytes.fromhex("ff e2 cc"), other) == [FaultKind.BLOCK]
 
 
 def test_no_indirect_jump_for_a_site_that_has_a_thunk_of_the_program() -> None:
