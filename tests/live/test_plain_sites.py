@@ -3,15 +3,29 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 
 import optpoline
 from optpoline.controller.audit import audit
+from optpoline.controller.events import EventKind
+from optpoline.controller.summary import SiteState
 from optpoline.model import Addr, Refusal, SiteKind
 from optpoline.process.memory import RemoteMemory
+from optpoline.process.procfs import list_tids, read_state_char
 from optpoline.x86.decode import Flow, decode_one
 from tests.live.conftest import TARGETS, LiveTarget, StartTarget
-from tests.live.witness import RETPOLINE, Witness, start_cli, wait_for_line
+from tests.live.uprobes import ENOTSUPP, open_uprobe
+from tests.live.witness import (
+    RETPOLINE,
+    Witness,
+    arena_mappings,
+    start_cli,
+    wait_for_line,
+)
 from tests.unit.toolchain.conftest import build_plugin_once
 
 pytestmark = pytest.mark.live
@@ -78,19 +92,76 @@ def test_what_a_killed_controller_left(target: LiveTarget) -> None:
     assert audit(target.pid).is_sound
     # Whoever looks sees the program as its source has it, and where each site leads now.
     left = optpoline.find_sites(target.pid)
-    assert optpoline.SiteState.PROMOTED in {site.state for site in left.sites}
+    assert SiteState.PROMOTED in {site.state for site in left.sites}
     assert left.declared == listed.declared
     assert [site.thunk for site in left.sites] == [site.thunk for site in listed.sites]
     assert {site.thunk[:2] for site in left.sites} == {"*%"}
+    _list_with_breakpoints(target, left)
     optpoline.restore(target.pid)
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")
 
 
+def _list_with_breakpoints(target: LiveTarget, left: optpoline.SiteReport) -> None:
+    """List the sites while a breakpoint hides the opcode of each that is linked."""
+    linked = [site.address for site in left.sites if site.state is not SiteState.BASELINE]
+    os.kill(target.pid, signal.SIGSTOP)
+    for tid in list_tids(target.pid):
+        while read_state_char(target.pid, tid) != "T":
+            time.sleep(0.001)
+    with RemoteMemory(target.pid) as memory:
+        opcodes = {addr: memory.read(addr, 1) for addr in linked}
+        for addr in linked:
+            memory.write(addr, b"\xcc")
+        hidden = {site.address: site for site in optpoline.find_sites(target.pid).sites}
+        for addr, opcode in opcodes.items():
+            memory.write(addr, opcode)
+    os.kill(target.pid, signal.SIGCONT)
+    assert hidden.keys() == {site.address for site in left.sites}
+    foreign = {addr for addr, site in hidden.items() if site.refusal == Refusal.FOREIGN_BYTES.value}
+    assert foreign == set(linked)
+
+
+def test_no_uprobe_comes_to_a_plain_site(target: LiveTarget) -> None:
+    # Taken away, it would leave the first byte of the baseline over an opcode of ours.
+    with optpoline.attach(target.pid) as session:
+        session.learn(LEARN_S)
+        _promote_all(session, N_SITES)
+        for kind in (SiteKind.CALL, SiteKind.JUMP):
+            addr = next(site.addr for site in session.sites if site.kind is kind)
+            with pytest.raises(OSError, match=f"{ENOTSUPP}"):
+                open_uprobe(target.pid, addr)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_nothing_changes_while_a_thread_must_not_be_woken(start_target: StartTarget) -> None:
+    target = _start_dynamic(start_target)
+    before = Witness.of(target.pid)
+    target.ask("sleep")
+    events: list[optpoline.Event] = []
+    with optpoline.attach(target.pid, on_event=events.append) as session:
+        session.learn(LEARN_S)
+        assert session.promote() == 0
+        before.check_text(target.pid)
+        (said,) = (event.message for event in events if event.kind is EventKind.NOT_PROMOTED)
+        assert "2 sites can be changed only while all threads stand" in said
+        target.ask("wake")
+        session.learn(LEARN_S)
+        _promote_all(session, 2)
+    before.check_text(target.pid)
+    assert arena_mappings(target.pid) == []
+    assert target.finish() == "wrong 0\n"
+
+
+def _start_dynamic(start_target: StartTarget, *flags: str) -> LiveTarget:
+    """Start a program with two dynamic calls of the header, which the plugin has marked too."""
+    plugin = f"-fplugin={build_plugin_once()}"
+    return start_target("dynamic", flags=("-O2", *flags, plugin, f"-I{INCLUDE}"))
+
+
 @pytest.mark.parametrize("flags", [(), RETPOLINE], ids=["plain", "retpoline"])
 def test_dynamic_calls(start_target: StartTarget, flags: tuple[str, ...]) -> None:
-    plugin = f"-fplugin={build_plugin_once()}"
-    target = start_target("dynamic", flags=("-O2", *flags, plugin, f"-I{INCLUDE}"))
+    target = _start_dynamic(start_target, *flags)
     before = Witness.of(target.pid)
     with optpoline.attach(target.pid) as session:
         session.learn(LEARN_S)
@@ -99,7 +170,7 @@ def test_dynamic_calls(start_target: StartTarget, flags: tuple[str, ...]) -> Non
         sites = {site.function: site for site in session.summary().sites if site.function}
         for name in ("first", "second"):
             (site,) = (site for function, site in sites.items() if function.startswith(name))
-            assert site.state is optpoline.SiteState.PROMOTED
+            assert site.state is SiteState.PROMOTED
             assert len(site.targets) == 4
             assert sum(target.promoted for target in site.targets) == 2
         quiet = [site for function, site in sites.items() if function.startswith("quiet")]

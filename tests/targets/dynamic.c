@@ -1,8 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Two sites that name one table, of two branches at most, and a call that must be left alone; all
 // results are checked. Prints "ready"; each line sent is answered; at the end prints "wrong N".
-#include <stdio.h>
+// From the line "sleep" until "wake" a thread sleeps in a call that must not be interrupted: a
+// write to a full pipe, half done.
+#define _GNU_SOURCE
+#include <fcntl.h>
 #include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
 
 #include "optpoline.h"
 
@@ -33,6 +40,34 @@ static void *work(void *unused)
     return unused;
 }
 
+static int ends[2];
+static char data[1 << 21];
+static pthread_t writer;
+
+static void *write_all(void *unused)
+{
+    wrong += write(ends[1], data, sizeof data) != sizeof data;
+    return unused;
+}
+
+static void fall_asleep(void)
+{
+    wrong += pipe(ends) != 0;
+    pthread_create(&writer, NULL, write_all, NULL);
+    for (int n = 0, size = fcntl(ends[0], F_GETPIPE_SZ); n < size; ioctl(ends[0], FIONREAD, &n))
+        ;
+}
+
+static void wake_up(void)
+{
+    for (size_t n = 0; n < sizeof data;) {
+        ssize_t size = read(ends[0], data, sizeof data - n);
+        wrong += size <= 0;
+        n += (size_t)size;
+    }
+    pthread_join(writer, NULL);
+}
+
 int main(void)
 {
     pthread_t thread;
@@ -40,8 +75,13 @@ int main(void)
     setvbuf(stdout, NULL, _IOLBF, 0);
     puts("ready");
     char line[64];
-    while (fgets(line, sizeof line, stdin))
+    while (fgets(line, sizeof line, stdin)) {
+        if (!strcmp(line, "sleep\n"))
+            fall_asleep();
+        if (!strcmp(line, "wake\n"))
+            wake_up();
         puts("ok");
+    }
     stopping = 1;
     pthread_join(thread, NULL);
     printf("wrong %ld\n", wrong);

@@ -29,7 +29,7 @@ from optpoline.controller.letting_go import let_go
 from optpoline.controller.linker import Linker
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.no_sites import no_sites_error
-from optpoline.controller.not_promoted import explain_not_promoted
+from optpoline.controller.not_promoted import explain_not_promoted, find_unlinked
 from optpoline.controller.perf_map import PerfMap
 from optpoline.controller.promotion import promote_first
 from optpoline.controller.reclaim import Reclaimer
@@ -421,7 +421,7 @@ class Session(DeclaringSession):
             self._tell(EventKind.PROMOTED, message)
         else:
             more = any(record.state is SiteState.PROMOTED for record in self.records)
-            why = explain_not_promoted(self.pid, learned)
+            why = explain_not_promoted(self.pid, learned, find_unlinked(linked, learned))
             message = f"nothing {'more ' if more else ''}to promote yet: {why}"
             self._tell(EventKind.NOT_PROMOTED, message)
         self._sampler.schedule(linked, time.monotonic())
