@@ -167,7 +167,7 @@ def move_first_note(path: Path, symbol: str, off: int) -> Path:
         (at,) = elf.address_offsets(field_addr)
         table = elf.get_section_by_name(".symtab")
         assert isinstance(table, SymbolTableSection)
-        (found,) = table.get_symbol_by_name(symbol) or ()
+        found = next(one for one in table.iter_symbols() if one.name == symbol)
     moved = found["st_value"] + off - field_addr
     raw[at : at + 4] = moved.to_bytes(4, "little", signed=True)
     copy = path.with_name("moved.so")
