@@ -176,6 +176,7 @@ class Site:
         refusal: Why it must not be promoted, or None.
         max_guards: Guards that its source allows at most, 0 for any number.
         is_plain: Whether the baseline is an indirect branch itself.
+        is_declared: Whether its source says that it is a dynamic call.
     """
 
     addr: Addr
@@ -189,6 +190,7 @@ class Site:
     refusal: Refusal | None = None
     max_guards: int = 0
     is_plain: bool = False
+    is_declared: bool = False
 
     @property
     def end(self) -> Addr:

@@ -76,7 +76,7 @@ count(RemoteMemory, "write")
 count(Arena, "store_u64")
 count(Arena, "put_block")
 count(Arena, "journal")
-config = optpoline.Config(sample_every_s=0.02, poll_s=0.02)
+config = optpoline.Config(sample_every_s=0.02, poll_s=0.02, promote_plain=True)
 for line in sys.stdin:
     pid, point, when = line.split()
     n_left, is_after = int(point), when == "after"

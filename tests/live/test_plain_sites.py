@@ -31,6 +31,7 @@ from tests.unit.toolchain.conftest import build_plugin_once
 pytestmark = pytest.mark.live
 
 LEARN_S = 0.1
+PLAIN = optpoline.Config(promote_plain=True)
 N_SITES = 6
 INCLUDE = TARGETS.parents[1] / "src" / "optpoline" / "share" / "include"
 
@@ -62,7 +63,7 @@ def _promote_all(session: optpoline.Session, n_sites: int) -> None:
 
 def test_there_and_back(target: LiveTarget) -> None:
     before = Witness.of(target.pid)
-    with optpoline.attach(target.pid) as session:
+    with optpoline.attach(target.pid, config=PLAIN) as session:
         kinds = {site.addr: site.kind for site in session.sites}
         assert sorted(kind.value for kind in kinds.values()) == ["call", *["jump"] * (N_SITES - 1)]
         assert all(site.is_plain and len(site.code) == 5 for site in session.sites)
@@ -83,9 +84,23 @@ def test_there_and_back(target: LiveTarget) -> None:
     assert target.finish().startswith("wrong 0 rounds")
 
 
+def test_left_alone_unless_asked_for(target: LiveTarget) -> None:
+    before = Witness.of(target.pid)
+    events: list[optpoline.Event] = []
+    with optpoline.attach(target.pid, on_event=events.append) as session:
+        session.learn(LEARN_S)
+        counted = session.drain()
+        assert session.promote() == 0
+        before.check_text(target.pid)
+        assert {site.addr for site in session.sites} >= counted.keys() > set()
+        (said,) = (event.message for event in events if event.kind is EventKind.NOT_PROMOTED)
+        assert "--promote-plain" in said
+    assert target.finish().startswith("wrong 0 rounds")
+
+
 def test_what_a_killed_controller_left(target: LiveTarget) -> None:
     before, listed = Witness.of(target.pid), optpoline.find_sites(target.pid)
-    command = ("attach", "-v", "--learn-seconds", 0.3, target.pid)
+    command = ("attach", "-v", "--promote-plain", "--learn-seconds", 0.3, target.pid)
     with start_cli(*command) as controller:
         wait_for_line(controller, "promoted")
         controller.kill()
@@ -124,7 +139,7 @@ def _list_with_breakpoints(target: LiveTarget, left: optpoline.SiteReport) -> No
 
 def test_no_uprobe_comes_to_a_plain_site(target: LiveTarget) -> None:
     # Taken away, it would leave the first byte of the baseline over an opcode of ours.
-    with optpoline.attach(target.pid) as session:
+    with optpoline.attach(target.pid, config=PLAIN) as session:
         session.learn(LEARN_S)
         _promote_all(session, N_SITES)
         for kind in (SiteKind.CALL, SiteKind.JUMP):

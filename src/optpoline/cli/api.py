@@ -72,6 +72,7 @@ class SessionSettings:
         max_stop_s: How long the program's threads may stand while its text is changed.
         follow_fork: Restore its forked children at the end as well.
         shared_counters: Count in one row that all CPUs share.
+        promote_plain: Promote plain branches that no source declares as well.
         policy: Name of the policy.
         policy_settings: Thresholds of it by name, each as the user wrote it.
     """
@@ -80,6 +81,7 @@ class SessionSettings:
     max_stop_s: float = 0.005
     follow_fork: bool = False
     shared_counters: bool = False
+    promote_plain: bool = False
     policy: str = "adaptive"
     policy_settings: tuple[tuple[str, str], ...] = ()
 
@@ -217,6 +219,7 @@ class LiveApi:
             max_stop_s=settings.max_stop_s,
             follow_fork=settings.follow_fork,
             shared_counters=settings.shared_counters,
+            promote_plain=settings.promote_plain,
             policy=policy_named(settings.policy, dict(settings.policy_settings)),
         )
         return optpoline.attach(pid, config=config, on_event=on_event)

@@ -46,6 +46,7 @@ def attach_command(
     policy_set: tuple[str, ...],
     follow_fork: bool,
     shared_counters: bool,
+    promote_plain: bool,
     leave: bool,
     no_progress: bool,
 ) -> None:
@@ -63,6 +64,7 @@ def attach_command(
         policy_set=policy_set,
         follow_fork=follow_fork,
         shared_counters=shared_counters,
+        promote_plain=promote_plain,
     )
     plan = SessionPlan(settings=settings, duration_s=duration, leave=leave)
     console = invocation.console()

@@ -262,6 +262,11 @@ def session_options(function: Callable[P, R]) -> Callable[P, R]:
             is_flag=True,
             help="Count in one row for all CPUs, to see what a row for each is worth.",
         ),
+        click.option(
+            "--promote-plain",
+            is_flag=True,
+            help="Promote plain indirect branches that a compiler plugin marked, too.",
+        ),
         click.option("--leave", is_flag=True, help="Leave the promotions working at the end."),
         click.option("--no-progress", is_flag=True, help="No progress line on a terminal."),
     ]
@@ -278,6 +283,7 @@ def make_settings(
     policy_set: tuple[str, ...],
     follow_fork: bool,
     shared_counters: bool = False,
+    promote_plain: bool = False,
 ) -> SessionSettings:
     """Return the settings that the options of ``session_options`` ask for.
 
@@ -302,6 +308,7 @@ def make_settings(
         max_stop_s=max_stop_ms / 1e3,
         follow_fork=follow_fork,
         shared_counters=shared_counters,
+        promote_plain=promote_plain,
         policy=policy,
         policy_settings=tuple(chosen.items()),
     )

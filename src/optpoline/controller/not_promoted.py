@@ -42,7 +42,11 @@ def find_unlinked(tried: Iterable[SiteRecord], learned: Sequence[SiteRecord]) ->
 
 
 def explain_not_promoted(
-    pid: int, learned: Sequence[SiteRecord], unlinked: Sequence[SiteRecord] = ()
+    pid: int,
+    learned: Sequence[SiteRecord],
+    unlinked: Sequence[SiteRecord] = (),
+    *,
+    promote_plain: bool = False,
 ) -> str:
     """Return the reason as the rest of a sentence.
 
@@ -50,6 +54,7 @@ def explain_not_promoted(
         pid: The program.
         learned: The sites that the window was about.
         unlinked: Those that it should have been about as well (``find_unlinked``).
+        promote_plain: See ``Config``.
 
     Raises:
         ProcessGone: if the program is.
@@ -70,6 +75,8 @@ def explain_not_promoted(
     usable = [record for record in reached if record.state is not SiteState.REFUSED]
     if not usable:
         return "the sites that were reached cannot be promoted"
+    if not promote_plain and all(r.site.is_plain and not r.site.is_declared for r in usable):
+        return "plain branches that no source declares are promoted with --promote-plain only"
     rate_hz = max(record.rate_hz or 0.0 for record in usable)
     model = CostModel()
     if not model.worthwhile(saved_cycles=model.retpoline_cycles, rate_hz=rate_hz):

@@ -100,8 +100,17 @@ def promote_first(
     linker: Linker,
     may_guard: TargetFilter,
     now_s: float,
+    promote_plain: bool = False,
 ) -> int:
     """Promote what is worth it after a first window; the rest gets its baseline back.
+
+    Args:
+        records: The sites.
+        policy: Decides.
+        linker: Changes the text.
+        may_guard: Tells which targets a block may branch to.
+        now_s: CLOCK_MONOTONIC, seconds.
+        promote_plain: See ``Config``.
 
     Returns:
         How many sites were promoted.
@@ -113,7 +122,9 @@ def promote_first(
     n_promoted = 0
     for record in hottest:
         hotter_ratio = hotter_hz / all_hz if all_hz else 0.0
-        block = _promote_one(record, policy, may_guard, hotter_ratio, now_s)
+        block = None
+        if promote_plain or record.site.is_declared or not record.site.is_plain:
+            block = _promote_one(record, policy, may_guard, hotter_ratio, now_s)
         n_promoted += block is not None
         moves.append(Move(record=record, block=block))
         hotter_hz += record.rate_hz or 0.0

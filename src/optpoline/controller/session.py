@@ -410,6 +410,7 @@ class Session(DeclaringSession):
             linker=self._linker,
             may_guard=self.target.may_guard,
             now_s=begin_s,
+            promote_plain=self.config.promote_plain,
         )
         for record in learned:
             if record.state is SiteState.LEARNING:
@@ -421,7 +422,12 @@ class Session(DeclaringSession):
             self._tell(EventKind.PROMOTED, message)
         else:
             more = any(record.state is SiteState.PROMOTED for record in self.records)
-            why = explain_not_promoted(self.pid, learned, find_unlinked(linked, learned))
+            why = explain_not_promoted(
+                self.pid,
+                learned,
+                find_unlinked(linked, learned),
+                promote_plain=self.config.promote_plain,
+            )
             message = f"nothing {'more ' if more else ''}to promote yet: {why}"
             self._tell(EventKind.NOT_PROMOTED, message)
         self._sampler.schedule(linked, time.monotonic())

@@ -238,6 +238,7 @@ class _SiteFinder:
             refusal=refusal,
             max_guards=marked.mark.n_branches if marked is not None else 0,
             is_plain=is_plain,
+            is_declared=marked is not None and marked.mark.table is not None,
         )
 
     def _refusal(self, insn: Insn, thunk: Thunk) -> Refusal | None:
