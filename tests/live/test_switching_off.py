@@ -81,7 +81,7 @@ def test_right_under_signals(start_target: StartTarget, change: Change) -> None:
     before = Witness.of(target.pid)
     told: list[str] = []
     with _promote(target, fickle_config(change), told) as session:
-        _change_more(session, 8)
+        _change_more(session, 5)
         _check_blocks(_promoted(session))
         assert audit(target.pid).is_sound
         again = [message for message in told if "promoted anew" in message]
@@ -99,7 +99,7 @@ def test_no_block_is_made_and_nobody_stopped(start_target: StartTarget) -> None:
     told: list[str] = []
     with _promote(target, fickle_config("switch-off"), told) as session:
         target.ask("3")  # more targets than it was promoted with: some find no room at first
-        _change_more(session, 6)
+        _change_more(session, 4)
         _watch_until(session, lambda: all(r.home is r.active for r in _promoted(session)))
         homes = {record.home.addr for record in _promoted(session) if record.home is not None}
         trees = {record.site.addr: record.plan for record in _promoted(session)}
