@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from optpoline.controller.arguments import Change
 from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
     DeclaredSummary,
@@ -73,6 +74,7 @@ class SessionSettings:
         follow_fork: Restore its forked children at the end as well.
         shared_counters: Count in one row that all CPUs share.
         promote_plain: Promote plain branches that no source declares as well.
+        change: How a promoted site is changed.
         policy: Name of the policy.
         policy_settings: Thresholds of it by name, each as the user wrote it.
     """
@@ -82,6 +84,7 @@ class SessionSettings:
     follow_fork: bool = False
     shared_counters: bool = False
     promote_plain: bool = False
+    change: Change = "swap"
     policy: str = "adaptive"
     policy_settings: tuple[tuple[str, str], ...] = ()
 
@@ -220,6 +223,7 @@ class LiveApi:
             follow_fork=settings.follow_fork,
             shared_counters=settings.shared_counters,
             promote_plain=settings.promote_plain,
+            change=settings.change,
             policy=policy_named(settings.policy, dict(settings.policy_settings)),
         )
         return optpoline.attach(pid, config=config, on_event=on_event)

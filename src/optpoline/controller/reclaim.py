@@ -153,8 +153,10 @@ class Reclaimer:
             self._handle = self._grace.start_poll()
 
     def cancel_left(self, starts: Iterable[Addr]) -> None:
-        """Wait no more for such code, told by where it starts."""
-        awaited = [self._awaited.pop(start, None) for start in starts]
+        """Wait no more for such code, told by where it starts; ``take_left`` tells of none."""
+        gone = set(starts)
+        self._left = [start for start in self._left if start not in gone]
+        awaited = [self._awaited.pop(start, None) for start in gone]
         self._grace.cancel([code for code in awaited if code is not None])
 
     @property

@@ -7,7 +7,7 @@ A site's way at any moment::
     home     the block the text leads to; None while it holds its baseline
     active   the block that does the work: home itself, or a newer one that
              home's head jumps to until home does its work (``settling``), or
-             the text is linked to it
+             the text is linked to it; None while home's head leads to the thunk
     counting a counting block entered through active's head during a window
 """
 
@@ -21,9 +21,23 @@ from optpoline.model import Addr, Refusal, Site
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, add_plain_thunk, redirect
 from optpoline.patch.layout import JournalEntry
+from optpoline.promote.policy import Decision
 from optpoline.promote.tree import PlannedTree
 
-__all__ = ["SiteRecord"]
+__all__ = ["SiteRecord", "SwitchedOff"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchedOff:
+    """Why a promoted site leads to its thunk for a while (``controller/switching_off.py``).
+
+    Attributes:
+        coming: Its home as it will be when the fast path is switched on again.
+        decision: What is carried out.
+    """
+
+    coming: Block
+    decision: Decision
 
 
 @dataclass(slots=True)
@@ -44,6 +58,8 @@ class SiteRecord:
     refusal: Refusal | None = None
     home: Block | None = None
     active: Block | None = None
+    off: SwitchedOff | None = None
+    """Set while the fast path of a promoted site is switched off to be changed."""
     counting: Block | None = None
     learner: Block | None = None
     """The counting block of the first window; used again by every later one."""
@@ -127,7 +143,7 @@ class SiteRecord:
         for block in (self.home, self.active, self.counting, self.learner):
             if block is not None:
                 redirect(block, self.thunk_addr)
-        self.active = self.counting = self.counts_before = None
+        self.active = self.off = self.counting = self.counts_before = None
         self.earlier.clear()
         self.plan = self.profile = None
 
@@ -135,7 +151,7 @@ class SiteRecord:
         """Start anew: the site's text is its baseline again, without our doing."""
         self.state = SiteState.BASELINE
         self.branch = self.entry.original
-        self.home = self.active = self.counting = self.counts_before = None
+        self.home = self.active = self.off = self.counting = self.counts_before = None
         self.earlier.clear()
         self.plan = self.profile = self.counts = self.counted = self.sampled = None
         self.n_parts = 0

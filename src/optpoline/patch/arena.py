@@ -309,10 +309,10 @@ class Arena:
         return True
 
     def rewrite_block(self, addr: Addr, code: BlockCode, redirected: int) -> None:
-        """Replace all of a live block but where its head leads: to another block.
+        """Replace all of a live block but where its head leads: to another block, or the thunk.
 
         Only after a grace period in which nobody could enter it behind its head. At every
-        instant somebody who enters goes on to that other block, and the entry says so.
+        instant somebody who enters goes on to where that leads, and the entry says so.
 
         Args:
             addr: The block; there is room for the new one (``make_room``).

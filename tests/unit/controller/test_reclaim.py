@@ -352,6 +352,17 @@ def test_left_bytes_that_nobody_waits_for_any_more(session: Session) -> None:
     assert session.live == {active.addr}
 
 
+def test_left_bytes_that_are_given_up_before_they_are_told(session: Session) -> None:
+    record = session.add_record()
+    record.home = record.active = home = session.write()
+    body = RetiredCode(Addr(home.addr + 1), Addr(home.addr + home.size))
+    session.reclaimer.await_left(body)
+    for _ in range(5):
+        session.step()
+    session.reclaimer.cancel_left([body.start])
+    assert session.reclaimer.take_left() == ()
+
+
 def test_block_is_not_retired_while_its_bytes_are_waited_for(session: Session) -> None:
     home = session.write()
     session.observer.is_unseen = True
