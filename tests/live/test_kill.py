@@ -41,7 +41,7 @@ INSTANTS = (("", 0.7), ("attached: ", 0.05), ("learning ", 0.4), ("promoted ", 0
 """Lines that begin a part of a session, and how long after them to kill at the latest: while
 starting and attaching, linking, learning and promoting, watching and letting go."""
 
-SESSION = ("attach", "--learn-seconds", "0.3", "--duration", "0.6")
+SESSION = ("attach", "--promote-plain", "--learn-seconds", "0.3", "--duration", "0.6")
 
 N_POINTS = 16
 """Instants tried of all those at which a controller does something to the program."""
