@@ -18,6 +18,7 @@ from bench.adapting import (
     measure_watching,
 )
 from bench.build import Variant
+from bench.changing import measure_changes
 from bench.errors import BenchError
 from bench.figures import Figure, measure_quiet, measure_sites
 from bench.many_sites import measure_many_sites
@@ -138,6 +139,7 @@ def _run_adapting() -> None:
         measure_alternation,
         measure_watching,
         measure_learning,
+        measure_changes,
     ):
         console.print(f"{_ADAPTING}: {measure.__name__.removeprefix('measure_')}")
         figures += measure(executable)

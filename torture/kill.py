@@ -10,16 +10,18 @@ there takes microseconds.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import select
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NoReturn
 
 import optpoline
+from optpoline.controller.arguments import CHANGES, Change
 from optpoline.promote.policies.adaptive import AdaptivePolicy
 from torture.command import start_attach
 from torture.errors import TortureError
@@ -72,16 +74,18 @@ class Instant:
         aim: How it was drawn.
         delay_s: How long after the controller's start, or after it began the step.
         step: Index into ``STEPS`` for ``Aim.STEP``.
+        change: How the controller changes promoted sites.
     """
 
     aim: Aim
     delay_s: float
     step: int = 0
+    change: Change = "swap"
 
     def __str__(self) -> str:
         """Say it, for a note."""
         since = f"{STEPS[self.step]} began" if self.aim is Aim.STEP else "its start"
-        return f"{1e3 * self.delay_s:.2f} ms after {since} ({self.aim.value})"
+        return f"{1e3 * self.delay_s:.2f} ms after {since} ({self.aim.value}, {self.change})"
 
 
 def plan_kills(chance: random.Random, n_kills: int) -> list[Instant]:
@@ -100,7 +104,8 @@ def plan_kills(chance: random.Random, n_kills: int) -> list[Instant]:
         aims += [aim] * max(1, round(n_kills * share))
     aims = aims[:n_kills] + [Aim.STEP] * (n_kills - len(aims))
     chance.shuffle(aims)
-    return [_draw(chance, aim) for aim in aims]
+    ways = itertools.cycle(CHANGES)
+    return [replace(_draw(chance, aim), change=way) for aim, way in zip(aims, ways, strict=False)]
 
 
 def _draw(chance: random.Random, aim: Aim) -> Instant:
@@ -134,7 +139,7 @@ def kill_controller(pid: int, instant: Instant) -> None:
 
 def _kill_command(pid: int, instant: Instant) -> None:
     """Kill ``optpoline attach``."""
-    command = start_attach(pid, "--learn-seconds", "0.2")
+    command = start_attach(pid, "--learn-seconds", "0.2", "--change", instant.change)
     with command:
         time.sleep(instant.delay_s)
         command.kill()
@@ -147,7 +152,7 @@ def _kill_fork(pid: int, instant: Instant) -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        _control(pid, writer)
+        _control(pid, writer, replace(_CONFIG, change=instant.change))
     os.close(writer)
     try:
         if instant.aim is Aim.STEP:
@@ -183,12 +188,12 @@ def _read_rest(reader: int) -> str:
     return data.partition(b"!")[2].decode(errors="replace")
 
 
-def _control(pid: int, writer: int) -> NoReturn:
+def _control(pid: int, writer: int, config: optpoline.Config) -> NoReturn:
     """Be a controller until killed; one that fails says why and ends with status 1."""
     try:
         while True:
             os.write(writer, b"\0")
-            with optpoline.attach(pid, config=_CONFIG) as session:
+            with optpoline.attach(pid, config=config) as session:
                 os.write(writer, b"\1")
                 session.learn()
                 os.write(writer, b"\2")

@@ -2,7 +2,9 @@
 """The nouns of optpoline as frozen records; no I/O, no architecture.
 
 A *site* is one indirect branch instruction of the program, written as a direct
-branch to a *thunk* that does the indirect branch safely. Policy code turns
+branch to a *thunk* that does the indirect branch safely; or a *plain* one, an indirect
+branch itself that the program's source declares, and that has room for a direct one.
+Policy code turns
 counted targets into a *branch tree* (``TreeNode``); the architecture package
 turns a ``BlockPlan`` into bytes. Nothing here knows an opcode.
 """
@@ -57,6 +59,8 @@ class ThunkFlavour(Enum):
     CLANG = "clang"
     EXTERN = "extern"
     """Named like a thunk, with a body of the program's own (``thunk-extern``)."""
+    PLAIN = "plain"
+    """None in the program: a plain site's blocks end at an indirect jump in their arena."""
 
 
 class Refusal(Enum):
@@ -68,6 +72,8 @@ class Refusal(Enum):
     FOREIGN_BYTES = "another patcher's bytes are in it"
     UNKNOWN_OPERAND = "its thunk does not take the target in a register"
     CRITICAL_SECTION = "it is inside a restartable sequence of the program's own"
+    EXCLUDED = "the program's source says that it shall stay as it is"
+    DAMAGED_NOTES = "its module's notes, which may exclude it, are damaged or too new"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +147,7 @@ class Thunk:
     """Code that does one indirect branch without speculation.
 
     Attributes:
-        addr: Its first instruction.
+        addr: Its first instruction; 0 for PLAIN, where each site gets one when it is learned.
         operand: Name of the register that holds the target, such as "rax".
         flavour: Whose it is.
         symbol: Its symbol, or None where only the body told.
@@ -155,18 +161,22 @@ class Thunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One retpoline site: a direct branch to a thunk.
+    """One site: a direct branch to a thunk, or a plain indirect branch as long as one.
 
     Attributes:
         addr: Its first byte, prefixes included.
         code: Its bytes as read from memory when it was found (the baseline).
         kind: Call, jump or conditional jump.
-        disp_addr: Address of its 32-bit displacement, the only bytes ever changed.
+        disp_addr: Address of its 32-bit displacement, the only bytes ever changed; at a plain
+            site where one is while it leads to a block, and the opcode before it changes too.
         thunk: The thunk it branches to in the baseline.
         module: Path of the module it is in.
         function: Name of the function it is in, or None.
         function_addr: Start of that function, or None.
         refusal: Why it must not be promoted, or None.
+        max_guards: Guards that its source allows at most, 0 for any number.
+        is_plain: Whether the baseline is an indirect branch itself.
+        is_declared: Whether its source says that it is a dynamic call.
     """
 
     addr: Addr
@@ -178,17 +188,14 @@ class Site:
     function: str | None
     function_addr: Addr | None
     refusal: Refusal | None = None
+    max_guards: int = 0
+    is_plain: bool = False
+    is_declared: bool = False
 
     @property
     def end(self) -> Addr:
         """Address after the instruction; what its displacement counts from."""
         return Addr(self.addr + len(self.code))
-
-    @property
-    def disp(self) -> bytes:
-        """The four displacement bytes of the baseline."""
-        off = self.disp_addr - self.addr
-        return self.code[off : off + 4]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from optpoline.process.procfs import list_tids, read_state_char
 TARGETS = Path(__file__).resolve().parent.parent / "targets"
 _TIMEOUT_S = 30.0
 _POLL_S = 0.001
+_ALL_ONES = (1 << 64) - 1
 
 
 class LiveTarget:
@@ -42,6 +43,10 @@ class LiveTarget:
         answer = self.process.stdout.readline()
         assert answer.endswith("\n"), f"no answer to {line!r}, only {answer!r}"
         return answer[:-1]
+
+    def ask_to_block(self, start: int, end: int) -> str:
+        """Have the target ``life`` block in a handler that interrupts code in a range."""
+        return self.ask(f"block {start ^ _ALL_ONES:x} {end ^ _ALL_ONES:x}")
 
     def finish(self, status: int = 0) -> str:
         """Let it end by itself; check its exit status and return what it printed."""

@@ -246,7 +246,7 @@ def test_sites_that_lead_elsewhere(start_target: StartTarget) -> None:
             assert f"{dst:#x}" in report.faults[0].sentence
             assert report.foreign_changes == ()
         for off in range(4):
-            now = one.disp[off] ^ 0x10
+            now = one.branch[off] ^ 0x10
             report = text_with(target.pid, entry.disp_addr + off, bytes([now]))
             assert [f.kind for f in report.faults] == [FaultKind.SITE]
 

@@ -31,6 +31,7 @@ from tests.live.witness import (
     start_cli,
     wait_for_line,
 )
+from tests.unit.toolchain.conftest import build_plugin_once
 
 pytestmark = pytest.mark.live
 
@@ -40,7 +41,7 @@ INSTANTS = (("", 0.7), ("attached: ", 0.05), ("learning ", 0.4), ("promoted ", 0
 """Lines that begin a part of a session, and how long after them to kill at the latest: while
 starting and attaching, linking, learning and promoting, watching and letting go."""
 
-SESSION = ("attach", "--learn-seconds", "0.3", "--duration", "0.6")
+SESSION = ("attach", "--promote-plain", "--learn-seconds", "0.3", "--duration", "0.6")
 
 N_POINTS = 16
 """Instants tried of all those at which a controller does something to the program."""
@@ -75,7 +76,7 @@ count(RemoteMemory, "write")
 count(Arena, "store_u64")
 count(Arena, "put_block")
 count(Arena, "journal")
-config = optpoline.Config(sample_every_s=0.02, poll_s=0.02)
+config = optpoline.Config(sample_every_s=0.02, poll_s=0.02, promote_plain=True)
 for line in sys.stdin:
     pid, point, when = line.split()
     n_left, is_after = int(point), when == "after"
@@ -131,11 +132,14 @@ def test_killed_at_random_instants(start_target: StartTarget) -> None:
     print(f"OPTPOLINE_SEED={seed}")  # noqa: T201
     chance = random.Random(seed)
     n_killed = n_left = number = 0
-    for part, flags in enumerate(VARIANTS.values(), 1):
+    # Of plain sites the opcodes change as well.
+    plain = ("-O2", "-pthread", f"-fplugin={build_plugin_once()}")
+    variants = (*VARIANTS.values(), plain)
+    for part, flags in enumerate(variants, 1):
         target = start_target("promote", "1", flags=flags)
         before = Witness.of(target.pid)
         # A session that had ended before it was killed does not count.
-        while n_killed < N_KILLS * part // len(VARIANTS):
+        while n_killed < N_KILLS * part // len(variants):
             line, latest_s = INSTANTS[number % len(INSTANTS)]
             n_killed += _kill(target.pid, line, chance.uniform(0.0, latest_s))
             n_left += optpoline.read_status(target.pid) is not None

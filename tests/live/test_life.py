@@ -97,7 +97,7 @@ def test_a_handler_that_blocks_inside_a_block(start_target: StartTarget, mode: s
     before = Witness.of(target.pid)
     session = _promote(target)
     arena = session.target.arenas[0]
-    assert target.ask(f"block {arena.code_start:x} {arena.code_end:x}") == "blocked"
+    assert target.ask_to_block(arena.code_start, arena.code_end) == "blocked"
     result = session.detach()
     assert result.outcome is DetachOutcome.ARENA_LEFT
     assert any("stays mapped" in note for note in result.notes)

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,9 +17,10 @@ import optpoline
 from optpoline.controller.summary import DetachOutcome, SiteState
 from optpoline.model import Refusal, Site
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.procfs import list_tids, read_maps
+from optpoline.process.procfs import read_maps
 from tests.live.conftest import BuildTarget, LiveTarget, StartTarget
 from tests.live.serving import learn_and_promote, promote, serve
+from tests.live.uprobes import KIND_PATH, open_uprobe
 from tests.live.witness import RETPOLINE, Witness, arena_mappings, run_json
 
 pytestmark = pytest.mark.live
@@ -189,35 +188,16 @@ def test_a_breakpoint_beside_sites(start_target: StartTarget) -> None:
 
 
 class _Uprobe:
-    """A uprobe of ours on one process, which counts how often it is met.
-
-    perf_event_open(2) with the dynamic PMU "uprobe": config1 is a pointer to the
-    path, config2 the offset in that file.
-    """
-
-    _SYS_PERF_EVENT_OPEN = 298
-    _ATTR = struct.Struct("=IIQQQQQIIQQ")
+    """A uprobe of ours on one process, which counts how often it is met."""
 
     def __init__(self, target: LiveTarget, addr: int) -> None:
         """Install it."""
-        kind_path = Path("/sys/bus/event_source/devices/uprobe/type")
-        if not kind_path.exists():
+        if not KIND_PATH.exists():
             pytest.skip("the kernel has no uprobe events")
-        (mapping,) = (m for m in read_maps(target.pid) if m.start <= addr < m.end)
-        off = addr - mapping.start + mapping.offset
-        path = ctypes.create_string_buffer(mapping.path.encode())
-        attr = ctypes.create_string_buffer(
-            self._ATTR.pack(
-                int(kind_path.read_text()), 112, 0, 0, 0, 0, 0, 0, 0, ctypes.addressof(path), off
-            ),
-            112,
-        )
-        libc = ctypes.CDLL(None, use_errno=True)
-        (tid,) = set(list_tids(target.pid)) - {target.pid}
-        self._fd = int(libc.syscall(self._SYS_PERF_EVENT_OPEN, attr, tid, -1, -1, 0))
-        if self._fd < 0:
-            reason = os.strerror(ctypes.get_errno())
-            pytest.skip(f"uprobe events are not permitted: {reason}")
+        try:
+            self._fd = open_uprobe(target.pid, addr)
+        except OSError as error:
+            pytest.skip(f"uprobe events are not permitted: {error.strerror}")
         with RemoteMemory(target.pid) as memory:
             assert memory.read(addr, 1) == b"\xcc"
 

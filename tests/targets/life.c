@@ -6,7 +6,9 @@
 // Modes (what N threads do beside the checking): spin, nanosleep, poll, epoll, short (make
 // threads that end at once), spawn (posix_spawn and vfork), timer (SIGALRM at 1 kHz with a
 // handler that branches too), jump (the same, the handler jumps out), alt (the same, on an
-// alternate stack; blocks if told to), context (swapcontext inside a handler), rest (nothing).
+// alternate stack; blocks if told to), context (swapcontext inside a handler), tidy (as timer, but
+// signal frames are wiped off the stack soon), armed (the same, signals only until one thread
+// is where it shall block), rest (nothing).
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -66,22 +68,38 @@ static void churn(unsigned n) {
 // --- signal handlers
 
 static sem_t released;
-static volatile uintptr_t block_start, block_end;
+// Inverted, as they come: an address of a block that is kept would count as a way back into it.
+static volatile uintptr_t not_block_start, not_block_end;
 static volatile int is_blocked;
 static __thread sigjmp_buf jump_buffer;
-static __thread volatile int may_jump;
+static __thread volatile int may_jump, was_blocked;
 static ucontext_t aside_context, handler_context;
 static char aside_stack[65536];
+
+static int is_tidy(void) { return !strcmp(mode, "tidy") || !strcmp(mode, "armed"); }
+
+static void set_timer(long microseconds) {
+    struct itimerval every = {{0, microseconds}, {0, microseconds}};
+    setitimer(ITIMER_REAL, &every, NULL);
+}
+
+// What is left of a signal frame looks like a context that the program keeps.
+static __attribute__((noinline)) void wipe_stack(void) {
+    volatile char bytes[32768];
+    for (size_t i = 0; i < sizeof bytes; i += sizeof(long)) *(volatile long *)&bytes[i] = 0;
+}
 
 static void on_alarm(int number, siginfo_t *info, void *context) {
     (void)number, (void)info;
     int saved = errno;
     uintptr_t pc = (uintptr_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP];
-    if (pc >= block_start && pc < block_end && !__atomic_exchange_n(&is_blocked, 1, __ATOMIC_SEQ_CST)) {
+    if (~pc <= not_block_start && ~pc > not_block_end && !__atomic_exchange_n(&is_blocked, 1, __ATOMIC_SEQ_CST)) {
+        if (!strcmp(mode, "armed")) set_timer(0);
         if (!strcmp(mode, "context"))
             swapcontext(&handler_context, &aside_context);
         else
             while (sem_wait(&released) && errno == EINTR);
+        was_blocked = 1;
     }
     churn(16);
     errno = saved;
@@ -114,8 +132,7 @@ static void take_signals(void) {
     sigemptyset(&set);
     sigaddset(&set, SIGALRM);
     pthread_sigmask(SIG_UNBLOCK, &set, NULL);
-    struct itimerval every = {{0, 1000}, {0, 1000}};
-    setitimer(ITIMER_REAL, &every, NULL);
+    if (strcmp(mode, "armed")) set_timer(1000);
 }
 
 // --- what the threads do
@@ -161,7 +178,7 @@ static void run_true(void) {
 
 static void *work(void *unused) {
     int takes_signals = !strcmp(mode, "timer") || !strcmp(mode, "jump") || !strcmp(mode, "alt") ||
-                        !strcmp(mode, "context");
+                        !strcmp(mode, "context") || is_tidy();
     if (takes_signals) take_signals();
     while (!stopping) {
         if (!strcmp(mode, "jump")) {
@@ -170,6 +187,10 @@ static void *work(void *unused) {
         }
         churn(4096);
         may_jump = 0;
+        if (is_tidy()) {
+            wipe_stack();
+            if (was_blocked) was_blocked = is_blocked = 0;
+        }
         if (!strcmp(mode, "short")) {
             pthread_t threads[4];
             for (int i = 0; i < 4; i++)
@@ -180,10 +201,7 @@ static void *work(void *unused) {
         if (!strcmp(mode, "nanosleep") || !strcmp(mode, "poll") || !strcmp(mode, "epoll"))
             sleep_a_while();
     }
-    if (takes_signals) {
-        struct itimerval never = {{0, 0}, {0, 0}};
-        setitimer(ITIMER_REAL, &never, NULL);
-    }
+    if (takes_signals) set_timer(0);
     return unused;
 }
 
@@ -274,8 +292,7 @@ static void end_child(void) {
 }
 
 static void obey(char *line) {
-    // Not on the stack, where an address of a block would count as a way back into it.
-    static unsigned long a, b;
+    unsigned long a, b;
     line[strcspn(line, "\n")] = 0;
     if (!strncmp(line, "open ", 5)) open_plugin(line + 5);
     else if (!strcmp(line, "close")) close_plugin();
@@ -286,12 +303,14 @@ static void obey(char *line) {
     else if (!strcmp(line, "abort")) abort();
     else if (!strcmp(line, "exec")) execv("/proc/self/exe", own_argv);
     else if (sscanf(line, "block %lx %lx", &a, &b) == 2) {
-        block_end = b, block_start = a;
+        not_block_end = b, not_block_start = a;
+        if (!strcmp(mode, "armed")) set_timer(1000);
         for (int i = 0; i < 5000 && !is_blocked; i++) usleep(1000);
         puts(is_blocked ? "blocked" : "not blocked");
     } else if (!strcmp(line, "release")) {
-        block_start = block_end = 0;
+        not_block_start = not_block_end = 0;
         sem_post(&released);
+        while (is_tidy() && is_blocked) usleep(100);
         puts("released");
     } else if (sscanf(line, "mprotect %lx %lx", &a, &b) == 2) {
         int result = mprotect((void *)a, b, PROT_READ | PROT_WRITE);

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from optpoline.controller.arguments import Change
 from optpoline.controller.audit_report import AuditReport
 from optpoline.controller.summary import (
     DeclaredSummary,
@@ -72,6 +73,8 @@ class SessionSettings:
         max_stop_s: How long the program's threads may stand while its text is changed.
         follow_fork: Restore its forked children at the end as well.
         shared_counters: Count in one row that all CPUs share.
+        promote_plain: Promote plain branches that no source declares as well.
+        change: How a promoted site is changed.
         policy: Name of the policy.
         policy_settings: Thresholds of it by name, each as the user wrote it.
     """
@@ -80,6 +83,8 @@ class SessionSettings:
     max_stop_s: float = 0.005
     follow_fork: bool = False
     shared_counters: bool = False
+    promote_plain: bool = False
+    change: Change = "swap"
     policy: str = "adaptive"
     policy_settings: tuple[tuple[str, str], ...] = ()
 
@@ -217,6 +222,8 @@ class LiveApi:
             max_stop_s=settings.max_stop_s,
             follow_fork=settings.follow_fork,
             shared_counters=settings.shared_counters,
+            promote_plain=settings.promote_plain,
+            change=settings.change,
             policy=policy_named(settings.policy, dict(settings.policy_settings)),
         )
         return optpoline.attach(pid, config=config, on_event=on_event)

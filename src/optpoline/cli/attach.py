@@ -23,6 +23,7 @@ from optpoline.cli.options import (
     shared_options,
 )
 from optpoline.cli.signals import SignalRelay
+from optpoline.controller.arguments import Change
 from optpoline.report.json_document import session_document
 from optpoline.report.session_text import format_summary
 
@@ -46,6 +47,8 @@ def attach_command(
     policy_set: tuple[str, ...],
     follow_fork: bool,
     shared_counters: bool,
+    promote_plain: bool,
+    change: Change,
     leave: bool,
     no_progress: bool,
 ) -> None:
@@ -63,6 +66,8 @@ def attach_command(
         policy_set=policy_set,
         follow_fork=follow_fork,
         shared_counters=shared_counters,
+        promote_plain=promote_plain,
+        change=change,
     )
     plan = SessionPlan(settings=settings, duration_s=duration, leave=leave)
     console = invocation.console()

@@ -12,6 +12,7 @@ import click
 from optpoline.cli.api import SessionSettings
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.output import JsonSink
+from optpoline.controller.arguments import CHANGES, Change
 from optpoline.errors import UsageError
 from optpoline.toolchain.compiler import DEFAULT_COMMAND
 
@@ -262,6 +263,19 @@ def session_options(function: Callable[P, R]) -> Callable[P, R]:
             is_flag=True,
             help="Count in one row for all CPUs, to see what a row for each is worth.",
         ),
+        click.option(
+            "--promote-plain",
+            is_flag=True,
+            help="Promote plain indirect branches that a compiler plugin marked, too.",
+        ),
+        click.option(
+            "--change",
+            type=click.Choice(CHANGES),
+            default="swap",
+            show_default=True,
+            help="How a promoted site is changed: a second block is swapped in, or its fast "
+            "path is switched off until its block is rewritten.",
+        ),
         click.option("--leave", is_flag=True, help="Leave the promotions working at the end."),
         click.option("--no-progress", is_flag=True, help="No progress line on a terminal."),
     ]
@@ -278,6 +292,8 @@ def make_settings(
     policy_set: tuple[str, ...],
     follow_fork: bool,
     shared_counters: bool = False,
+    promote_plain: bool = False,
+    change: Change = "swap",
 ) -> SessionSettings:
     """Return the settings that the options of ``session_options`` ask for.
 
@@ -302,6 +318,8 @@ def make_settings(
         max_stop_s=max_stop_ms / 1e3,
         follow_fork=follow_fork,
         shared_counters=shared_counters,
+        promote_plain=promote_plain,
+        change=change,
         policy=policy,
         policy_settings=tuple(chosen.items()),
     )

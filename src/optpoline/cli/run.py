@@ -23,6 +23,7 @@ from optpoline.cli.options import (
     shared_options,
 )
 from optpoline.cli.signals import SignalRelay
+from optpoline.controller.arguments import Change
 from optpoline.controller.summary import SessionState, Summary
 from optpoline.errors import NoSites, OptpolineError, ProcessGone
 from optpoline.report.json_document import session_document
@@ -59,6 +60,8 @@ def run_command(
     policy_set: tuple[str, ...],
     follow_fork: bool,
     shared_counters: bool,
+    promote_plain: bool,
+    change: Change,
     leave: bool,
     no_progress: bool,
 ) -> None:
@@ -77,6 +80,8 @@ def run_command(
         policy_set=policy_set,
         follow_fork=follow_fork,
         shared_counters=shared_counters,
+        promote_plain=promote_plain,
+        change=change,
     )
     plan = SessionPlan(settings=settings, duration_s=duration, leave=leave)
     child = Child(command)

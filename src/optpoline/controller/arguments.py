@@ -6,11 +6,23 @@ from __future__ import annotations
 import math
 import operator
 from contextlib import suppress
-from typing import SupportsFloat, SupportsIndex
+from typing import Literal, SupportsFloat, SupportsIndex, get_args
 
 from optpoline.errors import UsageError
 
-__all__ = ["MAX_SETTING", "validate_pid", "validate_setting"]
+__all__ = [
+    "CHANGES",
+    "MAX_SETTING",
+    "Change",
+    "validate_change",
+    "validate_pid",
+    "validate_setting",
+]
+
+Change = Literal["swap", "switch-off"]
+"""How a promoted site is changed (``Config.change``)."""
+
+CHANGES: tuple[Change, ...] = get_args(Change)
 
 MAX_SETTING = 1e9
 """The largest number that a setting may have: 31 years, where it is in seconds. In
@@ -54,3 +66,15 @@ def validate_setting(name: str, value: object) -> None:
             number = float(value)
     if not 0 <= number <= MAX_SETTING:
         raise UsageError(f"{name} is {value!r}, not a number from 0 to {MAX_SETTING:.0f}")
+
+
+def validate_change(value: object) -> None:
+    """Check a way to change promoted sites.
+
+    Raises:
+        UsageError: if there is no such way.
+
+    >>> validate_change("switch-off")
+    """
+    if value not in CHANGES:
+        raise UsageError(f"change is {value!r}, not {' or '.join(map(repr, CHANGES))}")

@@ -26,11 +26,18 @@ from optpoline.controller.audit_scene import (
 from optpoline.controller.left_arenas import LeftArena, is_controller_alive
 from optpoline.errors import TargetFault
 from optpoline.model import Addr
-from optpoline.patch.layout import ArenaHeader, BlockEntry, BlockKind, BlockState
+from optpoline.patch.layout import (
+    ArenaHeader,
+    BlockEntry,
+    BlockKind,
+    BlockState,
+    JournalEntry,
+)
 from optpoline.process.memory import Memory
 from optpoline.x86.block_rules import judge_block
 from optpoline.x86.block_verdict import BlockRule, BlockScene, BlockVerdict, decode_redirect
 from optpoline.x86.blocks import HEAD_SIZE, POISON
+from optpoline.x86.plain_branches import decode_plain_branch, encode_plain_thunk
 from optpoline.x86.thunks import decode_thunk_body
 
 __all__ = ["ArenaJudge", "judge_rights", "was_killed"]
@@ -92,22 +99,39 @@ class ArenaJudge:
         self._thunks: dict[Addr, set[Addr]] = defaultdict(set)
         self._jumps: set[Addr] = set()
         """Sites that are no call in at least one of their baselines."""
+        self._plain: dict[Addr, set[str]] = defaultdict(set)
+        """Operands of plain sites, whose thunks are blocks of their own; several where one module
+        after the other was loaded there."""
         self._blocks: dict[Addr, list[BlockEntry]] = defaultdict(list)
         self._literals: dict[int, int] = {}
         self._operands: dict[Addr, str | None] = {}
         self.remarks: list[str] = []
         for contents in arenas:
             for entry in contents.arena.history:
+                if entry.opcode_size:
+                    self._add_plain(entry)
+                    continue
                 disp = int.from_bytes(entry.disp, "little", signed=True)
                 self._thunks[entry.addr].add(Addr(entry.end + disp))
                 if entry.code[entry.disp_off - 1 : entry.disp_off] != _CALL32_OPCODE:
                     self._jumps.add(entry.addr)
             self._add_blocks(contents.blocks())
 
+    def _add_plain(self, entry: JournalEntry) -> None:
+        """Note a plain site, if its baseline is one."""
+        branch = decode_plain_branch(entry.code)
+        if branch is None:
+            return
+        self._plain[entry.addr].add(branch.operand)
+        if not branch.is_call:
+            self._jumps.add(entry.addr)
+
     def _add_blocks(self, blocks: Iterable[BlockEntry]) -> None:
         """Note blocks that there were at some time during this look."""
         for block in blocks:
             self._blocks[block.addr].append(block)
+            if block.kind is BlockKind.THUNK and block.site_addr in self._plain:
+                self._thunks[block.site_addr].add(block.addr)
 
     def read_tables_again(self) -> None:
         """Note the blocks that were made since: something leads where none was known."""
@@ -122,9 +146,12 @@ class ArenaJudge:
             for block in self._blocks.get(Addr(addr), ())
         )
 
-    def is_thunk(self, addr: Addr) -> bool:
-        """Tell whether the program can execute a thunk."""
-        return self._code_map.is_code(addr)
+    def has_thunk(self, entry: JournalEntry) -> bool:
+        """Tell whether the program can execute a site's thunk."""
+        if entry.opcode_size:
+            return bool(self._thunks.get(entry.addr))
+        disp = int.from_bytes(entry.disp, "little", signed=True)
+        return self._code_map.is_code(entry.end + disp)
 
     def judge(self, contents: ArenaContents) -> Iterator[Finding]:
         """Find what is wrong in one arena."""
@@ -162,6 +189,12 @@ class ArenaJudge:
             return  # freed, or used again: another entry is there by now
         if _is_being_freed(contents, block, now):
             self.remarks.append(f"{name} was being freed when its controller died")
+            return
+        if block.kind is BlockKind.THUNK:
+            operands = self._plain.get(block.site_addr, ())
+            if now[: block.size] not in [encode_plain_thunk(one).code for one in operands]:
+                sentence = f"{name} is its thunk, and not the indirect jump that the site was"
+                yield _finding(FaultKind.BLOCK, block.addr, sentence, slot.raw)
             return
         if block.state is BlockState.REWRITTEN:
             yield from self._judge_rewritten(contents, block, now[:HEAD_SIZE], name, slot.raw)
@@ -235,7 +268,7 @@ class ArenaJudge:
 
         scene = BlockScene(
             thunk_addrs=frozenset(thunks),
-            operand=self._operand_of(next(iter(thunks))) if len(thunks) == 1 else None,
+            operand=self._operand_of(block.site_addr, thunks),
             literals=(start + header.literal_off, start + header.counter_off),
             counters=(start + header.counter_off, start + header.size),
             rows=header.rows_at(start) if block.kind is BlockKind.COUNTING else None,
@@ -254,7 +287,16 @@ class ArenaJudge:
             self._literals[addr] = int.from_bytes(data, "little")
         return self._literals[addr]
 
-    def _operand_of(self, thunk_addr: Addr) -> str | None:
+    def _operand_of(self, site_addr: Addr, thunks: set[Addr]) -> str | None:
+        """Return the register that a site's thunk branches to, None if that cannot be told."""
+        if len(thunks) != 1:
+            return None
+        operands = self._plain.get(site_addr)
+        if operands:
+            return next(iter(operands)) if len(operands) == 1 else None
+        return self._read_operand(next(iter(thunks)))
+
+    def _read_operand(self, thunk_addr: Addr) -> str | None:
         """Return the register that a thunk branches to, None if its body does not tell."""
         if thunk_addr not in self._operands:
             try:

@@ -2,9 +2,9 @@
 """Judge the program's text: journalled sites, and all that lies outside them.
 
 A site may hold its baseline, or its baseline with a displacement that leads to a live
-block made for it. Only displacements are ever changed by a controller, so a site with
-another opcode is somebody else's; one whose bytes are those of the file that is mapped
-there now belongs to a module that is gone.
+block made for it (a plain site: a direct branch there). Nothing else is ever written by a
+controller, so a site with another opcode is somebody else's; one whose bytes are those of
+the file that is mapped there now belongs to a module that is gone.
 
 Text outside sites is compared with the module's file. Branches on static keys, and static
 calls, are sites as well, as long as they have a form that they can have.
@@ -95,9 +95,10 @@ def _destination(entry: JournalEntry, code: bytes) -> int:
 
 def _judge_thunk(entry: JournalEntry, judge: ArenaJudge) -> Iterator[Finding]:
     """Check that a patched site's thunk can still be executed."""
-    thunk = Addr(_destination(entry, entry.code))
-    if not judge.is_thunk(thunk):
-        sentence = f"the thunk at {thunk:#x} of the site at {entry.addr:#x} is no code any more"
+    if not judge.has_thunk(entry):
+        thunk = _destination(entry, entry.code)
+        where = "" if entry.opcode_size else f" at {thunk:#x}"
+        sentence = f"the thunk{where} of the site at {entry.addr:#x} is no code any more"
         yield Finding(Fault(kind=FaultKind.SITE, address=entry.addr, sentence=sentence))
 
 

@@ -16,7 +16,7 @@ from optpoline.controller.summary import SiteState
 from optpoline.errors import TargetFault
 from optpoline.model import Addr, Mapping
 from optpoline.patch.layout import BlockEntry, BlockKind, JournalEntry
-from optpoline.patch.text import is_same_but_disp, leads_into
+from optpoline.patch.text import direct_opcodes, is_same_but_disp, leads_into
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.procfs import read_maps
 from optpoline.x86.assembler import JMP32_OPCODE, JMP32_SIZE
@@ -66,12 +66,12 @@ class BaselineMemory:
         """Put a site's displacement into text that was read, if the site is linked."""
         code = bytes(text[off : off + len(entry.code)])
         # A breakpoint over it hides its opcode; it is linked all the same.
-        bare = entry.code[:1] + code[1:] if code[:1] == _INT3 else code
-        if is_same_but_disp(entry, bare) and leads_into(entry, code, arena.start, arena.end):
-            disp_off = off + entry.disp_off
-            disp = int.from_bytes(text[disp_off : disp_off + 4], "little", signed=True)
+        is_hidden = code[:1] == _INT3
+        bare = _without_breakpoint(entry, code) if is_hidden else code
+        if is_same_but_disp(entry, bare) and leads_into(entry, bare, arena.start, arena.end):
+            disp = int.from_bytes(bare[entry.disp_off : entry.disp_off + 4], "little", signed=True)
             self._linked[entry.addr] = Addr(entry.end + disp)
-            text[disp_off : disp_off + 4] = entry.disp
+            text[off : off + len(code)] = (_INT3 if is_hidden else entry.code[:1]) + entry.code[1:]
 
     def read_states(self) -> dict[Addr, SiteState]:
         """Return where the sites that were found linked lead now, by their addresses.
@@ -101,6 +101,8 @@ class BaselineMemory:
             block = blocks.get(at) if at is not None else None
             if block is None:
                 break
+            if block.kind is BlockKind.THUNK:
+                return SiteState.BASELINE
             kinds.add(block.kind)
             at = self._redirection_of(block)
         # What is promoted is sampled by way of a counting block now and then.
@@ -127,3 +129,10 @@ class BaselineMemory:
             for arena in self.arenas.values()
             if arena.header is None and arena.has_code
         )
+
+
+def _without_breakpoint(entry: JournalEntry, code: bytes) -> bytes:
+    """Return a linked site's bytes as they would be without the breakpoint over the first."""
+    if entry.opcode_size and entry.changed_addr == entry.addr:
+        return direct_opcodes(entry)[0] + code[1:]
+    return entry.code[:1] + code[1:]

@@ -45,6 +45,8 @@ def led_to(memory: RemoteMemory, entries: Sequence[JournalEntry]) -> set[Addr]:
     found = read_entries(memory, entries)
     leads: set[Addr] = set()
     for entry in entries:
+        if entry.opcode_size and found[entry.addr] == entry.code:
+            continue  # no direct branch: what lies there is no displacement
         disp = found[entry.addr][entry.disp_off : entry.disp_off + 4]
         if len(disp) == 4:
             leads.add(Addr(entry.end + int.from_bytes(disp, "little", signed=True)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from optpoline.controller.arguments import validate_setting
+from optpoline.controller.arguments import Change, validate_change, validate_setting
 from optpoline.promote.policies import DEFAULT_POLICY, policy_named
 from optpoline.promote.policy import Policy, WatchSchedule
 
@@ -68,6 +68,13 @@ class Config:
         follow_fork: Restore the target's forked children at the end as well.
         shared_counters: Count in one row that all CPUs share, with locked instructions,
             instead of in a row for each CPU: to see what those are worth.
+        promote_plain: Promote plain indirect branches as well that no source declares as dynamic
+            calls. Processors predict most of them as well as a guard: an interpreter's loop lost
+            3 to 6 % by it. They are learned and shown all the same.
+        change: How a promoted site is changed. ``"swap"``: a second block is written, and
+            swapped in by one store. ``"switch-off"``: the site takes its thunk for the time
+            of a grace period, in which its block is rewritten; where that cannot be, it is
+            swapped. Slower for that time, and no memory is taken.
         policy: Turns counts into decisions (``optpoline.promote.policies``).
     """
 
@@ -88,19 +95,27 @@ class Config:
     reclaim_duty: float = 0.01
     follow_fork: bool = False
     shared_counters: bool = False
+    promote_plain: bool = False
+    change: Change = "swap"
     policy: Policy = field(default_factory=_default_policy)
 
     def __post_init__(self) -> None:
         """Check what was set: a number that makes no sense would only show while attached.
 
         Raises:
-            UsageError: if it is none, or too large.
+            UsageError: if it is none, or too large; or if there is no such way to change sites.
         """
         for name in _NUMBERS:
             validate_setting(name, getattr(self, name))
         for name in _NUMBERS_OR_NONE:
             if getattr(self, name) is not None:
                 validate_setting(name, getattr(self, name))
+        validate_change(self.change)
+
+    @property
+    def is_switched_off(self) -> bool:
+        """Whether the fast path is switched off while it is changed."""
+        return self.change == "switch-off"
 
     @property
     def schedule(self) -> WatchSchedule:

@@ -16,6 +16,7 @@ from optpoline.discover import (
 from optpoline.discover.declarations import Place, StaticCall
 from optpoline.discover.nearby import CallSite, DynamicSite
 from optpoline.model import Refusal
+from optpoline.x86.plain_branches import decode_plain_branch
 
 __all__ = ["summarise_declared"]
 
@@ -38,7 +39,7 @@ def summarise_declared(image: ModuleImage) -> tuple[DeclaredSummary, ...]:
     declared = read_declarations(image)
     maker = _Maker(image)
     found = [*_keys(declared, maker), *_calls(declared, image, maker)]
-    found += [_dynamic(site, maker) for site in find_dynamic_sites(image, declared)]
+    found += [_dynamic(site, image, maker) for site in find_dynamic_sites(image, declared)]
     return tuple(sorted(found, key=lambda one: one.address))
 
 
@@ -141,7 +142,7 @@ def _call_problem(site: CallSite, call: StaticCall) -> str | None:
     return None
 
 
-def _dynamic(site: DynamicSite, maker: _Maker) -> DeclaredSummary:
+def _dynamic(site: DynamicSite, image: ModuleImage, maker: _Maker) -> DeclaredSummary:
     """Summarise a dynamic call."""
     mark, insn = site.mark, site.insn
     return maker.make(
@@ -151,16 +152,22 @@ def _dynamic(site: DynamicSite, maker: _Maker) -> DeclaredSummary:
         name=mark.table,
         type=mark.type,
         size=0 if insn is None else insn.size,
-        problem=_dynamic_problem(site),
+        problem=_dynamic_problem(site, image),
     )
 
 
-def _dynamic_problem(site: DynamicSite) -> str | None:
+def _dynamic_problem(site: DynamicSite, image: ModuleImage) -> str | None:
     """Say why a dynamic call cannot be changed, or None if it can."""
     if site.insn is None:
         return "no indirect call follows its note"
+    if site.mark.is_excluded:
+        return Refusal.EXCLUDED.value
     if site.is_via_thunk:
         return None
     if site.insn.size < _BRANCH_SIZE:
         return "its instruction is too short: build with retpolines or with the plugin"
-    return "plain indirect calls are not changed"
+    text = image.text_at(site.insn.addr)
+    code = text.code_at(site.insn.addr, site.insn.size) if text is not None else b""
+    if decode_plain_branch(code) is None:
+        return "plain indirect calls through memory are not changed"
+    return None

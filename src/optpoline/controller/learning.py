@@ -95,6 +95,7 @@ def add_counting_block(record: SiteRecord, tree: TreeNode, n_open: int) -> Block
     """
     if record.arena.free_code_size < MIN_FREE_CODE_SIZE:
         raise ArenaError(f"the arena at {record.arena.addr:#x} is used up")
+    record.make_thunk()
     n_known = sum(1 for _ in tree_targets(tree))
     plan = plan_counting(
         operand=record.site.thunk.operand,

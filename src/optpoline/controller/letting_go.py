@@ -189,7 +189,7 @@ def _leading(target: Target, records: Sequence[SiteRecord]) -> list[SiteRecord]:
         if any(leads_into(entry, code, arena.addr, arena.end) for arena in target.arenas):
             leading.append(record)
             if is_same_but_disp(entry, code):
-                record.disp = code[entry.disp_off : entry.disp_off + 4]
+                record.branch = entry.changed_of(code)
     return leading
 
 
@@ -201,8 +201,8 @@ def _find_unrecorded(target: Target) -> list[Poke]:
     for entry in entries:
         code = found[entry.addr]
         if any(leads_into(entry, code, arena.addr, arena.end) for arena in target.arenas):
-            now = code[entry.disp_off : entry.disp_off + 4]
-            pokes.append(Poke(entry=entry, expected=now, new=entry.disp))
+            now = entry.changed_of(code)
+            pokes.append(Poke(entry=entry, expected=now, new=entry.original))
     return pokes
 
 

@@ -13,7 +13,7 @@ from optpoline.controller.target import Target
 from optpoline.errors import ProcessGone
 from optpoline.model import Addr, Refusal
 from optpoline.patch.blocks import Block, redirect
-from optpoline.patch.text import Poke, is_same_but_disp, read_entries
+from optpoline.patch.text import Poke, direct_opcodes, read_entries
 from optpoline.x86.assembler import encode_disp32
 
 __all__ = ["Linker", "Move"]
@@ -28,7 +28,7 @@ class Move:
 
 
 class Linker:
-    """Changes text; the only writer of ``SiteRecord.disp`` and ``home``."""
+    """Changes text; the only writer of ``SiteRecord.branch`` and ``home``."""
 
     def __init__(self, target: Target) -> None:
         """Work on one target."""
@@ -38,8 +38,8 @@ class Linker:
         """Change all sites of a batch, in as few stops as their length allows.
 
         Sites that hold another patcher's bytes are left and refused. Sites
-        whose displacement crosses a cache line are written only if every
-        thread could be stopped; else they stay where they are.
+        whose displacement crosses a cache line, and plain ones, are written only
+        if every thread could be stopped; else they stay where they are.
 
         Args:
             moves: Where each site shall lead.
@@ -51,13 +51,9 @@ class Linker:
         pokes: list[tuple[Move, Poke]] = []
         for move in moves:
             record = move.record
-            new = (
-                record.entry.disp
-                if move.block is None
-                else encode_disp32(record.entry.end, move.block.addr)
-            )
-            if new != record.disp:
-                pokes.append((move, Poke(entry=record.entry, expected=record.disp, new=new)))
+            new = record.entry.original if move.block is None else _branch_to(record, move.block)
+            if new != record.branch:
+                pokes.append((move, Poke(entry=record.entry, expected=record.branch, new=new)))
             else:
                 record.home = move.block
         if not pokes:
@@ -88,7 +84,7 @@ class Linker:
             if move.record.home is not None and _counts_hits(move.record.home):
                 # A child forked while we learned has the text of then: spare it the counting.
                 self._lead_on(move)
-            move.record.disp = poke.new
+            move.record.branch = poke.new
             move.record.home = move.block
         for poke in result.left:
             self._lead_on(by_entry[poke.entry.addr])
@@ -111,9 +107,8 @@ class Linker:
         found = read_entries(self._target.memory, [poke.entry for poke in batch])
         for poke in batch:
             move, code = by_entry[poke.entry.addr], found[poke.entry.addr]
-            off = poke.entry.disp_off
-            if is_same_but_disp(poke.entry, code) and code[off : off + 4] == poke.new:
-                move.record.disp = poke.new
+            if code == poke.entry.with_changed(poke.new):
+                move.record.branch = poke.new
                 move.record.home = move.block
 
     def _lead_on(self, move: Move) -> None:
@@ -121,6 +116,15 @@ class Linker:
         if move.record.home is not None:
             dst = move.block.addr if move.block is not None else move.record.thunk_addr
             redirect(move.record.home, dst)
+
+
+def _branch_to(record: SiteRecord, block: Block) -> bytes:
+    """Return what leads a site to a block: a displacement, with an opcode at a plain site."""
+    disp = encode_disp32(record.entry.end, block.addr)
+    if not record.entry.opcode_size:
+        return disp
+    (opcode,) = direct_opcodes(record.entry)
+    return opcode + disp
 
 
 def _counts_hits(block: Block) -> bool:

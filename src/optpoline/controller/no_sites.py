@@ -13,7 +13,10 @@ from optpoline.process.procfs import read_status
 
 __all__ = ["no_sites_error"]
 
-_PLAIN = "it was not built with retpolines (-mindirect-branch=thunk): there is nothing to gain"
+_PLAIN = (
+    "it was not built with retpolines (-mindirect-branch=thunk): there is nothing to gain, but "
+    "for what our compiler plugin marks (optpoline cflags --plugin)"
+)
 _INLINE = "inline retpolines cannot be redirected; build with -mindirect-branch=thunk"
 
 

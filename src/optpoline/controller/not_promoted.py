@@ -7,29 +7,64 @@ whose sites are cold look alike from outside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
+from optpoline.controller.wording import count_of
+from optpoline.patch.text import needs_all_stopped
 from optpoline.process.procfs import read_status
 from optpoline.promote.cost import CostModel
 
-__all__ = ["explain_not_promoted"]
+__all__ = ["explain_not_promoted", "find_unlinked"]
 
 _STOPPED = "T"
 """Stopped by a signal, as ps(1) has it."""
 
 
-def explain_not_promoted(pid: int, learned: Sequence[SiteRecord]) -> str:
+def find_unlinked(tried: Iterable[SiteRecord], learned: Sequence[SiteRecord]) -> list[SiteRecord]:
+    """Return the sites that were to be learned, and could not be led to their blocks.
+
+    Args:
+        tried: The sites for which there has been a block at any time.
+        learned: Those that the window was about.
+    """
+    addrs = {record.site.addr for record in learned}
+    return [
+        record
+        for record in tried
+        if record.state is SiteState.BASELINE
+        and record.home is None
+        and record.counts is None
+        and record.site.addr not in addrs
+        and needs_all_stopped(record.entry)
+    ]
+
+
+def explain_not_promoted(
+    pid: int,
+    learned: Sequence[SiteRecord],
+    unlinked: Sequence[SiteRecord] = (),
+    *,
+    promote_plain: bool = False,
+) -> str:
     """Return the reason as the rest of a sentence.
 
     Args:
         pid: The program.
         learned: The sites that the window was about.
+        unlinked: Those that it should have been about as well (``find_unlinked``).
+        promote_plain: See ``Config``.
 
     Raises:
         ProcessGone: if the program is.
     """
+    if unlinked and not any(record.counts is not None for record in learned):
+        sites = count_of(len(unlinked), "site")
+        return (
+            f"{sites} can be changed only while all threads stand, and one sleeps in a call that "
+            "must not be interrupted"
+        )
     if not learned:
         return "no site was learned from"
     reached = [record for record in learned if record.counts is not None and record.counts.total]
@@ -40,6 +75,8 @@ def explain_not_promoted(pid: int, learned: Sequence[SiteRecord]) -> str:
     usable = [record for record in reached if record.state is not SiteState.REFUSED]
     if not usable:
         return "the sites that were reached cannot be promoted"
+    if not promote_plain and all(r.site.is_plain and not r.site.is_declared for r in usable):
+        return "plain branches that no source declares are promoted with --promote-plain only"
     rate_hz = max(record.rate_hz or 0.0 for record in usable)
     model = CostModel()
     if not model.worthwhile(saved_cycles=model.retpoline_cycles, rate_hz=rate_hz):

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Change many sites in as few stops as their greatest length allows.
 
-Sites whose displacement crosses a
-cache line, or whose opcode changes, come last, in a stop of all threads, and only if
-nobody sleeps in a call that must not be interrupted, and nobody stands inside one of
-them; else they are left for another time.
+Sites whose displacement crosses a cache line, or whose opcode changes (plain sites), come
+last, in stops of all threads, and only if nobody sleeps in a call that must not be
+interrupted, and nobody stands inside one of them; else they are left for another time.
 """
 
 from __future__ import annotations
@@ -67,17 +66,23 @@ def poke_in_stops(target: Target, pokes: Sequence[Poke], *, may_delay: bool = Fa
             results.append(poke_batch(target.memory, batch))
         target.pace.note(len(batch), stop.duration_ns)
     left: tuple[Poke, ...] = ()
-    if crossing:
+    while crossing:
+        n = target.pace.batch_size()
+        batch, crossing = crossing[:n], crossing[n:]
         wake = Wake.ALL if target.may_wake_all(may_delay=may_delay) else Wake.NONE
         with target.stop(wake) as stop:
             if stop.asleep:
-                left = tuple(crossing)
+                left = (*left, *batch, *crossing)
+                crossing = []
             else:
                 pcs = {thread.pc for thread in stop.stopped}
                 # No boundary ever moves, so nobody can be; should anybody be, he goes on first.
-                left = tuple(p for p in crossing if any(is_inside(p.entry, pc) for pc in pcs))
-                free = [poke for poke in crossing if poke not in left] if left else crossing
+                within = tuple(p for p in batch if any(is_inside(p.entry, pc) for pc in pcs))
+                free = [poke for poke in batch if poke not in within] if within else batch
                 results.append(poke_batch(target.memory, free))
+                left += within
+        if not stop.asleep:
+            target.pace.note(len(batch), stop.duration_ns)
     return Poked(
         done=tuple(poke for result in results for poke in result.done),
         foreign=tuple(poke for result in results for poke in result.foreign),

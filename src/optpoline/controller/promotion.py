@@ -18,17 +18,20 @@ from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.errors import ArenaError, EncodeRangeError
 from optpoline.learn.counting import SiteCounts
-from optpoline.model import BlockPlan
+from optpoline.model import Addr, BlockPlan
 from optpoline.patch.blocks import Block, add_block, redirect
 from optpoline.promote.policy import Action, Decision, Policy, SiteHistory
 from optpoline.promote.tree import PlannedTree
 from optpoline.x86.blocks import choose_base
 
 __all__ = [
+    "FIRST_SLACK_RATIO",
+    "NEXT_SLACK_RATIO",
     "demote",
     "fit_counts",
     "history_of",
     "keep_history",
+    "plan_block",
     "promote_again",
     "promote_first",
 ]
@@ -48,22 +51,34 @@ FIRST_SLACK_RATIO = 0.125
 there (``controller/settling.py``). That of one guard has none: small blocks lie packed."""
 
 NEXT_SLACK_RATIO = 1.5
-"""The same of later ones: the site has changed before."""
+"""The same of later ones: the site has changed before. Of all where a site can only be changed
+in its place (``controller/switching_off.py``)."""
+
+
+def plan_block(record: SiteRecord, plan: PlannedTree, miss_count_addr: Addr | None) -> BlockPlan:
+    """Return what a site's promoted block does.
+
+    Args:
+        record: The site.
+        plan: Its tree.
+        miss_count_addr: The cell that its misses are counted in.
+    """
+    is_operand_dead = record.operand_targets.isdisjoint(plan.targets)
+    return BlockPlan(
+        operand=record.site.thunk.operand,
+        tree=plan.tree,
+        thunk_addr=record.thunk_addr,
+        miss_count_addr=miss_count_addr,
+        base=choose_base(plan.targets) if is_operand_dead else None,
+    )
 
 
 def add_promoted_block(record: SiteRecord, plan: PlannedTree, slack_ratio: float) -> Block | None:
     """Write a site's promoted block; None if the arena has no room for it."""
-    is_operand_dead = record.operand_targets.isdisjoint(plan.targets)
     try:
         return add_block(
             record.arena,
-            BlockPlan(
-                operand=record.site.thunk.operand,
-                tree=plan.tree,
-                thunk_addr=record.thunk_addr,
-                miss_count_addr=record.arena.add_counters(1),
-                base=choose_base(plan.targets) if is_operand_dead else None,
-            ),
+            plan_block(record, plan, record.arena.add_counters(1)),
             site_addr=record.site.addr,
             slack_ratio=slack_ratio,
         )
@@ -100,8 +115,19 @@ def promote_first(
     linker: Linker,
     may_guard: TargetFilter,
     now_s: float,
+    promote_plain: bool = False,
+    slack_ratio: float = FIRST_SLACK_RATIO,
 ) -> int:
     """Promote what is worth it after a first window; the rest gets its baseline back.
+
+    Args:
+        records: The sites.
+        policy: Decides.
+        linker: Changes the text.
+        may_guard: Tells which targets a block may branch to.
+        now_s: CLOCK_MONOTONIC, seconds.
+        promote_plain: See ``Config``.
+        slack_ratio: Room behind each block, as a share of its size.
 
     Returns:
         How many sites were promoted.
@@ -113,7 +139,9 @@ def promote_first(
     n_promoted = 0
     for record in hottest:
         hotter_ratio = hotter_hz / all_hz if all_hz else 0.0
-        block = _promote_one(record, policy, may_guard, hotter_ratio, now_s)
+        block = None
+        if promote_plain or record.site.is_declared or not record.site.is_plain:
+            block = _promote_one(record, policy, may_guard, hotter_ratio, slack_ratio, now_s)
         n_promoted += block is not None
         moves.append(Move(record=record, block=block))
         hotter_hz += record.rate_hz or 0.0
@@ -126,6 +154,7 @@ def _promote_one(
     policy: Policy,
     may_guard: TargetFilter,
     hotter_ratio: float,
+    slack_ratio: float,
     now_s: float,
 ) -> Block | None:
     """Write the block of one site if its first window says so."""
@@ -144,11 +173,13 @@ def _promote_one(
             now_s=now_s,
             kind=record.site.kind,
             hotter_ratio=hotter_ratio,
+            max_guards=record.site.max_guards,
+            is_plain=record.site.is_plain,
         )
     )
     if decision.action is not Action.PROMOTE or decision.plan is None:
         return None
-    block = add_promoted_block(record, decision.plan, FIRST_SLACK_RATIO)
+    block = add_promoted_block(record, decision.plan, slack_ratio)
     if block is not None:
         _settle(record, block)
         keep_history(record, history.after(decision, now_s))

@@ -26,7 +26,7 @@ from optpoline.model import Addr
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, redirection_of
 from optpoline.patch.grace import GracePeriods, RetiredCode
-from optpoline.patch.layout import BlockState
+from optpoline.patch.layout import BlockKind, BlockState
 
 __all__ = ["Reclaimer"]
 
@@ -153,8 +153,10 @@ class Reclaimer:
             self._handle = self._grace.start_poll()
 
     def cancel_left(self, starts: Iterable[Addr]) -> None:
-        """Wait no more for such code, told by where it starts."""
-        awaited = [self._awaited.pop(start, None) for start in starts]
+        """Wait no more for such code, told by where it starts; ``take_left`` tells of none."""
+        gone = set(starts)
+        self._left = [start for start in self._left if start not in gone]
+        awaited = [self._awaited.pop(start, None) for start in gone]
         self._grace.cancel([code for code in awaited if code is not None])
 
     @property
@@ -202,6 +204,7 @@ class Reclaimer:
             for arena in self._target.arenas
             for block in arena.blocks
             if block.state is BlockState.LIVE
+            and block.kind is not BlockKind.THUNK
             and block.addr not in used
             and Addr(block.addr + 1) not in self._awaited
         ]
@@ -212,7 +215,8 @@ class Reclaimer:
             # freed before this one is: it does its own work again. One that leads to its
             # thunk stays so: its site may have been refused, because flags are read there.
             ahead = redirection_of(arena, block.addr)
-            if ahead is not None and self._arena_of(ahead) is not None:
+            is_other = ahead is not None and self._arena_of(ahead) is not None
+            if is_other and ahead is not None and not arena.is_thunk(ahead):
                 arena.store_u64(block.addr, int.from_bytes(block.head, "little"))
             arena.retire_block(block.addr)
             self._n_retired += 1

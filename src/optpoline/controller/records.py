@@ -3,11 +3,11 @@
 
 A site's way at any moment::
 
-    text --(disp)--> home block --(head, maybe redirected)--> active block
+    text --(branch)--> home block --(head, maybe redirected)--> active block
     home     the block the text leads to; None while it holds its baseline
     active   the block that does the work: home itself, or a newer one that
              home's head jumps to until home does its work (``settling``), or
-             the text is linked to it
+             the text is linked to it; None while home's head leads to the thunk
     counting a counting block entered through active's head during a window
 """
 
@@ -19,11 +19,25 @@ from optpoline.controller.summary import SiteState
 from optpoline.learn.counting import NO_COUNTS, SiteCounts
 from optpoline.model import Addr, Refusal, Site
 from optpoline.patch.arena import Arena
-from optpoline.patch.blocks import Block, redirect
+from optpoline.patch.blocks import Block, add_plain_thunk, redirect
 from optpoline.patch.layout import JournalEntry
+from optpoline.promote.policy import Decision
 from optpoline.promote.tree import PlannedTree
 
-__all__ = ["SiteRecord"]
+__all__ = ["SiteRecord", "SwitchedOff"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchedOff:
+    """Why a promoted site leads to its thunk for a while (``controller/switching_off.py``).
+
+    Attributes:
+        coming: Its home as it will be when the fast path is switched on again.
+        decision: What is carried out.
+    """
+
+    coming: Block
+    decision: Decision
 
 
 @dataclass(slots=True)
@@ -36,11 +50,16 @@ class SiteRecord:
     entry: JournalEntry
     inode: int
     """Of the file that the site is in: another one may be mapped there by now."""
-    disp: bytes
-    """The displacement that the text holds now, as we wrote or found it."""
+    branch: bytes
+    """What the text holds now where a change writes (``JournalEntry.original`` at first), as we
+    wrote or found it."""
+    plain_thunk: Addr | None = None
+    """Of a plain site: where its blocks end; None as long as it has had no block."""
     refusal: Refusal | None = None
     home: Block | None = None
     active: Block | None = None
+    off: SwitchedOff | None = None
+    """Set while the fast path of a promoted site is switched off to be changed."""
     counting: Block | None = None
     learner: Block | None = None
     """The counting block of the first window; used again by every later one."""
@@ -101,8 +120,18 @@ class SiteRecord:
 
     @property
     def thunk_addr(self) -> Addr:
-        """Where the baseline leads."""
-        return self.site.thunk.addr
+        """Where the baseline leads; of a plain site, what does the same."""
+        return self.site.thunk.addr if self.plain_thunk is None else self.plain_thunk
+
+    def make_thunk(self) -> None:
+        """Have a thunk before the first block, if the site has none of the program's.
+
+        Raises:
+            ArenaError: if the arena is used up.
+        """
+        if self.site.is_plain and self.plain_thunk is None:
+            operand, site_addr = self.site.thunk.operand, self.site.addr
+            self.plain_thunk = add_plain_thunk(self.arena, operand, site_addr=site_addr)
 
     def refuse(self, reason: Refusal) -> None:
         """Give the site up at once: whoever enters its blocks goes to the thunk.
@@ -114,15 +143,15 @@ class SiteRecord:
         for block in (self.home, self.active, self.counting, self.learner):
             if block is not None:
                 redirect(block, self.thunk_addr)
-        self.active = self.counting = self.counts_before = None
+        self.active = self.off = self.counting = self.counts_before = None
         self.earlier.clear()
         self.plan = self.profile = None
 
     def forget_links(self) -> None:
         """Start anew: the site's text is its baseline again, without our doing."""
         self.state = SiteState.BASELINE
-        self.disp = self.entry.disp
-        self.home = self.active = self.counting = self.counts_before = None
+        self.branch = self.entry.original
+        self.home = self.active = self.off = self.counting = self.counts_before = None
         self.earlier.clear()
         self.plan = self.profile = self.counts = self.counted = self.sampled = None
         self.n_parts = 0

@@ -8,7 +8,8 @@ so each site is also re-sampled in short windows, in parts, one at a poll. How o
 is the schedule's affair (``promote/schedule.py``), which bounds what all of it costs.
 
 All of this is single stores to the arena; text is linked anew only for sites that are
-quiet and cannot be settled without that (``controller/settling.py``).
+quiet and cannot be settled without that (``controller/settling.py``). A site whose fast path
+is switched off while it is changed (``controller/switching_off.py``) is not watched meanwhile.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from optpoline.learn.counting import UNKNOWN_SHARE_TO_GROW, SiteCounts
 from optpoline.model import Refusal
 from optpoline.patch.blocks import Block
 from optpoline.promote.cost import CostModel
-from optpoline.promote.policy import Action
+from optpoline.promote.policy import Action, Decision
 from optpoline.promote.schedule import next_interval, poll_interval, stretch_factor
 from optpoline.promote.tree import stake_cycles
 
@@ -79,12 +80,30 @@ GOLDEN_RATIO = 0.618033988749895
 _STAKE_MODEL = CostModel()
 
 
-class Sampler:
-    """Re-sampling of promoted sites; one a session."""
+Change = Callable[[SiteRecord, Decision, float], bool]
+"""Promotes a site anew; tells whether that is done. If not, ``Sampler.settled`` is called then."""
 
-    def __init__(self, config: Config, linker: Linker, may_guard: TargetFilter) -> None:
+
+class Sampler:
+    """Re-sampling of promoted sites; one a session.
+
+    Args:
+        config: Settings.
+        linker: Links text anew.
+        may_guard: Tells which targets a block may branch to.
+        change: How sites are promoted anew.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        linker: Linker,
+        may_guard: TargetFilter,
+        change: Change = promote_again,
+    ) -> None:
         """Keep what is needed."""
         self._config = config
+        self._change = change
         self._schedule = config.schedule
         self._linker = linker
         self._may_guard = may_guard
@@ -226,7 +245,7 @@ class Sampler:
             n_again += again
             n_demoted += demoted
         self._watch.judged(judged)
-        if n_again or n_demoted:
+        if n_again or n_demoted or any(record.off is not None for record in judged):
             self._changed_s = time.monotonic()
             self._watch.use(self._watch.records)
         return n_again, n_demoted
@@ -290,6 +309,8 @@ class Sampler:
             window_s=self._schedule.sample_s,
             now_s=time.monotonic(),
             kind=record.site.kind,
+            max_guards=record.site.max_guards,
+            is_plain=record.site.is_plain,
         )
         return self._config.policy.is_surprising(view)
 
@@ -310,17 +331,29 @@ class Sampler:
         """Ask the policy and do what it says; return (promoted anew, demoted)."""
         history = history_of(record)
         window_s = counts.total / record.rate_hz if record.rate_hz else self._schedule.sample_s
-        view = history.view(counts, window_s=window_s, now_s=now_s, kind=record.site.kind)
+        view = history.view(
+            counts,
+            window_s=window_s,
+            now_s=now_s,
+            kind=record.site.kind,
+            max_guards=record.site.max_guards,
+            is_plain=record.site.is_plain,
+        )
         decision = self._config.policy.decide(view)
         is_again = is_demoted = False
         match decision.action:
             case Action.PROMOTE:
-                is_again = promote_again(record, decision, now_s)
+                is_again = self._change(record, decision, now_s)
             case Action.DEMOTE:
                 demote(record, decision, now_s)
                 is_demoted = True
             case _:
                 keep_history(record, history.after(decision, now_s))
+        self._plan_next(record, decision, now_s)
+        return int(is_again), int(is_demoted)
+
+    def _plan_next(self, record: SiteRecord, decision: Decision, now_s: float) -> None:
+        """Say when a site is looked at again that was decided about."""
         record.hold_until_s = now_s + decision.hold_s
         action = decision.action
         record.sample_every_s = self._interval_s(
@@ -328,11 +361,21 @@ class Sampler:
         )
         stretch = 1.0 if action is Action.CONFIRM else self._stretch
         record.next_sample_s = now_s + stretch * record.sample_every_s
-        return int(is_again), int(is_demoted)
 
-    def settled(self) -> None:
-        """Take in that sites do what they did in other blocks by now."""
-        self._watch.use(self._watch.records)
+    def settled(
+        self, records: Iterable[SiteRecord], changed: Iterable[SiteRecord], now_s: float
+    ) -> None:
+        """Take in that sites do what they did in other blocks by now, or something new.
+
+        Args:
+            records: The sites.
+            changed: Those that were promoted anew.
+            now_s: CLOCK_MONOTONIC, seconds.
+        """
+        for record in changed:
+            self._plan_next(record, Decision(action=Action.PROMOTE), now_s)
+            self._changed_s = now_s
+        self._watch.use(records)
 
     def relink(
         self, records: Iterable[SiteRecord], now_s: float, is_settling: Callable[[SiteRecord], bool]

@@ -7,6 +7,7 @@ called from one thread, because ptrace calls must come from one OS thread.
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import threading
@@ -29,15 +30,20 @@ from optpoline.controller.letting_go import let_go
 from optpoline.controller.linker import Linker
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.no_sites import no_sites_error
-from optpoline.controller.not_promoted import explain_not_promoted
+from optpoline.controller.not_promoted import explain_not_promoted, find_unlinked
 from optpoline.controller.perf_map import PerfMap
-from optpoline.controller.promotion import promote_first
+from optpoline.controller.promotion import (
+    FIRST_SLACK_RATIO,
+    NEXT_SLACK_RATIO,
+    promote_again,
+    promote_first,
+)
 from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.rediscovery import Rediscovery
 from optpoline.controller.sampling import Sampler
 from optpoline.controller.session_declared import DeclaringSession
-from optpoline.controller.settling import Settler
+from optpoline.controller.settling import OFF_PAUSE_S, Settler
 from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
     DetachOutcome,
@@ -69,6 +75,10 @@ from optpoline.simulate.trace_file import TraceWriter
 __all__ = ["Session", "attach"]
 
 EventCallback = Callable[[Event], None]
+
+_MORE_S = 0.1
+"""How much longer than asked for a watch may take to end a change that is under way: a grace
+period takes 5 to 50 ms where the first look tells all."""
 
 _EXIT_POLL_S = 0.01
 _EXIT_TIMEOUT_S = 5.0
@@ -159,7 +169,6 @@ class Session(DeclaringSession):
         )
         self._target = target
         self._linker = Linker(target)
-        self._sampler = Sampler(self.config, self._linker, target.may_guard)
         self._children = Children(target, follow=self.config.follow_fork)
         self._counts = ExactCounts(target, self._children, self._tell_operation)
         self._window = FirstWindow(
@@ -171,9 +180,11 @@ class Session(DeclaringSession):
             empty=self._counts.empty,
         )
         self._hot = HotSites(target)
-        self._rediscovery = Rediscovery(self._hot, self._sampler.jump_misses_hz, time.monotonic())
         self._reclaimer = Reclaimer(self.config, target, self._children, self._keep_counts)
         self._settler = Settler(self.config, self._reclaimer)
+        change = self._settler.change if self.config.is_switched_off else promote_again
+        self._sampler = Sampler(self.config, self._linker, target.may_guard, change)
+        self._rediscovery = Rediscovery(self._hot, self._sampler.jump_misses_hz, time.monotonic())
         self._perf_map = PerfMap(self.pid, target.symbol_at)
         self._add_modules()
         if not self.sites:
@@ -219,6 +230,8 @@ class Session(DeclaringSession):
         if len(kept) != len(self.records):
             self.records = kept
             self._first_window.forget(module.start, module.end)
+            if self._settler is not None:
+                self._settler.forget(module.start, module.end)
             self._tell(EventKind.MODULE_GONE, f"{module.path} was unloaded")
 
     # --- properties
@@ -400,7 +413,7 @@ class Session(DeclaringSession):
         assert self._sampler is not None
         assert self._rediscovery is not None
         linked = list(self._first_window.ever_linked.values())
-        learned = [r for r in linked if r.home is not None and r.active is None]
+        learned = [r for r in linked if r.home is not None and r.active is None and r.off is None]
         waiting, self._first_window.waiting = self._first_window.waiting, []
         learned += [r for r in waiting if r.home is None]
         begin_s = time.monotonic()
@@ -410,6 +423,8 @@ class Session(DeclaringSession):
             linker=self._linker,
             may_guard=self.target.may_guard,
             now_s=begin_s,
+            promote_plain=self.config.promote_plain,
+            slack_ratio=NEXT_SLACK_RATIO if self.config.is_switched_off else FIRST_SLACK_RATIO,
         )
         for record in learned:
             if record.state is SiteState.LEARNING:
@@ -421,7 +436,12 @@ class Session(DeclaringSession):
             self._tell(EventKind.PROMOTED, message)
         else:
             more = any(record.state is SiteState.PROMOTED for record in self.records)
-            why = explain_not_promoted(self.pid, learned)
+            why = explain_not_promoted(
+                self.pid,
+                learned,
+                find_unlinked(linked, learned),
+                promote_plain=self.config.promote_plain,
+            )
             message = f"nothing {'more ' if more else ''}to promote yet: {why}"
             self._tell(EventKind.NOT_PROMOTED, message)
         self._sampler.schedule(linked, time.monotonic())
@@ -473,13 +493,20 @@ class Session(DeclaringSession):
             validate_setting("seconds", seconds)
         self.state = SessionState.WATCHING
         end_s = None if seconds is None else time.monotonic() + seconds
-        while self.state is SessionState.WATCHING and not (stop is not None and stop.is_set()):
-            now_s = time.monotonic()
-            if end_s is not None and now_s >= end_s:
-                break
-            assert self._sampler is not None
-            pause_s = self._sampler.pause_s(now_s)
-            self._watch_once(pause_s if end_s is None else min(pause_s, end_s - now_s), stop)
+        assert self._sampler is not None
+        assert self._settler is not None
+        try:
+            while self.state is SessionState.WATCHING and not (stop is not None and stop.is_set()):
+                now_s = time.monotonic()
+                left_s = math.inf if end_s is None else end_s - now_s
+                is_any_off = self._settler.is_any_off
+                if left_s <= (-_MORE_S if is_any_off else 0.0):
+                    break
+                pause_s = OFF_PAUSE_S if is_any_off else self._sampler.pause_s(now_s)
+                self._watch_once(pause_s if left_s <= 0.0 else min(pause_s, left_s), stop)
+        finally:
+            if self._settler.end():
+                self._sampler.settled(self._first_window.ever_linked.values(), (), time.monotonic())
         return self.state
 
     def _watch_once(self, pause_s: float, stop: threading.Event | None) -> None:
@@ -524,26 +551,40 @@ class Session(DeclaringSession):
         assert self._sampler is not None
         assert self._reclaimer is not None
         assert self._settler is not None
-        # First, so that an arena that is used up gets room again whatever fails below.
         linked = self._first_window.ever_linked.values()
+        # First of all, so that no site stays switched off because something else fails.
+        n_settled = self._settler.step(linked, now_s)
+        changed = self._settler.take_changed()
+        if n_settled or changed:
+            self._sampler.settled(linked, changed, now_s)
+            self._tell_relearned(len(changed))
+        # Before the rest, so that an arena that is used up gets room whatever fails below.
         self._reclaimer.step(linked, self._sampler.spares, now_s)
         due = self._sampler.poll(linked, now_s)
         if due:
             n_again, n_demoted = self._sampler.sample(due)
-            if n_again:
-                self._tell(EventKind.RELEARNED, f"{count_of(n_again, 'site')} promoted anew")
+            self._tell_relearned(n_again)
             if n_demoted:
                 self._tell(EventKind.DEMOTED, f"{count_of(n_demoted, 'site')} back on the thunk")
-        if self._settler.step(linked, time.monotonic()):
-            self._sampler.settled()
         self._sampler.relink(linked, now_s, self._settler.is_settling)
-        self._rediscover(time.monotonic(), stop)
         self._name_blocks()
+        if self._settler.is_any_off:
+            return True  # and let nothing that takes long come in between
+        self._rediscover(time.monotonic(), stop)
         if now_s >= self._next_maps_s:
             self._next_maps_s = now_s + self.config.maps_every_s
             self._note_used_up()
             return self._check_maps(stop)
         return True
+
+    def _tell_relearned(self, n_again: int) -> None:
+        """Say how many sites were promoted anew, and which way if not the one asked for."""
+        if not n_again:
+            return
+        assert self._settler is not None
+        reasons = "; ".join(self._settler.take_reasons())
+        swapped = f", swapped: {reasons}" if reasons else ""
+        self._tell(EventKind.RELEARNED, f"{count_of(n_again, 'site')} promoted anew{swapped}")
 
     def _note_used_up(self) -> None:
         """Say once that an arena has no room for further changes."""

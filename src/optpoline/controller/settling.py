@@ -14,6 +14,11 @@ byte may stay: it holds a whole instruction at every instant, and both of them a
 step 2 home's old bytes are int3, as is other memory that is used again. A site that is promoted
 anew in between begins again; nothing is written but between two looks at whether that is so.
 
+Sites whose fast path is switched off to be changed (``controller/switching_off.py``) take the
+same steps, at once: their home leads to the thunk meanwhile, and there is no other block whose
+work it is to do. As they are slow until then they are not waited for that long: one that
+somebody stays inside gets its old tree back, and the new one by a swap.
+
 A site that cannot be settled (its home has no room, or is a counting block, or somebody stays
 inside) is left to ``Sampler.relink``, which takes a stop. So is every site of a program that
 switches its stacks: there a grace period takes a stop as well, a longer one, in which memory
@@ -22,16 +27,20 @@ is searched, and does not end at all where there is much of that.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from optpoline.controller.config import Config
+from optpoline.controller.promotion import promote_again
 from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
+from optpoline.controller.switching_off import put_back, switch_off, switch_on
 from optpoline.model import Addr
 from optpoline.patch.blocks import Block, point_back, redirection_of, rewrite
 from optpoline.patch.grace import RetiredCode
+from optpoline.promote.policy import Decision
 
 __all__ = ["Settler"]
 
@@ -45,6 +54,16 @@ timer 100 times a second and more, and what it has decoded ahead does not outliv
 PATIENCE_S = 30.0
 """How long a grace period may take until the site is no longer waited for. Looks may take
 ``Config.reclaim_duty`` of a core, and some programs need several."""
+
+OFF_PATIENCE_S = 2.0
+"""The same of a site whose fast path is switched off, and that is as slow as without us."""
+
+OFF_PAUSE_S = 0.005
+"""Time between steps while any is: the shortest way takes a look, ``SEEN_S``, and two steps."""
+
+SWITCHING = "the program switches its stacks, so that a grace period takes a stop"
+STAYED = "somebody stayed inside the block"
+"""Why a site is promoted anew by a swap instead; others are ``switching_off``'s."""
 
 MAX_WRITES = 48
 """Homes that are written in one step, some 0.1 ms of Python each. The rest waits for the next:
@@ -60,7 +79,8 @@ class _Settling:
         home: Where its text leads; the block as it was written last.
         since_s: When the present step began.
         is_left: Whether step 1 is done. It stays so: only step 4 lets anybody in again.
-        source: The block whose work home was written to do, once step 2 is done.
+        source: The block whose work home was written to do, once step 2 is done; where there
+            is no such block, home as it was to be.
     """
 
     record: SiteRecord
@@ -84,11 +104,73 @@ class Settler:
         self._reclaimer = reclaimer
         self._settling: dict[Addr, _Settling] = {}
         self._refused: dict[Addr, Block] = {}
+        self._held: set[Addr] = set()
+        self._changed: list[SiteRecord] = []
+        self._reasons: dict[str, None] = {}
         self._next_look_s = 0.0
         self._n_writes_left = 0
         self._given_up: list[Addr] = []
         self.n_settled = 0
         """Sites settled so far."""
+
+    def change(self, record: SiteRecord, decision: Decision, now_s: float) -> bool:
+        """Promote a site anew with its fast path switched off meanwhile; or by a swap.
+
+        Target state: running.
+
+        Returns:
+            Whether it was promoted anew, which was a swap; else ``take_changed`` tells when.
+        """
+        reason: str | None = STAYED
+        if self._reclaimer.is_switching:
+            reason = SWITCHING
+        elif record.site.addr not in self._held:
+            reason = switch_off(record, decision)
+        if reason is None:
+            self._begin(record, now_s)
+            return False
+        self._reasons[reason] = None
+        return promote_again(record, decision, now_s)
+
+    def take_changed(self) -> tuple[SiteRecord, ...]:
+        """Return the sites that were switched on again, or promoted by a swap, each once."""
+        changed, self._changed = tuple(self._changed), []
+        return changed
+
+    def take_reasons(self) -> tuple[str, ...]:
+        """Return why sites that were to be switched off were not, or in vain, each once."""
+        reasons, self._reasons = tuple(self._reasons), {}
+        return reasons
+
+    @property
+    def is_any_off(self) -> bool:
+        """Whether the fast path of a site is switched off: what takes long should wait."""
+        return any(one.record.off is not None for one in self._settling.values())
+
+    def end(self) -> bool:
+        """Leave no site switched off: nobody may be there to switch it on for long.
+
+        Returns:
+            Whether one was: it does what it did before, or the new if that was written.
+        """
+        off = [one for one in self._settling.values() if one.record.off is not None]
+        if any(one.source is not None for one in off):
+            time.sleep(SEEN_S)
+        for one in off:
+            if one.source is not None:
+                self._finish(one, time.monotonic())
+                continue
+            put_back(one.record)
+            self._drop(one)
+        self._cancel()
+        return bool(off)
+
+    def forget(self, start: Addr, end: Addr) -> None:
+        """Drop the sites of a module that was unmapped: their homes are garbage."""
+        for one in [one for addr, one in self._settling.items() if start <= addr < end]:
+            self._drop(one)
+        self._cancel()
+        self._held = {addr for addr in self._held if not start <= addr < end}
 
     def is_settling(self, record: SiteRecord) -> bool:
         """Tell whether a site may be settled before long."""
@@ -107,10 +189,7 @@ class Settler:
         self._n_writes_left = MAX_WRITES
         for one in tuple(self._settling.values()):
             self._go_on(one, now_s)
-        if self._given_up:
-            # Else it would be looked for on and on.
-            self._reclaimer.cancel_left(self._given_up)
-            self._given_up.clear()
+        self._cancel()
         if now_s >= self._next_look_s:
             self._next_look_s = now_s + min(LOOK_EVERY_S, self._config.relink_after_s)
             self._find(records, now_s)
@@ -131,7 +210,7 @@ class Settler:
         return (
             home is not None
             and active is not None
-            and _leads(record, home)
+            and _source_of(record, home) is active
             and self._refused.get(record.site.addr) is not active
             and not self._reclaimer.is_switching
             and home.arena.has_room_at(home.addr, active.size)
@@ -154,60 +233,102 @@ class Settler:
             if one is not None:  # else it was given up meanwhile
                 one.is_left = True
 
-    def _write(self, one: _Settling, active: Block, now_s: float) -> None:
-        """Step 2: write what the site does by now."""
-        written = rewrite(one.home, active)
+    def _write(self, one: _Settling, source: Block, now_s: float) -> None:
+        """Step 2: write what the site does by now, or shall."""
+        written = rewrite(one.home, source.plan, _ahead_of(one.record, source))
         if written is None:
-            self._give_up(one)
+            self._give_up(one, now_s)
             return
         one.record.home = one.home = written
-        one.source, one.since_s = active, now_s
+        one.source, one.since_s = source, now_s
 
     def _go_on(self, one: _Settling, now_s: float) -> None:
         """Step 4, if it is time, and what is written is still what the site does."""
-        record, active = one.record, one.record.active
-        if active is None or not _leads(record, one.home):
-            del self._settling[record.site.addr]
+        record = one.record
+        source = _source_of(record, one.home)
+        if source is None:
+            self._drop(one)
         elif one.source is None and one.is_left:
             if self._n_writes_left > 0:
                 self._n_writes_left -= 1
-                self._write(one, active, now_s)
+                self._write(one, source, now_s)
         elif one.source is None:
-            has_room = one.home.arena.has_room_at(one.home.addr, active.size)
-            is_over = now_s - one.since_s >= PATIENCE_S or self._reclaimer.is_switching
+            has_room = one.home.arena.has_room_at(one.home.addr, source.size)
+            patience_s = PATIENCE_S if record.off is None else OFF_PATIENCE_S
+            is_over = now_s - one.since_s >= patience_s or self._reclaimer.is_switching
             if is_over or not has_room:
-                self._give_up(one)
-        elif one.source is not active:
+                self._give_up(one, now_s)
+        elif one.source is not source:
             del self._settling[record.site.addr]  # promoted anew since: begin again
         elif now_s - one.since_s >= SEEN_S:
+            self._finish(one, now_s)
+
+    def _finish(self, one: _Settling, now_s: float) -> None:
+        """Step 4: let home do its work."""
+        record = one.record
+        if record.off is not None:
+            switch_on(record, one.home, now_s)
+            self._changed.append(record)
+        else:
             point_back(one.home)
             record.active = one.home
-            self.n_settled += 1
-            del self._settling[record.site.addr]
+        self.n_settled += 1
+        del self._settling[record.site.addr]
 
-    def _give_up(self, one: _Settling) -> None:
+    def _give_up(self, one: _Settling, now_s: float) -> None:
         """Do not try again to settle a site where its text leads, for what it does now."""
+        record = one.record
+        self._drop(one)
+        if record.off is not None:
+            self._held.add(record.site.addr)
+            self._reasons[SWITCHING if self._reclaimer.is_switching else STAYED] = None
+            promote_again(record, put_back(record), now_s)
+            self._changed.append(record)
+        elif record.active is not None:
+            self._refused[record.site.addr] = record.active
+
+    def _drop(self, one: _Settling) -> None:
+        """Wait no more for who is in a site's home, once ``_cancel`` is called."""
         del self._settling[one.record.site.addr]
         if not one.is_left:
             self._given_up.append(_body_of(one.home))
-        if one.record.active is not None:
-            self._refused[one.record.site.addr] = one.record.active
+
+    def _cancel(self) -> None:
+        """End the waits that were given up.
+
+        Else they would be looked for on and on. And what is seen for one of them says nothing
+        once somebody may enter that home: a later wait for it must not end by that.
+        """
+        if self._given_up:
+            self._reclaimer.cancel_left(self._given_up)
+            self._given_up.clear()
 
 
-def _leads(record: SiteRecord, home: Block) -> bool:
-    """Tell whether a site's text leads to ``home``, a promoted block that leads on to another."""
-    active = record.active
-    return (
-        record.state is SiteState.PROMOTED
+def _source_of(record: SiteRecord, home: Block) -> Block | None:
+    """Return the block whose work ``home`` is to do, where a site's text leads.
+
+    Returns:
+        The promoted block that home leads on to; or, if home leads to the thunk because the
+        fast path is switched off, home as it is to be. None if nothing is to be done.
+    """
+    source = record.active if record.off is None else record.off.coming
+    is_source = (
+        source is not None
+        and source is not home
+        and record.state is SiteState.PROMOTED
         and record.home is home
-        and active is not None
-        and active is not home
         and record.counting is None
         and _is_promoted(home)
-        and _is_promoted(active)
-        and active.arena is home.arena is record.arena
-        and redirection_of(home.arena, home.addr) == active.addr
+        and _is_promoted(source)
+        and source.arena is home.arena is record.arena
+        and redirection_of(home.arena, home.addr) == _ahead_of(record, source)
     )
+    return source if is_source else None
+
+
+def _ahead_of(record: SiteRecord, source: Block) -> Addr:
+    """Return where a site's home leads until it does the work of ``source``."""
+    return source.addr if record.off is None else record.thunk_addr
 
 
 def _is_promoted(block: Block) -> bool:

@@ -328,8 +328,8 @@ def _restore_readable(target: Target, arenas: Sequence[LeftArena]) -> DetachResu
         for site in _find_sites(target.memory, arena):
             entry = site.entry
             if site.state == "patched":
-                now = site.code[entry.disp_off : entry.disp_off + 4]
-                pokes.append(Poke(entry=entry, expected=now, new=entry.disp))
+                now = entry.changed_of(site.code)
+                pokes.append(Poke(entry=entry, expected=now, new=entry.original))
             elif _is_hidden(site, arena):
                 hidden.append(int(entry.addr))
     restored = 0

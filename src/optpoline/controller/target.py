@@ -270,14 +270,14 @@ class Target:
 
     def _record(self, site: Site, arena: Arena, inode: int) -> SiteRecord:
         """Return a fresh record of one site."""
-        entry = JournalEntry(addr=site.addr, code=site.code, disp_off=site.disp_addr - site.addr)
+        entry = JournalEntry.of(site)
         return SiteRecord(
             site=site,
             arena=arena,
             state=SiteState.BASELINE,
             entry=entry,
             inode=inode,
-            disp=site.disp,
+            branch=entry.original,
         )
 
     def may_guard(self, record: SiteRecord, target: Addr) -> bool:

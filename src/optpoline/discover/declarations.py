@@ -127,6 +127,7 @@ class DynamicMark:
         type: Result and parameters, as written in the source, or None.
         n_branches: Branches at most, 0 for any.
         place: Where it is in the source.
+        is_excluded: Whether its programmer wants it left as it is.
     """
 
     addr: Addr
@@ -136,6 +137,7 @@ class DynamicMark:
     type: str | None
     n_branches: int
     place: Place
+    is_excluded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from optpoline.errors import NotesError
 from optpoline.model import Addr
 from optpoline.x86.decode import Flow, decode_one
 
-__all__ = ["read_declarations"]
+__all__ = ["read_declarations", "read_dynamic_marks"]
 
 _CS_PREFIX = b"\x2e"
 """Fills a branch's instruction up so that what is changed lies in one aligned word."""
@@ -69,11 +69,28 @@ def read_declarations(image: ModuleImage) -> Declarations:
         calls=tuple(map(_call, _of(notes, NoteKind.CALL))),
         targets=tuple(map(_target, _of(notes, NoteKind.CALL_TARGET))),
         call_marks=tuple(map(_call_mark, _of(notes, NoteKind.CALL_SITE))),
-        dynamic=tuple(map(_dynamic, _of(notes, NoteKind.DYNAMIC_SITE, NoteKind.INDIRECT_SITE))),
+        dynamic=tuple(_dynamics(notes)),
         readers=readers[0] if readers else None,
     )
     _validate(found, image)
     return found
+
+
+def read_dynamic_marks(image: ModuleImage) -> tuple[DynamicMark, ...]:
+    """Read what a module says of its indirect calls, without a look at its text.
+
+    What somebody has written over one of them, or over what else it declares, says nothing of
+    the others.
+
+    Raises:
+        NotesError: if notes are damaged, or too new.
+    """
+    return tuple(_dynamics(read_notes(image)))
+
+
+def _dynamics(notes: Iterable[Note]) -> Iterator[DynamicMark]:
+    """Yield the marks of indirect calls."""
+    return map(_dynamic, _of(notes, NoteKind.DYNAMIC_SITE, NoteKind.INDIRECT_SITE))
 
 
 def _validate(found: Declarations, image: ModuleImage) -> None:
@@ -165,6 +182,7 @@ def _dynamic(note: Note) -> DynamicMark:
         type=note.type,
         n_branches=note.argument,
         place=_place(note),
+        is_excluded=NoteFlag.EXCLUDED in note.flags,
     )
 
 

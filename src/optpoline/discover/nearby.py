@@ -9,26 +9,36 @@ the header's marks are matched with calls:
   code that the compiler copied). Each gets the place of the last mark before it.
 * A dynamic call is the next indirect call, or branch to a thunk, in the function. Marks are
   a stack, because arguments may hold other dynamic calls: the call of the outer one
-  comes last. With the plugin a call has two marks.
+  comes last.
 
-A wrong match is never harmful: it gives a call another's name, and nothing else.
+A branch that a plugin has marked may be a dynamic call of the header's too: then one site has
+what both notes say. A wrong match is never harmful: it gives a call another's name, and how
+many guards that one shall have; what must be left alone is known by the plugin's notes alone.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from optpoline.discover.branches import decode_branches
 from optpoline.discover.declarations import CallMark, Declarations, DynamicMark, Place
+from optpoline.discover.declared import read_dynamic_marks
 from optpoline.discover.image import ModuleImage
 from optpoline.model import Addr
-from optpoline.x86.decode import Flow, Insn, decode_range, is_redirectable, scan_branches
+from optpoline.x86.decode import (
+    Flow,
+    Insn,
+    decode_one,
+    decode_range,
+    is_redirectable,
+    scan_branches,
+)
 
-__all__ = ["CallSite", "DynamicSite", "find_call_sites", "find_dynamic_sites"]
+__all__ = ["CallSite", "DynamicSite", "find_call_sites", "find_dynamic_sites", "read_marked_sites"]
 
 _INDIRECT = (Flow.INDIRECT_CALL, Flow.INDIRECT_JUMP)
 _MAX_FUNCTION_SIZE = 1 << 16
@@ -127,23 +137,65 @@ def _match(
     image: ModuleImage, marks: list[DynamicMark], thunks: frozenset[Addr]
 ) -> Iterator[DynamicSite]:
     """Yield the marks of one function with their instructions."""
-    start = marks[0].addr
-    around = image.functions.find(start)
-    end = around.end if around is not None else start + _MAX_FUNCTION_SIZE
-    text = image.text_at(start)
-    waiting = marks[::-1]
+    exact = {mark.addr: mark for mark in marks if not mark.is_near}
+    near = [mark for mark in marks if mark.is_near]
+    insns = _decode_from(image, near[0].addr) if near else _decode_each(image, exact)
+    waiting = near[::-1]
     opened: list[DynamicMark] = []
-    for insn in decode_range(text.code_at(start, end - start) if text else b"", start):
+    for insn in insns:
         while waiting and waiting[-1].addr <= insn.addr:
             opened.append(waiting.pop())
         is_via_thunk = insn.target in thunks
-        if opened and (is_via_thunk or insn.flow in _INDIRECT):
-            mark = opened.pop()
+        if not is_via_thunk and insn.flow not in _INDIRECT:
+            continue
+        mark = _join(exact.pop(insn.addr, None), opened.pop() if opened else None)
+        if mark is not None:
             yield DynamicSite(mark=mark, insn=insn, is_via_thunk=is_via_thunk)
-            # The header says whose call it is, and the plugin where: one mark of each.
-            if opened and opened[-1].is_near is not mark.is_near:
-                yield DynamicSite(mark=opened.pop(), insn=insn, is_via_thunk=is_via_thunk)
         if not opened and not waiting:
-            return
-    for mark in (*opened, *waiting):
+            break
+    for insn in _decode_each(image, exact):
+        if insn.target in thunks or insn.flow in _INDIRECT:
+            mark = exact.pop(insn.addr)
+            yield DynamicSite(mark=mark, insn=insn, is_via_thunk=insn.target in thunks)
+    for mark in (*opened, *waiting, *exact.values()):
         yield DynamicSite(mark=mark, insn=None, is_via_thunk=False)
+
+
+def _decode_from(image: ModuleImage, start: Addr) -> Iterator[Insn]:
+    """Yield the instructions of a function from one on."""
+    around = image.functions.find(start)
+    end = around.end if around is not None else start + _MAX_FUNCTION_SIZE
+    text = image.text_at(start)
+    return decode_range(text.code_at(start, end - start) if text else b"", start)
+
+
+def _decode_each(image: ModuleImage, marks: Mapping[Addr, DynamicMark]) -> Iterator[Insn]:
+    """Yield the instructions that marks say are sites."""
+    for mark in tuple(marks.values()):
+        text = image.text_at(mark.addr)
+        insn = decode_one(text.code_at(mark.addr, mark.size), mark.addr) if text else None
+        if insn is not None and insn.size == mark.size:
+            yield insn
+
+
+def _join(exact: DynamicMark | None, near: DynamicMark | None) -> DynamicMark | None:
+    """Put together what a plugin and the header say of one branch."""
+    if exact is None or near is None:
+        return near or exact
+    return replace(
+        exact,
+        table=near.table,
+        type=near.type or exact.type,
+        n_branches=near.n_branches or exact.n_branches,
+    )
+
+
+def read_marked_sites(image: ModuleImage) -> Mapping[Addr, DynamicSite]:
+    """Return the branches of a module that its notes speak of, by their addresses.
+
+    Raises:
+        NotesError: if its notes are damaged, or too new.
+        TargetFault: if the text cannot be read.
+    """
+    sites = find_dynamic_sites(image, Declarations(dynamic=read_dynamic_marks(image)))
+    return {site.insn.addr: site for site in sites if site.insn is not None}

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the retpoline sites of one module.
+"""Find the sites of one module: retpolines, and plain branches that its source declares.
 
 1. Find the thunks.
 2. Look at every byte offset for a branch that would land on one: candidates.
 3. Decode from the last known instruction boundary: a candidate is a site only
    if an instruction ends where it does.
-4. Say of each site whether, and why, it must not be promoted.
+4. Add the plain indirect branches that notes name and that have room for a direct one.
+5. Say of each site whether, and why, it must not be promoted.
 
 Not a site: what is inside a thunk or a PLT, ``thunk-inline`` code, and a call of
 another module's thunk by way of the PLT; the last two are counted.
@@ -13,7 +14,7 @@ another module's thunk by way of the PLT; the last two are counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +24,11 @@ from optpoline.discover.branches import decode_branches
 from optpoline.discover.critical_sections import find_critical_sections
 from optpoline.discover.flags import FlagsAnalysis
 from optpoline.discover.image import ModuleImage
+from optpoline.discover.nearby import DynamicSite, read_marked_sites
 from optpoline.discover.relocations import read_relocations
 from optpoline.discover.text import Text
-from optpoline.model import Addr, Refusal, Site, SiteKind, Thunk
+from optpoline.errors import NotesError
+from optpoline.model import Addr, Refusal, Site, SiteKind, Thunk, ThunkFlavour
 from optpoline.x86.decode import (
     AddrArray,
     Flow,
@@ -36,6 +39,7 @@ from optpoline.x86.decode import (
     scan_branches,
     scan_slot_jumps,
 )
+from optpoline.x86.plain_branches import decode_plain_branch
 from optpoline.x86.thunks import STACK_OPERAND, THUNK_NAME_MARKS
 
 __all__ = ["SiteScan", "count_plain_indirect", "find_sites"]
@@ -44,10 +48,14 @@ _KINDS: dict[Flow, SiteKind] = {
     Flow.CALL: SiteKind.CALL,
     Flow.JUMP: SiteKind.JUMP,
     Flow.COND_JUMP: SiteKind.COND_JUMP,
+    Flow.INDIRECT_CALL: SiteKind.CALL,
+    Flow.INDIRECT_JUMP: SiteKind.JUMP,
 }
 
 _PAGE_SIZE = 4096
 _DISP_SIZE = 4
+_OPCODE_SIZE = 1
+"""Bytes before the displacement that change too, at a plain site."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +80,7 @@ class SiteScan:
 
 
 def find_sites(image: ModuleImage, *, count_plain: bool = False) -> SiteScan:
-    """Find the retpoline sites of a module.
+    """Find the sites of a module.
 
     Args:
         image: The module.
@@ -89,10 +97,16 @@ def find_sites(image: ModuleImage, *, count_plain: bool = False) -> SiteScan:
     scan = image.thunks
     sites: list[Site] = []
     n_unverified = 0
-    if scan.thunks:
-        finder = _SiteFinder(image)
+    try:
+        marked = read_marked_sites(image)
+        default = None
+    except NotesError:
+        marked, default = {}, Refusal.DAMAGED_NOTES
+    if scan.thunks or marked:
+        finder = _SiteFinder(image, marked, default)
         for text in image.texts:
-            sites += finder.find_in(text)
+            sites += [*finder.find_in(text), *finder.find_plain(text)]
+        sites.sort(key=lambda site: site.addr)
         n_unverified = finder.n_unverified
     n_via_plt = _count_via_plt(image)
     n_plain = count_plain_indirect(image) if count_plain else None
@@ -133,12 +147,16 @@ def _count_via_plt(image: ModuleImage) -> int:
 class _SiteFinder:
     """Finds the sites of one module, text by text."""
 
-    def __init__(self, image: ModuleImage) -> None:
-        """Prepare what all its texts need."""
+    def __init__(
+        self, image: ModuleImage, marked: Mapping[Addr, DynamicSite], refusal: Refusal | None
+    ) -> None:
+        """Prepare what all its texts need; ``refusal`` is that of all its sites, if there is."""
         self._image = image
         self._thunks = {thunk.addr: thunk for thunk in image.thunks.thunks}
         self._flags = FlagsAnalysis(image)
         self._critical = find_critical_sections(image)
+        self._marked = marked
+        self._refused = refusal
         self.n_unverified = 0
 
     def find_in(self, text: Text) -> Iterator[Site]:
@@ -151,6 +169,30 @@ class _SiteFinder:
             if thunk is not None:
                 self.n_unverified -= 1
                 yield self._site(insn, thunk, text)
+
+    def find_plain(self, text: Text) -> Iterator[Site]:
+        """Yield the plain sites of one text that notes tell of, in address order."""
+        marked = {
+            one.insn.end: one.insn
+            for addr, one in self._marked.items()
+            if one.insn is not None and addr in text and not one.is_via_thunk
+        }
+        branches = {
+            end: branch
+            for end, insn in marked.items()
+            if (branch := decode_plain_branch(text.code_at(insn.addr, insn.size))) is not None
+        }
+        self.n_unverified += len(branches)
+        # A wrong note must not have us write into the middle of an instruction.
+        for insn in decode_branches(self._image, text, np.array(sorted(branches), np.int64)):
+            if insn.addr != marked[insn.end].addr:
+                continue
+            self.n_unverified -= 1
+            operand = branches[insn.end].operand
+            thunk = Thunk(
+                addr=Addr(0), operand=operand, flavour=ThunkFlavour.PLAIN, symbol=f"*%{operand}"
+            )
+            yield self._site(insn, thunk, text)
 
     def _is_excluded(self, addrs: AddrArray) -> NDArray[np.bool_]:
         """Say of each address whether it is in a thunk's own code, or in the PLT's."""
@@ -176,8 +218,12 @@ class _SiteFinder:
         else:
             span = self._image.functions.find(insn.addr)
             function_addr = span.start if span else None
+        marked = self._marked.get(insn.addr)
+        is_plain = thunk.flavour is ThunkFlavour.PLAIN
         if code != text.code_at(insn.addr, insn.size):
             refusal: Refusal | None = Refusal.FOREIGN_BYTES
+        elif marked is not None and marked.mark.is_excluded:
+            refusal = Refusal.EXCLUDED
         else:
             refusal = self._refusal(insn, thunk)
         return Site(
@@ -190,16 +236,23 @@ class _SiteFinder:
             function=name[0] if name else None,
             function_addr=function_addr,
             refusal=refusal,
+            max_guards=marked.mark.n_branches if marked is not None else 0,
+            is_plain=is_plain,
+            is_declared=marked is not None and marked.mark.table is not None,
         )
 
     def _refusal(self, insn: Insn, thunk: Thunk) -> Refusal | None:
         """Say why a site whose bytes are its own must not be promoted, or None."""
+        if self._refused is not None:
+            return self._refused
         if thunk.operand == STACK_OPERAND:
             return Refusal.UNKNOWN_OPERAND
         if any(insn.addr in span for span in self._critical):
             return Refusal.CRITICAL_SECTION
-        if (insn.end - _DISP_SIZE) % _PAGE_SIZE > _PAGE_SIZE - _DISP_SIZE:
+        is_plain = thunk.flavour is ThunkFlavour.PLAIN
+        changed_size = _DISP_SIZE + (_OPCODE_SIZE if is_plain else 0)
+        if (insn.end - changed_size) % _PAGE_SIZE > _PAGE_SIZE - changed_size:
             return Refusal.PAGE_CROSSING
-        if insn.flow is Flow.CALL:
+        if insn.flow in (Flow.CALL, Flow.INDIRECT_CALL):
             return None
         return self._flags.refusal_at(insn.addr)

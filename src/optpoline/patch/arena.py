@@ -82,6 +82,7 @@ class Arena:
         self._free_slots: list[int] = []
         self._entries: dict[Addr, BlockEntry] = {}
         self._cells: dict[Addr, tuple[Addr, int]] = {}
+        self._thunks: dict[tuple[Addr, bytes], Addr] = {}
         self.templates = BlockTemplates(self)
         """Encodes the blocks that are put here."""
         self.n_put = 0
@@ -227,6 +228,8 @@ class Arena:
         self._memory[room.start : room.at] = poison * (room.at - room.start)
         self._memory[room.at : room.end] = padded
         self._put_state(entry)
+        if kind is BlockKind.THUNK:
+            self._thunks[site_addr, code.code] = addr
         return addr
 
     def _new_slot(self) -> int:
@@ -247,6 +250,18 @@ class Arena:
         self.store_u64(Addr(self.addr + off + BlockEntry.STATE_OFF), entry.state_word)
         self._entries[entry.addr] = entry
         self.n_changes += 1
+
+    def find_thunk(self, site_addr: Addr, code: BlockCode) -> Addr | None:
+        """Return the thunk of a plain site, None if none was put here.
+
+        It stays: a module that is loaded again where it was must not take another each time.
+        """
+        return self._thunks.get((site_addr, code.code))
+
+    def is_thunk(self, addr: Addr) -> bool:
+        """Tell whether the thunk of a plain site begins at an address."""
+        entry = self._entries.get(addr)
+        return entry is not None and entry.kind is BlockKind.THUNK
 
     def retire_block(self, addr: Addr) -> BlockEntry:
         """Note that nothing leads to a block any more; return its entry."""
@@ -294,10 +309,10 @@ class Arena:
         return True
 
     def rewrite_block(self, addr: Addr, code: BlockCode, redirected: int) -> None:
-        """Replace all of a live block but where its head leads: to another block.
+        """Replace all of a live block but where its head leads: to another block, or the thunk.
 
         Only after a grace period in which nobody could enter it behind its head. At every
-        instant somebody who enters goes on to that other block, and the entry says so.
+        instant somebody who enters goes on to where that leads, and the entry says so.
 
         Args:
             addr: The block; there is room for the new one (``make_room``).
@@ -422,7 +437,7 @@ class Arena:
         known = self._journal.get(site.addr)
         if known is not None and known.code == site.code:
             return known
-        entry = JournalEntry(addr=site.addr, code=site.code, disp_off=site.disp_addr - site.addr)
+        entry = JournalEntry.of(site)
         n_entries = self.load_u64(Addr(self.addr + ArenaHeader.N_ENTRIES_OFF))
         off = HEADER_SIZE + n_entries * ENTRY_SIZE
         if off + ENTRY_SIZE > self.geometry.block_off:

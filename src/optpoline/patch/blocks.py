@@ -20,13 +20,16 @@ from optpoline.model import CELL_SIZE, Addr, BlockPlan
 from optpoline.patch.arena import Arena
 from optpoline.patch.extents import Extent
 from optpoline.patch.layout import BlockKind
-from optpoline.x86.assembler import JMP32_OPCODE, JMP32_SIZE
+from optpoline.x86.assembler import JMP32_OPCODE, JMP32_SIZE, BlockCode
 from optpoline.x86.blocks import HEAD_SIZE, LINE_SIZE, POISON, encode_redirect, place_block
+from optpoline.x86.plain_branches import encode_plain_thunk
 
 __all__ = [
     "Block",
     "add_block",
+    "add_plain_thunk",
     "counter_cells",
+    "make_fit",
     "point_back",
     "redirect",
     "redirection_of",
@@ -92,6 +95,24 @@ def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr, slack_ratio: floa
     return Block(arena=arena, addr=addr, size=size, plan=plan, head=arena.head_of(addr))
 
 
+def add_plain_thunk(arena: Arena, operand: str, *, site_addr: Addr) -> Addr:
+    """Write what a plain site's blocks end at, unless it is there, and return its address.
+
+    Each site has its own, as it had its own branch: predictors tell branches apart by
+    their addresses, too.
+
+    Raises:
+        ArenaError: if the arena is used up.
+    """
+    code = encode_plain_thunk(operand)
+    known = arena.find_thunk(site_addr, code)
+    if known is not None:
+        return known
+    room = _find_room(arena, len(code.code), is_counting=False)
+    none = (Addr(0), 0)
+    return arena.put_block(room, code, site_addr=site_addr, kind=BlockKind.THUNK, cells=none)
+
+
 def _find_room(arena: Arena, size: int, is_counting: bool, slack_ratio: float = 0.0) -> Extent:
     """Return where a block of ``size`` bytes would go; a counting block starts a line."""
     # One that fits no line starts one.
@@ -138,20 +159,23 @@ def point_back(block: Block) -> None:
     block.arena.store_u64(block.addr, int.from_bytes(block.head, "little"))
 
 
-def rewrite(block: Block, other: Block) -> Block | None:
-    """Write what ``other`` does over the body of ``block``, whose head leads there, and still does.
+def make_fit(block: Block, plan: BlockPlan) -> Block | None:
+    """Return the block that ``rewrite`` would make of ``block``, and keep the room for it.
 
-    Both are promoted blocks. ``point_back`` makes the block that is returned do its own work;
-    it counts its misses where it did: threads in ``other`` may count there for long. Only after
-    a grace period since the head was made to lead elsewhere.
-
-    Target state: running.
+    It counts its misses where ``block`` does: threads that are elsewhere by now may count in
+    the plan's own cell for long.
 
     Returns:
-        The block as it is now; None if it has no room, or cannot reach what ``other`` can.
+        The block as it would be; None if it has no room, or cannot reach what the plan names.
     """
+    fit = _fit(block, plan)
+    return None if fit is None else fit[0]
+
+
+def _fit(block: Block, plan: BlockPlan) -> tuple[Block, BlockCode] | None:
+    """Do what ``make_fit`` says; return the code as well."""
     arena = block.arena
-    plan = replace(other.plan, miss_count_addr=block.plan.miss_count_addr)
+    plan = replace(plan, miss_count_addr=block.plan.miss_count_addr)
     try:
         code = arena.templates.encode(plan, block.addr)
         if not arena.make_room(block.addr, len(code.code)):
@@ -159,5 +183,28 @@ def rewrite(block: Block, other: Block) -> Block | None:
     except (ArenaError, EncodeRangeError):
         return None
     head = code.code[:HEAD_SIZE].ljust(HEAD_SIZE, bytes((POISON,)))
-    arena.rewrite_block(block.addr, code, encode_redirect(head, block.addr, other.addr))
-    return replace(block, size=len(code.code), plan=plan, head=head)
+    return replace(block, size=len(code.code), plan=plan, head=head), code
+
+
+def rewrite(block: Block, plan: BlockPlan, ahead: Addr) -> Block | None:
+    """Write what a plan says over the body of ``block``, whose head leads elsewhere, as before.
+
+    Block and plan are those of promoted blocks. ``point_back`` makes the block that is returned
+    do its own work. Only after a grace period since the head was made to lead elsewhere.
+
+    Args:
+        block: The block.
+        plan: What it is to do, but for where it counts its misses (``make_fit``).
+        ahead: Where its head leads: another block of its site, or the thunk.
+
+    Target state: running.
+
+    Returns:
+        The block as it is now; None if there is none that fits (``make_fit``).
+    """
+    fit = _fit(block, plan)
+    if fit is None:
+        return None
+    written, code = fit
+    block.arena.rewrite_block(block.addr, code, encode_redirect(written.head, block.addr, ahead))
+    return written

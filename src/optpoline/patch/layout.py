@@ -39,7 +39,7 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-from optpoline.model import Addr, CounterRows, RseqAbi
+from optpoline.model import Addr, CounterRows, RseqAbi, Site
 
 __all__ = [
     "ARENA_NAME",
@@ -63,7 +63,7 @@ ARENA_PATH = f"/memfd:{ARENA_NAME} (deleted)"
 """How its mappings and descriptors are named in /proc."""
 
 MAGIC = b"OPTPOLIN"
-VERSION = 4
+VERSION = 5
 HEADER_SIZE = 4096
 ENTRY_SIZE = 32
 
@@ -215,6 +215,16 @@ class JournalEntry:
     disp_off: int
     opcode_size: int = 0
 
+    @classmethod
+    def of(cls, site: Site) -> JournalEntry:
+        """Return the entry of a site."""
+        return cls(
+            addr=site.addr,
+            code=site.code,
+            disp_off=site.disp_addr - site.addr,
+            opcode_size=1 if site.is_plain else 0,
+        )
+
     @property
     def disp_addr(self) -> Addr:
         """Address of the displacement."""
@@ -239,6 +249,11 @@ class JournalEntry:
     def changed_size(self) -> int:
         """How many bytes a change writes."""
         return self.opcode_size + 4
+
+    @property
+    def original(self) -> bytes:
+        """The bytes of the baseline that a change writes over."""
+        return self.changed_of(self.code)
 
     def changed_of(self, code: bytes) -> bytes:
         """Return the bytes that a change writes of an instruction found at the site."""
@@ -268,6 +283,9 @@ class BlockKind(IntEnum):
     """Counts each target of its site: a learning window, or a sample of one."""
     PROMOTED = 2
     """The fast path: counts misses only."""
+    THUNK = 3
+    """The indirect jump at which the other blocks of a plain site end. It is never redirected,
+    and stays as long as the arena."""
 
 
 class BlockState(IntEnum):
@@ -344,7 +362,7 @@ class BlockEntry:
     def unpack(cls, data: bytes) -> BlockEntry | None:
         """Return the entry in ``data`` (``BLOCK_ENTRY_SIZE`` bytes); None if it is free."""
         addr, size, crc, site_addr, head, kind, state, text_size = _BLOCK.unpack(data)
-        if state == BlockState.FREE or kind not in (1, 2) or state not in (1, 2, 3):
+        if state == BlockState.FREE or kind not in (1, 2, 3) or state not in (1, 2, 3):
             return None
         return cls(
             addr=Addr(addr),

@@ -17,7 +17,7 @@ never changes (design rule 2), so no thread can stand inside one. Where only the
 displacement changes, threads asleep in the kernel need not be stopped for bytes
 that share a cache line: such a write was never seen torn. Bytes that cross a line,
 and opcodes, are written only while every thread is stopped: what a CPU makes of an
-opcode that changes beside it nobody promises. Those lie in one aligned word of eight.
+opcode that changes beside it nobody promises.
 
 ``poke_batch`` leaves what is not as expected and does the rest; ``poke_all`` does all
 or nothing, for changes that belong together.
@@ -33,12 +33,15 @@ from typing import Protocol
 from optpoline.errors import ProcessGone, SiteChanged, TargetFault
 from optpoline.model import Addr
 from optpoline.patch.layout import JournalEntry
+from optpoline.x86.assembler import CALL32_OPCODE, JMP32_OPCODE
+from optpoline.x86.plain_branches import decode_plain_branch
 
 __all__ = [
     "Poke",
     "PokeResult",
     "Text",
     "crosses_line",
+    "direct_opcodes",
     "is_inside",
     "is_same_but_disp",
     "leads_into",
@@ -50,8 +53,6 @@ __all__ = [
 ]
 
 CACHE_LINE_SIZE = 64
-_DIRECT_OPCODES = (b"\xe8", b"\xe9")
-"""call rel32, jmp rel32."""
 _SPAN_GAP_SIZE = 4096
 """Sites closer than this are read with one call; copying a page is cheaper
 than a second system call."""
@@ -122,7 +123,16 @@ def is_same_but_disp(entry: JournalEntry, code: bytes) -> bool:
     if entry.with_changed(changed) != code:
         return False
     opcode = changed[: entry.opcode_size]
-    return not opcode or code == entry.code or opcode in _DIRECT_OPCODES
+    return not opcode or code == entry.code or opcode in direct_opcodes(entry)
+
+
+def direct_opcodes(entry: JournalEntry) -> tuple[bytes, ...]:
+    """Return what may stand where a change writes an opcode: direct calls, jumps, or both.
+
+    In the place of an indirect call nothing but a call is right, and a jump in that of a jump.
+    """
+    plain = decode_plain_branch(entry.code)
+    return (CALL32_OPCODE, JMP32_OPCODE) if plain is None else (plain.direct_opcode,)
 
 
 def leads_into(entry: JournalEntry, code: bytes, start: int, end: int) -> bool:
@@ -186,8 +196,8 @@ def _read_span(text: Text, span: Sequence[JournalEntry], found: dict[Addr, bytes
 def poke_batch(text: Text, pokes: Sequence[Poke]) -> PokeResult:
     """Do steps 2 to 4 of the poke protocol.
 
-    Target state: its running threads are stopped; all threads are where a
-    displacement of the batch crosses a cache line.
+    Target state: its running threads are stopped; all threads are where a site of the
+    batch needs it (``needs_all_stopped``).
 
     Raises:
         SiteChanged: if a site does not read back as written; earlier pokes of

@@ -29,6 +29,10 @@ class CostModel:
             1.0 and 0.1 95.4 %; 3.0 95.0 %; a mispredict_ratio of 0.5 92 to 95 %).
         retpoline_cycles: A thunk from its call to its target. Feasibility
             study: 6.8 ns against 1.4 ns for a predicted call at ~3.5 GHz.
+        plain_cycles: A plain indirect branch whose target changes. The same study: 4.4 to
+            6.3 ns in a loop of calls, so 10 to 17 cycles more than a predicted one, which
+            a guard costs as well. How often it does counts do not tell: one that never
+            changes loses nothing by a guard, and is safe from injected targets by it.
         mispredict_cycles: A conditional branch that predicts wrong.
         mispredict_ratio: Share of the statically unavoidable mispredictions
             ``min(p, 1 - p)`` that history-based predictors still make.
@@ -48,6 +52,7 @@ class CostModel:
     branch_cycles: float = 0.6
     taken_cycles: float = 0.3
     retpoline_cycles: float = 20.0
+    plain_cycles: float = 10.0
     mispredict_cycles: float = 16.0
     mispredict_ratio: float = 0.05
     min_gain_cycles: float = 0.005

@@ -79,6 +79,8 @@ class SiteView:
         since_change_s: Seconds since it was promoted, first or anew.
         kind: What the site's instruction does.
         hotter_ratio: Share of all branches of the program that hotter sites take, 0..1.
+        max_guards: Guards that the program's source allows at most, 0 for any number.
+        is_plain: Whether a miss is a plain indirect branch, not a retpoline.
     """
 
     current: PlannedTree | None
@@ -90,6 +92,12 @@ class SiteView:
     since_change_s: float = 0.0
     kind: SiteKind = SiteKind.CALL
     hotter_ratio: float = 0.0
+    max_guards: int = 0
+    is_plain: bool = False
+
+    def limit_guards(self, n_guards: int) -> int:
+        """Return how many guards a tree may have by a policy's limit and the source's."""
+        return min(n_guards, self.max_guards) if self.max_guards else n_guards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +128,8 @@ class SiteHistory:
         now_s: float,
         kind: SiteKind = SiteKind.CALL,
         hotter_ratio: float = 0.0,
+        max_guards: int = 0,
+        is_plain: bool = False,
     ) -> SiteView:
         """Return what a policy is told about the site after a window."""
         return SiteView(
@@ -132,6 +142,8 @@ class SiteHistory:
             since_change_s=max(0.0, now_s - self.changed_s),
             kind=kind,
             hotter_ratio=hotter_ratio,
+            max_guards=max_guards,
+            is_plain=is_plain,
         )
 
     def after(self, decision: Decision, now_s: float) -> SiteHistory:

@@ -32,13 +32,13 @@ with contextlib.suppress(ModuleNotFoundError):
 
 __all__ = ["Arena", "Block", "Site", "decode_site", "find_arenas", "find_block", "read_arena"]
 
-# The format of arenas, version 4, as in optpoline's patch/layout.py.
+# The format of arenas, version 5, as in optpoline's patch/layout.py.
 ARENA_NAME = "/memfd:optpoline"
 MAGIC = b"OPTPOLIN"
-VERSION = 4
+VERSION = 5
 HEADER = "<8sIIQQQQQQQQQQIIiII4x"
 BLOCK = "<QIIQ8sBB2xI"
-KINDS = {1: "counting", 2: "promoted"}
+KINDS = {1: "counting", 2: "promoted", 3: "thunk"}
 LIVE, RETIRED, REWRITTEN = 1, 2, 3
 
 _MAX_INSN_SIZE = 15
@@ -46,6 +46,8 @@ _MAX_INSN_SIZE = 15
 _PREFIXES = frozenset((0x2E, 0x3E, 0x26, 0x36, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 _PREFIXES |= frozenset(range(0x40, 0x50))
 _CALL, _JMP, _TWO_BYTES, _JCC = 0xE8, 0xE9, 0x0F, range(0x80, 0x90)
+_PLAIN_SIZE = 5  # of the shortest indirect branch that has room for a direct one
+_INDIRECT, _CALL_REGISTER, _JMP_REGISTER = 0xFF, range(0xD0, 0xD8), range(0xE0, 0xE8)
 
 _UNLISTED_REGISTERS = {"fs_base", "gs_base"}
 _UNLISTED_REGISTERS |= {f"{kind}{n}" for kind in ("xmm", "ymm") for n in range(32)}
@@ -137,6 +139,12 @@ def decode_site(site_addr: int, code: bytes) -> Site | None:
         return Site(site_addr + at + 5, is_call=False)
     if len(opcode) == 2 and opcode[0] == _TWO_BYTES and opcode[1] in _JCC:
         return Site(site_addr + at + 6, is_call=False)
+    # A plain site that got its baseline back while somebody was in its block.
+    if len(opcode) == 2 and opcode[0] == _INDIRECT and at + 2 >= _PLAIN_SIZE:
+        if opcode[1] in _CALL_REGISTER:
+            return Site(site_addr + at + 2, is_call=True)
+        if opcode[1] in _JMP_REGISTER:
+            return Site(site_addr + at + 2, is_call=False)
     return None
 
 

@@ -29,6 +29,7 @@ from optpoline.errors import EncodeRangeError
 from optpoline.model import Addr
 
 __all__ = [
+    "CALL32_OPCODE",
     "DISP32_SIZE",
     "INT3",
     "JMP32_OPCODE",
@@ -48,6 +49,7 @@ __all__ = [
 
 DISP32_SIZE = 4
 WORD_SIZE = 8
+CALL32_OPCODE = b"\xe8"
 JMP32_OPCODE = b"\xe9"
 JMP32_SIZE = 5
 INT3 = 0xCC

@@ -261,7 +261,8 @@ class _Judge:
         if state.armed is not None:
             self._fault(BlockRule.RESTORE, insn.ip)
         if self._scene.is_arena(dst):
-            self._fault(BlockRule.ARENA, insn.ip)
+            if dst not in self._scene.thunk_addrs:
+                self._fault(BlockRule.ARENA, insn.ip)
         elif not self._scene.is_code(dst):
             self._stale.append(Addr(dst))
 

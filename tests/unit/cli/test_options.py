@@ -89,6 +89,12 @@ def test_attach_passes_the_policy_on() -> None:
     assert api.settings.policy_settings == (("max_guards", "2"),)
 
 
+def test_attach_passes_the_way_to_change_sites_on() -> None:
+    api = RecordingApi()
+    assert main(["attach", "1", "--duration", "0", "--change", "switch-off"], api=api) == 0
+    assert api.settings == SessionSettings(change="switch-off")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -96,6 +102,7 @@ def test_attach_passes_the_policy_on() -> None:
         (["--policy-set", "speed=9"], "has no setting 'speed'"),
         (["--policy-set", "min_count=few"], "min_count is a whole number"),
         (["--policy-set", "min_count"], "NAME=VALUE"),
+        (["--change", "both"], "'swap', 'switch-off'"),
         (["--max-stop-ms", "1e308"], "more than 1000000000 milliseconds"),
         (["--duration", "1e18"], "more than 1000000000 seconds"),
     ],

@@ -54,5 +54,5 @@ def make_record(arena: Arena, site: Site, state: SiteState = SiteState.BASELINE)
         state=state,
         entry=JournalEntry(addr=site.addr, code=site.code, disp_off=1),
         inode=0,
-        disp=site.disp,
+        branch=site.code[1:5],
     )

@@ -10,7 +10,7 @@ import numpy
 import pytest
 
 import optpoline
-from optpoline.controller.arguments import validate_pid, validate_setting
+from optpoline.controller.arguments import CHANGES, Change, validate_pid, validate_setting
 
 NO_PIDS = (-1, 0, None, 3.5, "x", "self", "4711", b"1", True)
 
@@ -40,3 +40,14 @@ def test_whole_numbers_are_process_ids() -> None:
 def test_any_number_from_0_up_is_a_setting() -> None:
     for value in (0, 0.5, 1e9, numpy.float32(3)):
         validate_setting("learn_s", value)
+
+
+@pytest.mark.parametrize("value", ["swap ", "off", "", None, 1], ids=repr)
+def test_no_way_to_change_sites(value: object) -> None:
+    with pytest.raises(optpoline.UsageError, match=r"change is .*, not 'swap' or 'switch-off'"):
+        optpoline.Config(change=cast(Change, value))
+
+
+@pytest.mark.parametrize("value", CHANGES)
+def test_ways_to_change_sites(value: Change) -> None:
+    assert optpoline.Config(change=value).is_switched_off == (value == "switch-off")

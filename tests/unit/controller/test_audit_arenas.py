@@ -136,7 +136,12 @@ def judge(
     code: bytes, state: BlockState = BlockState.LIVE, header: ArenaHeader = HEADER
 ) -> tuple[list[FaultKind], list[str]]:
     """Judge an arena with one block; return the kinds of the faults, and the remarks."""
-    entry = BlockEntry(
+    return judge_blocks(code, header, (SITE,), _promoted_entry(state))
+
+
+def _promoted_entry(state: BlockState) -> BlockEntry:
+    """Return the entry of that block."""
+    return BlockEntry(
         addr=BLOCK_ADDR,
         size=len(CODE),
         text_size=len(CODE),
@@ -146,14 +151,21 @@ def judge(
         kind=BlockKind.PROMOTED,
         state=state,
     )
-    table = entry.pack()
-    slot = BlockSlot(addr=Addr(START + header.block_off), raw=table, entry=BlockEntry.unpack(table))
-    contents = ArenaContents(
-        arena=arena_of(*PARTS), header=header, before=(slot,), code=code, after=(slot,)
+
+
+def judge_blocks(
+    code: bytes, header: ArenaHeader, history: tuple[JournalEntry, ...], *entries: BlockEntry
+) -> tuple[list[FaultKind], list[str]]:
+    """Judge an arena with some blocks of one site, whose module may have been loaded anew."""
+    start = START + header.block_off
+    table = b"".join(entry.pack() for entry in entries)
+    packed = [(start + len(one.pack()) * i, one.pack()) for i, one in enumerate(entries)]
+    slots = tuple(
+        BlockSlot(addr=Addr(addr), raw=raw, entry=BlockEntry.unpack(raw)) for addr, raw in packed
     )
-    memory = FakeMemory(
-        (START, header.pack()), (START + header.block_off, table), (BLOCK_ADDR, code)
-    )
+    arena = replace(arena_of(*PARTS), history=history)
+    contents = ArenaContents(arena=arena, header=header, before=slots, code=code, after=slots)
+    memory = FakeMemory((START, header.pack()), (start, table), (BLOCK_ADDR, code))
     text = replace(mapping(0, 0, "r-xp", "/bin/x"), start=Addr(0x40_0000), end=Addr(0x42_0000))
     arena_judge = ArenaJudge(memory, CodeMap((text, *PARTS)), (contents,))
     return kinds_of(list(arena_judge.judge(contents))), arena_judge.remarks
@@ -168,6 +180,63 @@ def test_a_sound_block() -> None:
         assert judge(CLEAN, header=header) == ([], [])
         assert judge(CLEAN, BlockState.RETIRED, header) == ([], [])
     assert judge(CLEAN, BlockState.FREE, LET_GO)[0] == [FaultKind.FREE_MEMORY]
+
+
+# --- plain sites
+
+PLAIN = JournalEntry(
+    addr=SITE.addr, code=bytes.fromhex("2e 2e 2e ff d0"), disp_off=1, opcode_size=1
+)
+PLAIN_CODE = encode_block(
+    replace(PLAN, thunk_addr=Addr(BLOCK_ADDR + 64)),
+    BLOCK_ADDR,
+    LiteralTable(Addr(START + HEADER.literal_off)),
+).code
+
+
+def judge_plain(site: JournalEntry, thunk: bytes, *before: JournalEntry) -> list[FaultKind]:
+    """Judge a block and the thunk that it ends at; return the kinds of the faults."""
+    block, own = (
+        BlockEntry(
+            addr=Addr(BLOCK_ADDR + off),
+            size=len(code),
+            text_size=len(code),
+            crc=zlib.crc32(code),
+            site_addr=site.addr,
+            head=code.ljust(HEAD_SIZE, bytes((POISON,)))[:HEAD_SIZE],
+            kind=kind,
+            state=BlockState.LIVE,
+        )
+        for off, code, kind in ((0, PLAIN_CODE, BlockKind.PROMOTED), (64, thunk, BlockKind.THUNK))
+    )
+    code = PLAIN_CODE.ljust(64, bytes((POISON,))) + thunk.ljust(16, bytes((POISON,)))
+    return judge_blocks(code, HEADER, (*before, site), block, own)[0]
+
+
+def test_a_plain_site() -> None:
+    assert judge_plain(PLAIN, bytes.fromhex("ff e0 cc")) == []
+
+
+@pytest.mark.parametrize("thunk", ["ff e1 cc", "ff e0 90", "ff d0 cc", "ff 20 cc"])
+def test_thunk_that_is_not_what_the_site_was(thunk: str) -> None:
+    assert judge_plain(PLAIN, bytes.fromhex(thunk)) == [FaultKind.BLOCK]
+
+
+def test_thunks_of_modules_that_were_loaded_at_one_place_in_turn() -> None:
+    other = replace(PLAIN, code=bytes.fromhex("2e 2e 2e ff d1"))
+    for thunk in ("ff e0 cc", "ff e1 cc"):
+        assert judge_plain(PLAIN, bytes.fromhex(thunk), other) == []
+    assert judge_plain(PLAIN, bytes.fromhex("ff e2 cc"), other) == [FaultKind.BLOCK]
+
+
+def test_no_indirect_jump_for_a_site_that_has_a_thunk_of_the_program() -> None:
+    # Its block does not end at the program's, either.
+    assert judge_plain(SITE, bytes.fromhex("ff e0 cc")) == [FaultKind.BLOCK, FaultKind.BLOCK]
+
+
+def test_plain_site_whose_baseline_is_none() -> None:
+    other = replace(PLAIN, code=bytes.fromhex("2e 2e ff 53 10"))
+    assert judge_plain(other, bytes.fromhex("ff e0 cc")) == [FaultKind.TABLE, FaultKind.TABLE]
 
 
 def test_killed_while_a_block_was_written() -> None:

@@ -25,7 +25,7 @@ from optpoline.errors import Unsettled
 from optpoline.learn.counting import NO_COUNTS
 from optpoline.model import Addr, BlockPlan, Guard, Miss
 from optpoline.patch.arena import Arena
-from optpoline.patch.blocks import Block, add_block, redirect, redirection_of
+from optpoline.patch.blocks import Block, add_block, add_plain_thunk, redirect, redirection_of
 from optpoline.patch.grace import Look, RetiredCode, ThreadKey
 from optpoline.patch.layout import BlockState, JournalEntry
 from optpoline.patch.ranges import AddressRanges
@@ -284,6 +284,16 @@ def test_retired_block_goes_on_to_no_other(session: Session) -> None:
     assert redirection_of(session.arena, to_thunk.addr) == THUNK.addr
 
 
+def test_thunk_of_a_plain_site_stays_and_is_led_to(session: Session) -> None:
+    session.observer.is_unseen = True
+    thunk = add_plain_thunk(session.arena, "rax", site_addr=SITE.addr)
+    refused = session.write()
+    redirect(refused, thunk)
+    session.step()
+    assert session.live == {thunk}
+    assert redirection_of(session.arena, refused.addr) == thunk
+
+
 def test_text_of_a_child_keeps_what_it_leads_to(session: Session) -> None:
     block, ahead = session.write(), session.write()
     redirect(block, ahead.addr)
@@ -340,6 +350,17 @@ def test_left_bytes_that_nobody_waits_for_any_more(session: Session) -> None:
     for _ in range(5):
         session.step()
     assert session.live == {active.addr}
+
+
+def test_left_bytes_that_are_given_up_before_they_are_told(session: Session) -> None:
+    record = session.add_record()
+    record.home = record.active = home = session.write()
+    body = RetiredCode(Addr(home.addr + 1), Addr(home.addr + home.size))
+    session.reclaimer.await_left(body)
+    for _ in range(5):
+        session.step()
+    session.reclaimer.cancel_left([body.start])
+    assert session.reclaimer.take_left() == ()
 
 
 def test_block_is_not_retired_while_its_bytes_are_waited_for(session: Session) -> None:

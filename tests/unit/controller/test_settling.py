@@ -59,6 +59,7 @@ class FakeReclaimer:
         """Wait no more for some."""
         gone = set(starts)
         self.awaited = [code for code in self.awaited if code.start not in gone]
+        self.left = [start for start in self.left if start not in gone]
 
     def end(self) -> None:
         """Let all grace periods be over."""
@@ -218,7 +219,7 @@ def test_free_memory_behind_home_is_room(arena: Arena) -> None:
     record.home = write(arena, FEW)
     redirect(record.home, record.active.addr)
     free_before = arena.free_code_size
-    written = rewrite(record.home, record.active)
+    written = rewrite(record.home, record.active.plan, record.active.addr)
     assert written is not None
     assert arena.read(Addr(written.addr + 8), written.size - 8) == code_of(arena, written)[8:]
     assert arena.free_code_size < free_before
@@ -402,7 +403,7 @@ def test_killed_at_every_store(arena: Arena, is_bigger: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arena, "_memory", Watched(view, looks))
         patch.setattr(arena, "_words", Watched(view.cast("Q"), looks))
-        assert rewrite(record.home, record.active) is not None
+        assert rewrite(record.home, record.active.plan, record.active.addr) is not None
     assert len(looks) > 10
     n_remarks = 0
     for data in looks:

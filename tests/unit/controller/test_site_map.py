@@ -61,7 +61,7 @@ def make_record(addr: int, kind: SiteKind, thunk: Span = RAX) -> SiteRecord:
         state=SiteState.BASELINE,
         entry=JournalEntry(addr=site.addr, code=site.code, disp_off=1),
         inode=1,
-        disp=site.disp,
+        branch=site.code[1:5],
     )
 
 

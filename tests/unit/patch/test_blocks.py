@@ -8,7 +8,7 @@ import pytest
 from optpoline.errors import ArenaError, EncodeRangeError
 from optpoline.model import Addr, BlockPlan, Guard, Miss
 from optpoline.patch.arena import Arena
-from optpoline.patch.blocks import Block, add_block, point_back, redirect
+from optpoline.patch.blocks import Block, add_block, add_plain_thunk, point_back, redirect
 from optpoline.x86.blocks import LINE_SIZE, POISON, encode_block
 from tests.emulate.disassemble import disassemble
 from tests.unit.patch.conftest import CODE_SIZE, SITE_ADDR
@@ -53,6 +53,18 @@ def test_blocks_keep_to_lines_and_leave_poison_between(arena: Arena) -> None:
     used = range(arena.code_start, arena.used_code_end)
     code = arena.read(Addr(used.start), len(used))
     assert {code[addr - used.start] for addr in used if addr not in taken} == {POISON}
+
+
+def test_a_plain_site_has_one_thunk_however_often_its_module_comes(arena: Arena) -> None:
+    thunk = add_plain_thunk(arena, "r8", site_addr=SITE_ADDR)
+    n_put = arena.n_put
+    assert add_plain_thunk(arena, "r8", site_addr=SITE_ADDR) == thunk
+    assert arena.n_put == n_put
+    # Another module's branch at the same address, and another site, have their own.
+    others = [add_plain_thunk(arena, "r9", site_addr=SITE_ADDR)]
+    others.append(add_plain_thunk(arena, "r8", site_addr=Addr(SITE_ADDR + 16)))
+    assert len({thunk, *others}) == 3
+    assert all(arena.is_thunk(addr) for addr in (thunk, *others))
 
 
 def test_full_arena_is_an_error_and_keeps_its_blocks(arena: Arena) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optpoline.model import Addr, RseqAbi
+from optpoline.model import Addr, RseqAbi, Site, SiteKind, Thunk, ThunkFlavour
 from optpoline.patch.layout import (
     BLOCK_ENTRY_SIZE,
     ENTRY_SIZE,
@@ -175,6 +175,26 @@ def test_entry_whose_opcode_changes() -> None:
     assert (entry.changed_addr, entry.changed_size) == (0x1001, 5)
     assert entry.changed_of(code) == code[1:]
     assert entry.with_changed(b"\xe9\1\2\3\4") == b"\x2e\xe9\1\2\3\4"
+
+
+def test_entry_of_a_plain_site() -> None:
+    site = Site(
+        addr=Addr(0x1000),
+        code=bytes.fromhex("2e 2e 2e 2e ff d0"),
+        kind=SiteKind.CALL,
+        disp_addr=Addr(0x1002),
+        thunk=Thunk(addr=Addr(0), operand="rax", flavour=ThunkFlavour.PLAIN, symbol="*%rax"),
+        module="/bin/program",
+        function=None,
+        function_addr=None,
+        is_plain=True,
+    )
+    entry = JournalEntry.of(site)
+    assert (entry.changed_addr, entry.changed_size) == (0x1001, 5)
+    assert entry.original == site.code[1:]
+    assert entry.with_changed(entry.original) == site.code
+    retpoline = replace(site, code=bytes.fromhex("2e e8 01 02 03 04"), is_plain=False)
+    assert JournalEntry.of(retpoline).original == b"\1\2\3\4"
 
 
 def test_entries_lie_in_words() -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from optpoline.patch.layout import JournalEntry
 from optpoline.patch.text import (
     Poke,
     crosses_line,
+    direct_opcodes,
     is_inside,
     is_same_but_disp,
     leads_into,
@@ -299,6 +302,12 @@ def test_forms_of_a_plain_indirect_call() -> None:
     assert is_same_but_disp(entry, b"\xe8" + NEW)
     assert not is_same_but_disp(entry, b"\xcc" + NEW)
     assert not is_same_but_disp(entry, b"\xe8" + NEW + b"\x90")
+    # A jump in the place of a call, and the other way round, is somebody else's.
+    jump = replace(entry, code=bytes.fromhex("2e2e2effe0"))
+    assert is_same_but_disp(jump, b"\xe9" + NEW)
+    assert not is_same_but_disp(entry, b"\xe9" + NEW)
+    assert not is_same_but_disp(jump, b"\xe8" + NEW)
+    assert (direct_opcodes(entry), direct_opcodes(jump)) == ((b"\xe8",), (b"\xe9",))
 
 
 def test_inside_is_behind_the_first_byte() -> None:

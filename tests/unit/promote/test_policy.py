@@ -137,3 +137,35 @@ def test_site_that_was_not_seen_is_left_alone_by_all(name: str) -> None:
         view = history.view(counts({}), window_s=1.0, now_s=0.0)
         assert policy.decide(view).action is Action.KEEP
         assert not policy.is_surprising(view)
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_nobody_guards_more_than_the_source_allows(name: str) -> None:
+    policy = policy_named(name)
+    history = SiteHistory()
+    # Two that change places: what is kept of both must not make a tree of both.
+    for number in range(12):
+        hits = {int(A): 900_000, int(B): 100_000}
+        if number % 4 >= 2:
+            hits = {int(A): 100_000, int(B): 900_000}
+        view = history.view(counts(hits), window_s=1.0, now_s=float(number), max_guards=1)
+        decision = policy.decide(view)
+        history = history.after(decision, float(number))
+        if decision.action is Action.PROMOTE:
+            assert decision.plan is not None
+            assert len(decision.plan.targets) == 1
+
+
+def test_what_no_tree_of_so_few_guards_can_serve_is_no_surprise() -> None:
+    policy = policy_named("adaptive")
+    history = SiteHistory(current=OTHER)
+    halves = counts({A: 5_000, B: 5_000})
+    flipped = counts({A: 9_000, B: 1_000})
+
+    def is_surprising(window: SiteCounts, max_guards: int) -> bool:
+        view = history.view(window, window_s=1.0, now_s=9.0, max_guards=max_guards)
+        return policy.is_surprising(view)
+
+    assert is_surprising(halves, 0)
+    assert not is_surprising(halves, 1)
+    assert is_surprising(flipped, 1)

@@ -164,6 +164,8 @@ def test_blocks_are_found(off: int, expected: tuple[int, int, int, str, bool] | 
         ("2e e9 00 00 00 00", 6, False),
         ("0f 84 00 00 00 00", 6, False),
         ("2e 0f 8f 00 00 00 00", 7, False),
+        ("2e 2e 2e ff d0", 5, True),
+        ("2e 2e 41 ff e7", 5, False),
     ],
 )
 def test_sites_are_decoded(code: str, end: int, is_call: bool) -> None:

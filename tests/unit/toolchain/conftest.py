@@ -20,7 +20,12 @@ FakeCompiler = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def plugin() -> Path:
-    """Return the plugin for this machine's gcc.
+    """Return the plugin for this machine's gcc."""
+    return build_plugin_once()
+
+
+def build_plugin_once() -> Path:
+    """Return the plugin for this machine's gcc, built now if it is not there.
 
     It is kept below build/, under a name that says from which source it is, so that it is built
     again only when that has changed.

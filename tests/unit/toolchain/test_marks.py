@@ -7,18 +7,26 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from elftools.dwarf.callframe import FDE
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 from optpoline.cli.main import main
+from optpoline.discover import ModuleImage, find_sites
+from optpoline.discover.nearby import read_marked_sites
+from optpoline.discover.notes import read_notes
+from optpoline.model import Refusal
 from tests.unit.toolchain.conftest import ROOT
 from tests.unit.toolchain.marked_code import COLD, EXCLUDED, GOTO, Code, read_code
 
 TARGETS = ROOT / "tests" / "targets"
 SITE_SIZE = 5
+_SITE_FIELD_OFF = 4
+"""Of the field of a note that says which instruction it speaks of."""
 CS = 0x2E
 RUNTIME = frozenset(
     {"_start", "_init", "_fini", "deregister_tm_clones", "register_tm_clones", "frame_dummy"}
@@ -126,6 +134,87 @@ def test_attributes(make: Make, flags: tuple[str, ...]) -> None:
         (note,) = code.noted_in(function)
         assert (note.flags, note.n_branches, note.type) == expected, function
     assert [note.flags for note in code.noted_in("quiet_function")] == [EXCLUDED, EXCLUDED]
+
+
+def test_sites_have_what_their_source_says(make: Make) -> None:
+    path = make("marked.c", flags=("-O2", *THUNKS, *SHARED))
+    code = read(path)
+    sites = find_sites(ModuleImage.from_file(str(path))).sites
+    assert {site.addr for site in sites} == set(code.notes)
+    for site in sites:
+        note = code.notes[site.addr]
+        assert (site.refusal is Refusal.EXCLUDED) == bool(note.flags & EXCLUDED), site
+        assert site.max_guards == note.n_branches, site
+
+
+WRONG_NOTE = """
+int first(int (*call)(int), int (*other)(int))
+{
+    /* movabs $imm64, %rax: what a wrong note speaks of is no instruction */
+    __asm__("wrong: .byte 0x48, 0xb8, 0x2e, 0x2e, 0x2e, 0xff, 0xd0, 0, 0, 0" ::: "rax");
+    return call(1) + other(2) + 1;
+}
+"""
+
+
+def move_first_note(path: Path, symbol: str, off: int) -> Path:
+    """Return a copy of a program whose first note speaks of another address: a symbol's + off."""
+    note = min(read_notes(ModuleImage.from_file(str(path))), key=lambda note: note.site or 0)
+    field_addr = note.addr + _SITE_FIELD_OFF
+    raw = bytearray(path.read_bytes())
+    with path.open("rb") as file:
+        elf = ELFFile(file)
+        (at,) = elf.address_offsets(field_addr)
+        table = elf.get_section_by_name(".symtab")
+        assert isinstance(table, SymbolTableSection)
+        found = next(one for one in table.iter_symbols() if one.name == symbol)
+    moved = found["st_value"] + off - field_addr
+    raw[at : at + 4] = moved.to_bytes(4, "little", signed=True)
+    copy = path.with_name("moved.so")
+    copy.write_bytes(raw)
+    return copy
+
+
+def test_a_note_that_speaks_of_the_middle_of_an_instruction(plugin: Path, tmp_path: Path) -> None:
+    (tmp_path / "wrong.c").write_text(WRONG_NOTE)
+    path = tmp_path / "wrong.so"
+    argv = ["gcc", "-O2", *SHARED, f"-fplugin={plugin}", str(tmp_path / "wrong.c"), "-o", str(path)]
+    subprocess.run(argv, check=True, timeout=60)
+    scan = find_sites(ModuleImage.from_file(str(path)))
+    assert [site.is_plain for site in scan.sites] == [True, True]
+    moved_path = move_first_note(path, "wrong", 2)
+    moved = find_sites(ModuleImage.from_file(str(moved_path)))
+    assert moved.sites == (replace(scan.sites[1], module=str(moved_path)),)
+    assert moved.n_unverified == 1
+
+
+def test_notes_that_cannot_be_read_may_exclude_anything(make: Make, tmp_path: Path) -> None:
+    path = make("marked.c", flags=("-O2", *THUNKS, *SHARED))
+    raw = path.read_bytes()
+    version_at = raw.index(b"optpoline\0\0\0\1") + len(b"optpoline\0\0\0")
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(raw[:version_at] + b"\x63" + raw[version_at + 1 :])
+    sites = find_sites(ModuleImage.from_file(str(damaged))).sites
+    assert len(sites) == len(find_sites(ModuleImage.from_file(str(path))).sites)
+    assert {site.refusal for site in sites} == {Refusal.DAMAGED_NOTES}
+
+
+def test_a_dynamic_call_of_the_header_that_is_marked_too(plugin: Path, tmp_path: Path) -> None:
+    source = tmp_path / "twice.c"
+    source.write_text(
+        '#include "optpoline.h"\n'
+        "DYNAMIC_CALL_TABLE_BRANCHES(filters, 3, int, int);\n"
+        "int first(int (*call)(int), int (*other)(int))\n"
+        "{ return dynamic_call(filters, call, 1) + other(2) + 1; }\n"
+    )
+    path = tmp_path / "twice.so"
+    include = ROOT / "src" / "optpoline" / "share" / "include"
+    flags = ["-O2", *SHARED, *THUNKS, f"-I{include}", f"-fplugin={plugin}"]
+    subprocess.run(["gcc", *flags, str(source), "-o", str(path)], check=True, timeout=60)
+    image = ModuleImage.from_file(str(path))
+    marks = [site.mark for site in read_marked_sites(image).values()]
+    assert [(mark.table, mark.n_branches) for mark in marks] == [("filters", 3), (None, 0)]
+    assert [site.max_guards for site in find_sites(image).sites] == [3, 0]
 
 
 def test_opt_in(make: Make) -> None:

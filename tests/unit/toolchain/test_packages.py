@@ -19,6 +19,7 @@ import pytest
 
 from optpoline.cli.main import main
 from optpoline.errors import ToolchainError
+from optpoline.model import Refusal
 from optpoline.toolchain.compiler import Compiler, Family
 from optpoline.toolchain.flags import Form, Mode, compile_flags, link_flags
 from optpoline.toolchain.packages import pkg_config_path
@@ -40,8 +41,8 @@ DECLARED = Counter(
 )
 """What the project's source declares, of C and of C++."""
 
-MARKED = Counter({("dynamic_call", None): 2})
-"""What the plugin notes besides: each indirect call, be it declared or not."""
+MARKED = Counter({("dynamic_call", None): 1})
+"""What the plugin notes besides: an indirect call that is not declared."""
 
 Run = Callable[..., str]
 
@@ -99,7 +100,12 @@ def run(environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
 
 
 def check_program(
-    path: Path, capsys: pytest.CaptureFixture[str], *, n_sites: int, is_marked: bool = False
+    path: Path,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    n_sites: int,
+    is_marked: bool = False,
+    is_opt_in: bool = False,
 ) -> None:
     """Check that a program of the project works, and what ``optpoline sites`` lists of it."""
     subprocess.run([path], check=True, timeout=10)
@@ -110,8 +116,10 @@ def check_program(
     assert found == (DECLARED + MARKED if is_marked else DECLARED)
     (filters,) = (one for one in document["declared"] if one["name"] == "filters")
     n_notes = sum(one["address"] == filters["address"] for one in document["declared"])
-    assert n_notes == 1 + is_marked
-    assert (filters["problem"] is None) is (n_sites > 0)
+    assert n_notes == 1, "the header's note and the plugin's of one call are one"
+    assert (filters["problem"] is None) is (n_sites > 0 and not is_opt_in)
+    # To declare a dynamic call is not to opt in: that takes an attribute.
+    assert (filters["problem"] == Refusal.EXCLUDED.value) is is_opt_in
 
 
 @pytest.mark.parametrize(
@@ -155,7 +163,7 @@ def test_project_that_uses_cmake(
     run("cmake", "--build", "build", "--parallel", "2")
     check_program(build / "app", capsys, n_sites=0)
     check_program(build / "app_thunks", capsys, n_sites=2)
-    check_program(build / "app_plugin", capsys, n_sites=2, is_marked=True)
+    check_program(build / "app_plugin", capsys, n_sites=2, is_marked=True, is_opt_in=True)
 
     built = tmp_path / "cache" / plugin.relative_to(ROOT / "build" / "cache")
     wanted = compile_flags(GCC, Form.MARKED_RETPOLINE, plugin=built, mode=Mode.OPT_IN)[1:]

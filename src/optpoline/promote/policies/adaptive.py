@@ -25,7 +25,7 @@ phase that returns finds its targets guarded still.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from optpoline.learn.counting import SiteCounts, blend
 from optpoline.promote.cost import CostModel
@@ -82,13 +82,14 @@ class AdaptivePolicy:
 
     def decide(self, view: SiteView) -> Decision:
         """See ``Policy``."""
+        policy = replace(self, model=self._model_for(view))
         if view.current is None:
-            return self._decide_first(view)
+            return policy._decide_first(view)
         if view.window.total < self.min_count:
             return Decision(action=Action.KEEP, profile=view.profile)
-        if self.is_surprising(view):
-            return self._decide_surprised(view, view.current)
-        return self._decide_calm(view, view.current)
+        if policy.is_surprising(view):
+            return policy._decide_surprised(view, view.current)
+        return policy._decide_calm(view, view.current)
 
     def is_surprising(self, view: SiteView) -> bool:
         """See ``Policy``: unguarded targets cost more than a clear gain."""
@@ -96,7 +97,15 @@ class AdaptivePolicy:
             return False
         shares = view.window.shares()
         guarded = sum(shares.get(target, 0.0) for target in view.current.targets)
-        return (1.0 - guarded) * self.model.retpoline_cycles >= self.clear_gain_cycles
+        # What no tree of so few guards could have served is no surprise.
+        best = sum(sorted(shares.values())[-view.max_guards :]) if view.max_guards else 1.0
+        return (best - guarded) * self._model_for(view).retpoline_cycles >= self.clear_gain_cycles
+
+    def _model_for(self, view: SiteView) -> CostModel:
+        """Return what things cost at a site: its misses, and how many guards it may have."""
+        missed_cycles = self.model.plain_cycles if view.is_plain else self.model.retpoline_cycles
+        n_guards = view.limit_guards(self.model.max_targets)
+        return replace(self.model, retpoline_cycles=missed_cycles, max_targets=n_guards)
 
     def hold_s(self, n_changes: int) -> float:
         """Return how long a site with so many changes is left alone after the last one."""

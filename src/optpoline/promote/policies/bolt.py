@@ -62,7 +62,7 @@ class BoltPolicy:
         is_call = view.kind is SiteKind.CALL
         hot = take_hot(
             replace(view.window, n_unknown=0),
-            max_guards=self.max_guards,
+            max_guards=view.limit_guards(self.max_guards),
             remaining_ratio=self.calls_remaining_ratio if is_call else self.jumps_remaining_ratio,
             total_ratio=self.calls_total_ratio if is_call else self.jumps_total_ratio,
         )

@@ -78,7 +78,8 @@ class CreePolicy:
         ranked = sorted(hits.items(), key=lambda item: (-item[1], item[0]))
         if candidate_hits > self.update_hits:
             if ranked[0][1] > self.min_hits:
-                return self._update(view, [target for target, _ in ranked[: self.n_branches]])
+                best = ranked[: view.limit_guards(self.n_branches)]
+                return self._update(view, [target for target, _ in best])
             return Decision(action=Action.KEEP)
         if misses > self.drop_misses:
             ranked = [(target, n) for target, n in ranked if target in branches]

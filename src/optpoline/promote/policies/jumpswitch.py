@@ -70,7 +70,7 @@ class JumpSwitchPolicy:
         keep = Decision(action=Action.KEEP, profile=view.profile)
         if view.window.total < self.min_count or not targets:
             return keep
-        if n_targets > self.max_guards:
+        if n_targets > view.limit_guards(self.max_guards):
             return Decision(action=Action.DEMOTE) if view.current is not None else keep
         plan = plan_chain(targets, view.window, self.model)
         if view.current is not None:

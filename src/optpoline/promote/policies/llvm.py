@@ -51,7 +51,7 @@ class LlvmPolicy:
             return Decision(action=Action.KEEP, profile=view.profile)
         hot = take_hot(
             view.window,
-            max_guards=self.max_guards,
+            max_guards=view.limit_guards(self.max_guards),
             remaining_ratio=self.remaining_ratio,
             total_ratio=self.total_ratio,
         )

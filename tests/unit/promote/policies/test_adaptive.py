@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -599,3 +599,16 @@ def test_thresholds_are_ordered() -> None:
     assert policy.narrow_gain_cycles < policy.clear_gain_cycles < policy.model.retpoline_cycles
     assert 0.0 < policy.calm_ratio < policy.followed_ratio < 1.0
     assert AdaptivePolicy(model=CostModel(retpoline_cycles=40)).model.retpoline_cycles == 40
+
+
+def test_a_plain_branch_is_worth_fewer_guards() -> None:
+    hits = {Addr(0x1000 * n): 1_000_000 for n in range(1, 9)}
+    view = view_of(None, to_counts(hits))
+    retpoline, plain = POLICY.decide(view), POLICY.decide(replace(view, is_plain=True))
+    assert retpoline.plan is not None
+    assert plain.plan is not None
+    assert plain.plan.cycles < MODEL.plain_cycles < MODEL.retpoline_cycles
+    # Half of the branches miss: with a retpoline that is a surprise sooner.
+    current, half = plan_for({A: 1000}), to_counts({A: 7_500, B: 2_500})
+    assert POLICY.is_surprising(view_of(current, half))
+    assert not POLICY.is_surprising(replace(view_of(current, half), is_plain=True))
