@@ -22,6 +22,9 @@ from bench.changing import measure_changes
 from bench.errors import BenchError
 from bench.figures import Figure, measure_quiet, measure_sites
 from bench.many_sites import measure_many_sites
+from bench.marking.dynamic_call import measure_dynamic_call
+from bench.marking.measure import measure_lua_recovered, measure_marking
+from bench.marking.programs import PROGRAMS
 from bench.paths import RESULTS, ROOT
 from bench.programs import cxx, libxml2, lua, redis, sqlite
 from bench.programs.phases import build_phases
@@ -36,6 +39,7 @@ _ROUNDS = 7
 _FEWEST_ROUNDS = 5
 _FIGURES = "figures"
 _ADAPTING = "adapting"
+_PLUGIN = "plugin"
 _SITES = (50, 2000)
 
 
@@ -79,7 +83,7 @@ _GROUPS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks; returns the exit status: 1 if something could not be measured."""
     options = _parse(arguments)
-    chosen: list[str] = options.only or [*_GROUPS, _FIGURES, _ADAPTING]
+    chosen: list[str] = options.only or [*_GROUPS, _FIGURES, _ADAPTING, _PLUGIN]
     status = 0
     for name in chosen:
         begin = time.monotonic()
@@ -88,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _run_figures()
             elif name == _ADAPTING:
                 _run_adapting()
+            elif name == _PLUGIN:
+                _run_plugin(rounds=options.rounds)
             else:
                 _run_group(name, rounds=options.rounds, promote=not options.no_promote)
         except BenchError as error:
@@ -147,10 +153,25 @@ def _run_adapting() -> None:
     print_figures(_ADAPTING, figures)
 
 
+def _run_plugin(*, rounds: int) -> None:
+    """Measure programs built with the compiler plugin; print and write the results."""
+    figures: list[Figure] = []
+    for program in PROGRAMS:
+        console.print(f"{_PLUGIN}: {program.name}")
+        figures += measure_marking(program)
+        write_group(RESULTS, _PLUGIN, figures_document(figures))
+    console.print(f"{_PLUGIN}: dynamic calls")
+    figures += measure_dynamic_call()
+    console.print(f"{_PLUGIN}: promoting Lua")
+    figures += measure_lua_recovered(rounds=rounds)
+    write_group(RESULTS, _PLUGIN, figures_document(figures))
+    print_figures(_PLUGIN, figures)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="bench", description="Measure the workloads.")
-    names = [*_GROUPS, _FIGURES, _ADAPTING]
+    names = [*_GROUPS, _FIGURES, _ADAPTING, _PLUGIN]
     parser.add_argument(
         "--only",
         type=_names_of(names),

@@ -2,14 +2,17 @@
 """The same program, built several ways with the same compiler.
 
 Only what the user would change is changed: ``-O2 -g`` in each, and retpolines on top.
-Control-flow enforcement is off in each, because gcc refuses it together with retpolines.
+Control-flow enforcement is off in each, because gcc refuses it together with retpolines; but
+for ``PLUGIN_TRACKED``, where it makes gcc mark the jumps of switch tables as such.
 A build whose inputs and flags are unchanged is not repeated.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from bench.commands import run_command
 from bench.errors import BenchError
-from bench.paths import BUILD
+from bench.paths import BUILD, OPTPOLINE
 
 __all__ = ["Variant", "build_once", "compile_program", "variant_flags"]
 
@@ -32,6 +35,9 @@ class Variant(Enum):
     RETPOLINE = "retpoline"
     PGO = "retpoline, -fprofile-use"
     NO_TABLES = "plain, -fno-jump-tables"
+    PLUGIN = "plugin"
+    PLUGIN_RETPOLINE = "plugin, retpoline"
+    PLUGIN_TRACKED = "plugin, -fcf-protection=branch"
 
     @property
     def directory(self) -> str:
@@ -39,7 +45,8 @@ class Variant(Enum):
         return self.name.lower()
 
 
-_COMMON = ("-O2", "-g", "-fcf-protection=none")
+_OPTIMISED = ("-O2", "-g")
+_COMMON = (*_OPTIMISED, "-fcf-protection=none")
 _RETPOLINE = ("-mindirect-branch=thunk", "-mindirect-branch-register")
 
 
@@ -52,6 +59,18 @@ def variant_flags(variant: Variant) -> tuple[str, ...]:
             return (*_COMMON, "-fno-jump-tables")
         case Variant.RETPOLINE | Variant.PGO:
             return _COMMON + _RETPOLINE
+        case Variant.PLUGIN:
+            return _COMMON + _plugin_flags()
+        case Variant.PLUGIN_RETPOLINE:
+            return _COMMON + _RETPOLINE + _plugin_flags()
+        case Variant.PLUGIN_TRACKED:
+            return (*_OPTIMISED, "-fcf-protection=branch", *_plugin_flags())
+
+
+@functools.cache
+def _plugin_flags() -> tuple[str, ...]:
+    """Flags that make GCC load our plugin, as a user asks for them; builds it first."""
+    return tuple(shlex.split(run_command([str(OPTPOLINE), "cflags", "--plugin"])))
 
 
 def build_once(

@@ -23,7 +23,16 @@ from bench.commands import run_command
 from bench.errors import BenchError
 from bench.paths import BUILD
 
-__all__ = ["LIBXML2", "LUA", "REDIS", "SQLITE", "Source", "fetch_source", "private_sources"]
+__all__ = [
+    "LIBXML2",
+    "LUA",
+    "NINJA",
+    "REDIS",
+    "SQLITE",
+    "Source",
+    "fetch_source",
+    "private_sources",
+]
 
 _APT = BUILD / "apt"
 _SYSTEM_LISTS = Path("/etc/apt/sources.list.d")
@@ -58,6 +67,7 @@ LUA = Source(
 )
 SQLITE = Source(name="sqlite", debian="sqlite3", probe="src/vdbe.c")
 REDIS = Source(name="redis", debian="redis", probe="src/server.c")
+NINJA = Source(name="ninja", debian="ninja-build", probe="src/build.cc")
 LIBXML2 = Source(name="libxml2", debian="libxml2", probe="parser.c")
 
 

@@ -185,18 +185,21 @@ IN_TURN = Workload(
 def build_redis(variant: Variant) -> Path:
     """Build the server, with the C library's allocator; returns its executable.
 
-    The client is the plain build's in every variant: only the server is measured.
+    The client is the plain build's in every variant: only the server is measured. What
+    Redis' own tests need besides is there as well.
     """
     root = fetch_source(REDIS)
     flags = variant_flags(variant)
     client = None
     if variant is not Variant.PLAIN:
         client = build_redis(Variant.PLAIN).with_name("redis-benchmark")
+    is_tested = variant in (Variant.PLUGIN, Variant.PLUGIN_RETPOLINE)
 
     def build(directory: Path) -> Path:
         tree = directory / "tree"
         shutil.copytree(root, tree, symlinks=True)
         goals = ["redis-server"] if client else ["redis-server", "redis-benchmark"]
+        goals += ["redis-cli"] if is_tested else []
         run_command(
             ["make", "-j2", "MALLOC=libc", "OPTIMIZATION=-O2", f"CFLAGS={' '.join(flags)}", *goals],
             cwd=tree / "src",
