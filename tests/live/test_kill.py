@@ -49,6 +49,7 @@ N_POINTS = 16
 DIE_AT = """
 import os, signal, sys
 import optpoline
+from optpoline.controller import first_window
 from optpoline.patch.arena import Arena
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.ptrace import Tracer
@@ -76,6 +77,7 @@ count(RemoteMemory, "write")
 count(Arena, "store_u64")
 count(Arena, "put_block")
 count(Arena, "journal")
+first_window.GROUP_SITES, first_window.MIN_LEARN_S = 2, 0.01
 config = optpoline.Config(sample_every_s=0.02, poll_s=0.02, promote_plain=True)
 for line in sys.stdin:
     pid, point, when = line.split()
@@ -83,7 +85,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         with optpoline.attach(int(pid), config=config) as session:
-            session.learn(0.06)
+            session.learn(0.06, in_turn=True)
             session.promote()
             session.watch(0.1)
         print(n_done, end=" ", flush=True)

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 import optpoline
+from optpoline.controller import first_window
 from optpoline.controller.events import Event, EventKind
-from optpoline.controller.summary import DetachOutcome, SessionState
+from optpoline.controller.summary import DetachOutcome, SessionState, SiteState
 from optpoline.errors import ProcessGone
 from optpoline.model import Addr
 from optpoline.process.memory import RemoteMemory
 from tests.live.conftest import BuildTarget, LiveTarget, StartTarget
+from tests.live.failing_stops import fail_at
 from tests.live.witness import (
     RETPOLINE,
     Witness,
@@ -338,6 +340,30 @@ def test_modules_that_come_and_go(start_target: StartTarget, build_target: Build
     kinds = [event.kind for event in events]
     assert kinds.count(EventKind.MODULE_ADDED) >= 5
     assert kinds.count(EventKind.MODULE_GONE) >= 5
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_a_module_is_loaded_between_attaching_and_watching(
+    start_target: StartTarget, build_target: BuildTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found, and the watch goes on, though a stop between its groups fails."""
+    monkeypatch.setattr(first_window, "GROUP_SITES", 1)
+    plugin = build_target("plugin", *PLUGIN)
+    target = start_target("life", "spin", "1", flags=(*RETPOLINE, "-ldl"))
+    before = Witness.of(target.pid)
+    config = optpoline.Config(learn_s=0.2, maps_every_s=0.1, relink_after_s=0.1)
+    with optpoline.attach(target.pid, config=config) as session:
+        assert target.ask(f"open {plugin}").startswith("opened")
+        session.learn(0.1)
+        session.promote()
+        fail_at(monkeypatch, 2)
+        assert session.watch(1.2) is SessionState.WATCHING
+        assert any("did not stop" in note for note in session.notes)
+        assert [r for r in session.records if r.site.module == str(plugin)]
+        assert not [r for r in session.records if r.state is SiteState.LEARNING]
+        assert all(record.home is record.active for record in session.records)
+    target.ask("close")
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")
 

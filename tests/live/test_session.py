@@ -11,6 +11,7 @@ import pytest
 import optpoline
 from optpoline.controller import first_window
 from optpoline.controller.audit import audit
+from optpoline.controller.events import Event, EventKind
 from optpoline.controller.linker import Move
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome, SiteState
@@ -123,6 +124,22 @@ def test_learned_in_turn(start_target: StartTarget, monkeypatch: pytest.MonkeyPa
         assert audit(target.pid).is_sound
         assert session.detach().outcome is DetachOutcome.CLEAN
     before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_who_is_told_of_a_promotion_raises(start_target: StartTarget) -> None:
+    """What was promoted is looked after all the same."""
+
+    def tell(event: Event) -> None:
+        if event.kind is EventKind.PROMOTED:
+            raise ValueError(event.message)
+
+    target = start_target("promote", "1", flags=RETPOLINE)
+    with optpoline.attach(target.pid, on_event=tell) as session:
+        session.learn(LEARN_S)
+        with pytest.raises(ValueError, match="4 of 4 sites"):
+            session.promote()
+        assert all(record.next_sample_s > 0.0 for record in session.records)
     assert target.finish().startswith("wrong 0 rounds")
 
 

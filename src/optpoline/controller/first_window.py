@@ -7,7 +7,8 @@ one) and counts until the end of the window. Waves come hottest first, and a sit
 own time only, so that rates are right whenever it came.
 
 Many sites may be learned in turn instead: a group counts for its part of the window, and goes
-back to its baseline in the stop that links the next.
+back to its baseline in the stop that links the next. Sites for which all threads would have to
+stand are led to their thunk by a redirection: such a stop may not be had again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from optpoline.controller.linker import Linker, Move
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.controller.target import Target
+from optpoline.errors import ArenaError
 from optpoline.model import Addr
+from optpoline.patch.blocks import redirect
+from optpoline.patch.text import needs_all_stopped
 
 __all__ = ["GROUP_SITES", "FirstWindow"]
 
@@ -108,16 +112,20 @@ class FirstWindow:
             length_s: How long all of it takes; see ``run``.
             stop: Ends the window early when set.
             in_turn: Whether more than ``GROUP_SITES`` count in groups. Of these all but the
-                last are unlinked again, and are ``waiting``.
+                last are unlinked again, and are ``waiting``. Sites of later groups stay as
+                they are where the earlier ones' blocks have used their arena up.
             began: Is told how many sites are learned, once the first are.
 
         Raises:
+            ArenaError: if an arena has no room for the first blocks.
             ProcessGone: if the target exits meanwhile.
         """
-        n_groups = max(1, -(-len(records) // GROUP_SITES)) if in_turn else 1
+        n_groups = 1
+        if in_turn:
+            n_groups = min(-(-len(records) // GROUP_SITES), round(length_s / MIN_LEARN_S))
+            n_groups = max(1, n_groups)
         # Every n-th, for sites that lie together are often hot together.
         groups = [records[number::n_groups] for number in range(n_groups)]
-        self.waiting = []
         linked: list[SiteRecord] = []
         moves = self._prepare(groups[0])
         for number in range(n_groups):
@@ -126,7 +134,7 @@ class FirstWindow:
             if number == 0:
                 began(len(records) - len(moves) + len(linked))
             if number + 1 < n_groups:
-                moves = self._prepare(groups[number + 1])
+                moves = self._prepare(groups[number + 1], may_skip=True)
             self.run(linked, begin_s + length_s / n_groups - time.monotonic(), stop)
             if stop is not None and stop.is_set():
                 break
@@ -195,13 +203,23 @@ class FirstWindow:
         """Link baseline sites to counting blocks; return those that are."""
         return self._link(self._prepare(records))
 
-    def _prepare(self, records: Sequence[SiteRecord]) -> list[Move]:
-        """Write the counting blocks of baseline sites; nothing leads there yet."""
+    def _prepare(self, records: Sequence[SiteRecord], *, may_skip: bool = False) -> list[Move]:
+        """Write the counting blocks of baseline sites; nothing leads there yet.
+
+        Args:
+            records: The sites.
+            may_skip: Whether sites may be left out for which there is no room.
+        """
         moves: list[Move] = []
         for record in records:
-            record.arena.journal(record.site)
+            try:
+                record.arena.journal(record.site)
+                block = first_block(record, self._config.policy.schedule.max_slots)
+            except ArenaError:
+                if not may_skip:
+                    raise
+                continue
             record.active = None
-            block = first_block(record, self._config.policy.schedule.max_slots)
             moves.append(Move(record=record, block=block))
             self.ever_linked[record.site.addr] = record
         return moves
@@ -213,15 +231,33 @@ class FirstWindow:
             moves: The sites, and where they shall lead.
             done: Sites that have counted, which get their baseline back with it.
         """
-        if not moves:
+        if not moves and not done:
             return []
-        self._linker.link([*(Move(record=record, block=None) for record in done), *moves])
+        try:
+            self._linker.link([*self._moves_back(done), *moves])
+        finally:
+            # Also of a change that failed half-way: nobody else comes back to them.
+            self.waiting = [record for record in self.waiting if record.home is None]
+            for record in done:
+                if record.home is None and record.state is SiteState.LEARNING:
+                    record.state = SiteState.BASELINE
+                    self.waiting.append(record)
         linked = [move.record for move in moves if move.record.home is not None]
         for record in linked:
             record.state = SiteState.LEARNING
         begin_window(linked, time.monotonic(), self._empty)
-        for record in done:
-            if record.home is None and record.state is SiteState.LEARNING:
-                record.state = SiteState.BASELINE
-                self.waiting.append(record)
         return linked
+
+    def _moves_back(self, done: Sequence[SiteRecord]) -> list[Move]:
+        """Return what gives sites that have counted their baseline back.
+
+        Those for which all threads would have to stand count no more from now on: led to
+        their thunk like this they can be promoted whoever sleeps then.
+        """
+        moves: list[Move] = []
+        for record in done:
+            if not needs_all_stopped(record.entry):
+                moves.append(Move(record=record, block=None))
+            elif record.home is not None:
+                redirect(record.home, record.thunk_addr)
+        return moves

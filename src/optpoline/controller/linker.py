@@ -81,13 +81,16 @@ class Linker:
             raise
         for poke in result.done:
             move = by_entry[poke.entry.addr]
-            if move.record.home is not None and _counts_hits(move.record.home):
+            left = move.record.learner if move.record.home is None else move.record.home
+            if left is not None and left is not move.block and _counts_hits(left):
                 # A child forked while we learned has the text of then: spare it the counting.
-                self._lead_on(move)
+                _lead_on(left, move)
             move.record.branch = poke.new
             move.record.home = move.block
         for poke in result.left:
-            self._lead_on(by_entry[poke.entry.addr])
+            move = by_entry[poke.entry.addr]
+            if move.record.home is not None:
+                _lead_on(move.record.home, move)
         for poke in result.reloaded:
             by_entry[poke.entry.addr].record.forget_links()
         if result.foreign:
@@ -111,11 +114,10 @@ class Linker:
                 move.record.branch = poke.new
                 move.record.home = move.block
 
-    def _lead_on(self, move: Move) -> None:
-        """Do by a redirection what could not be done in the text."""
-        if move.record.home is not None:
-            dst = move.block.addr if move.block is not None else move.record.thunk_addr
-            redirect(move.record.home, dst)
+
+def _lead_on(block: Block, move: Move) -> None:
+    """Do by a redirection of a site's block what could not be done in the text."""
+    redirect(block, move.block.addr if move.block is not None else move.record.thunk_addr)
 
 
 def _branch_to(record: SiteRecord, block: Block) -> bytes:

@@ -12,7 +12,8 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from collections.abc import Mapping as MappingABC
 from dataclasses import replace
 from types import TracebackType
 
@@ -68,7 +69,7 @@ from optpoline.errors import (
     UsageError,
 )
 from optpoline.learn.counting import SiteCounts
-from optpoline.model import Addr, Module, Site
+from optpoline.model import Addr, Mapping, Module, Site
 from optpoline.process.permissions import check_attachable
 from optpoline.simulate.trace_file import TraceWriter
 
@@ -79,6 +80,9 @@ EventCallback = Callable[[Event], None]
 _MORE_S = 0.1
 """How much longer than asked for a watch may take to end a change that is under way: a grace
 period takes 5 to 50 ms where the first look tells all."""
+
+_PASSING = (ArenaError, PermissionDenied, StopTimeout, TargetFault, UnsupportedTarget)
+"""Errors that say no more than that something cannot be done for the moment."""
 
 _EXIT_POLL_S = 0.01
 _EXIT_TIMEOUT_S = 5.0
@@ -143,6 +147,8 @@ class Session(DeclaringSession):
         self._pidfd = -1
         self._last_summary: Summary | None = None
         self._next_maps_s = 0.0
+        self._code_seen: tuple[Mapping, ...] = ()
+        """What could be executed when modules were last looked for."""
         self._n_changes_named = 0
 
     # --- attaching
@@ -201,6 +207,8 @@ class Session(DeclaringSession):
 
     def _take_in(self) -> list[SiteRecord]:
         """Do so; thousands of objects are made that all stay."""
+        self.target.read_maps()
+        self._code_seen = self.target.code_maps
         added, gone = self.target.refresh_modules()
         for loaded in gone:
             self._forget(loaded.module)
@@ -366,7 +374,7 @@ class Session(DeclaringSession):
             self.state = SessionState.EXITED
             raise ProcessGone(self.pid)
 
-    def drain(self) -> Mapping[Addr, SiteCounts]:
+    def drain(self) -> MappingABC[Addr, SiteCounts]:
         """Return what each site has counted since the last drain, exactly, and begin anew.
 
         After ``learn`` sites go on counting until ``promote``, each branch once, at full
@@ -417,37 +425,45 @@ class Session(DeclaringSession):
         waiting, self._first_window.waiting = self._first_window.waiting, []
         learned += [r for r in waiting if r.home is None]
         begin_s = time.monotonic()
-        n_promoted = promote_first(
-            learned,
-            policy=self.config.policy,
-            linker=self._linker,
-            may_guard=self.target.may_guard,
-            now_s=begin_s,
-            promote_plain=self.config.promote_plain,
-            slack_ratio=NEXT_SLACK_RATIO if self.config.is_switched_off else FIRST_SLACK_RATIO,
-        )
-        for record in learned:
-            if record.state is SiteState.LEARNING:
-                record.state = SiteState.BASELINE
+        try:
+            n_promoted = promote_first(
+                learned,
+                policy=self.config.policy,
+                linker=self._linker,
+                may_guard=self.target.may_guard,
+                now_s=begin_s,
+                promote_plain=self.config.promote_plain,
+                slack_ratio=NEXT_SLACK_RATIO if self.config.is_switched_off else FIRST_SLACK_RATIO,
+            )
+        finally:
+            for record in learned:
+                if record.state is SiteState.LEARNING:
+                    record.state = SiteState.BASELINE
         self.state = SessionState.PROMOTED
-        took_s = time.monotonic() - begin_s
+        try:
+            self._tell_promoted(n_promoted, learned, time.monotonic() - begin_s)
+        finally:
+            self._sampler.schedule(linked, time.monotonic())
+            self._rediscovery.learned(learned, time.monotonic())
+            self._name_blocks(at_once=True)
+        return n_promoted
+
+    def _tell_promoted(self, n_promoted: int, learned: Sequence[SiteRecord], took_s: float) -> None:
+        """Say what became of the sites that were learned."""
         if n_promoted:
             message = f"{n_promoted} of {count_of(len(learned), 'site')} in {took_s:.3f} s"
             self._tell(EventKind.PROMOTED, message)
-        else:
-            more = any(record.state is SiteState.PROMOTED for record in self.records)
-            why = explain_not_promoted(
-                self.pid,
-                learned,
-                find_unlinked(linked, learned),
-                promote_plain=self.config.promote_plain,
-            )
-            message = f"nothing {'more ' if more else ''}to promote yet: {why}"
-            self._tell(EventKind.NOT_PROMOTED, message)
-        self._sampler.schedule(linked, time.monotonic())
-        self._rediscovery.learned(learned, time.monotonic())
-        self._name_blocks(at_once=True)
-        return n_promoted
+            return
+        more = any(record.state is SiteState.PROMOTED for record in self.records)
+        tried = self._first_window.ever_linked.values()
+        why = explain_not_promoted(
+            self.pid,
+            learned,
+            find_unlinked(tried, learned),
+            promote_plain=self.config.promote_plain,
+        )
+        message = f"nothing {'more ' if more else ''}to promote yet: {why}"
+        self._tell(EventKind.NOT_PROMOTED, message)
 
     def record(
         self, writer: TraceWriter, plan: RecordPlan, stop: threading.Event | None = None
@@ -521,14 +537,9 @@ class Session(DeclaringSession):
                 self._tell(EventKind.EXECED, f"process {self.pid} replaced its program")
             elif end is SessionState.EXITED:
                 self._tell(EventKind.EXITED, f"process {self.pid} exited")
-        except (
-            ArenaError,
-            PermissionDenied,
-            StopTimeout,
-            TargetFault,
-            UnsupportedTarget,
-        ) as error:
+        except _PASSING as error:
             # For the moment it cannot be done; every site leads somewhere right meanwhile.
+            self.state = SessionState.WATCHING
             if str(error) not in self.notes:
                 self._note(str(error))
 
@@ -602,15 +613,23 @@ class Session(DeclaringSession):
         found = self._rediscovery.find(now_s)
         if not found:
             return
-        self._learn_hot(found, self.config.relearn_s, stop)
+        self._learn_and_promote(lambda: self._learn_hot(found, self.config.relearn_s, stop))
+
+    def _learn_and_promote(self, learn: Callable[[], None]) -> None:
+        """Learn while watching, and decide on it."""
+        try:
+            learn()
+        except _PASSING:
+            # Sites may still count: nobody else comes back to them, nor to what was learned.
+            self.promote()
+            raise
         self.promote()
         self.state = SessionState.WATCHING
 
     def _check_maps(self, stop: threading.Event | None) -> bool:
         """Notice exec and new modules; tell whether the program is still the same."""
-        before = self.target.code_maps
         self.target.read_maps()
-        if self.target.code_maps == before:
+        if self.target.code_maps == self._code_seen:
             return True
         if not self.target.has_arena():
             self.state = SessionState.EXECED
@@ -620,9 +639,9 @@ class Session(DeclaringSession):
         if fresh:
             names = ", ".join(sorted({record.site.module for record in fresh}))
             self._tell(EventKind.MODULE_ADDED, f"{names}: {count_of(len(fresh), 'site')}")
-            self._learn(fresh, self.config.learn_s, stop, in_turn=True)
-            self.promote()
-            self.state = SessionState.WATCHING
+            self._learn_and_promote(
+                lambda: self._learn(fresh, self.config.learn_s, stop, in_turn=True)
+            )
         return True
 
     # --- telling
