@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from elftools.elf.constants import SH_FLAGS
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 from iced_x86 import Decoder, FlowControl
@@ -34,6 +35,7 @@ _START_UP = frozenset(
 _NOT_COMPILED = (".plt", ".init", ".fini")
 _NOTRACK = 0x3E
 _LONGEST = 15
+_SITES = (str(OPTPOLINE), "sites", "--json", "-")
 _INDIRECT = (FlowControl.INDIRECT_BRANCH, FlowControl.INDIRECT_CALL)
 _DIRECT = (FlowControl.UNCONDITIONAL_BRANCH, FlowControl.CONDITIONAL_BRANCH, FlowControl.CALL)
 
@@ -103,9 +105,6 @@ def read_noted(path: Path) -> frozenset[int]:
     )
 
 
-_SITES = (str(OPTPOLINE), "sites", "--json", "-")
-
-
 def _executed_code(sections: list[_Code], executed: Executed) -> Iterator[tuple[int, bytes]]:
     """Yield each executed address in the sections with the bytes there."""
     for section in sections:
@@ -131,11 +130,8 @@ def _read_code(path: Path) -> tuple[list[_Code], list[tuple[int, str]], frozense
                     functions[int(symbol["st_value"])] = str(symbol.name)
                     if str(symbol.name).startswith(_THUNK):
                         thunks.add(int(symbol["st_value"]))
-            is_code = section["sh_flags"] & _EXECUTABLE and section["sh_type"] == "SHT_PROGBITS"
+            is_executable = section["sh_flags"] & SH_FLAGS.SHF_EXECINSTR
+            is_code = is_executable and section["sh_type"] == "SHT_PROGBITS"
             if is_code and not section.name.startswith(_NOT_COMPILED):
                 sections.append(_Code(addr=int(section["sh_addr"]), data=bytes(section.data())))
     return sections, sorted(functions.items()), frozenset(thunks)
-
-
-_EXECUTABLE = 4
-"""SHF_EXECINSTR."""

@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from elftools.elf.constants import SH_FLAGS
 from elftools.elf.elffile import ELFFile
 
 __all__ = ["Sizes", "read_sizes"]
 
-_WRITE, _ALLOC, _EXECUTABLE = 1, 2, 4
 _NOTES = "optpoline_"
 
 
@@ -36,10 +36,10 @@ def read_sizes(path: Path) -> Sizes:
     with path.open("rb") as stream:
         for section in ELFFile(stream).iter_sections():
             flags, size = int(section["sh_flags"]), int(section["sh_size"])
-            if not flags & _ALLOC or flags & _WRITE:
+            if not flags & SH_FLAGS.SHF_ALLOC or flags & SH_FLAGS.SHF_WRITE:
                 continue
             read_only += size
-            if flags & _EXECUTABLE:
+            if flags & SH_FLAGS.SHF_EXECINSTR:
                 text += size
             if section.name.startswith(_NOTES):
                 notes += size
