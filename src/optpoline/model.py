@@ -193,6 +193,11 @@ class Site:
     is_declared: bool = False
 
     @property
+    def is_undeclared_plain(self) -> bool:
+        """Whether it is promoted on request only (``Config.promote_plain``)."""
+        return self.is_plain and not self.is_declared
+
+    @property
     def end(self) -> Addr:
         """Address after the instruction; what its displacement counts from."""
         return Addr(self.addr + len(self.code))

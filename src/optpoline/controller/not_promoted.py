@@ -75,7 +75,7 @@ def explain_not_promoted(
     usable = [record for record in reached if record.state is not SiteState.REFUSED]
     if not usable:
         return "the sites that were reached cannot be promoted"
-    if not promote_plain and all(r.site.is_plain and not r.site.is_declared for r in usable):
+    if not promote_plain and all(record.site.is_undeclared_plain for record in usable):
         return "plain branches that no source declares are promoted with --promote-plain only"
     rate_hz = max(record.rate_hz or 0.0 for record in usable)
     model = CostModel()

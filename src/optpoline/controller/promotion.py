@@ -140,7 +140,7 @@ def promote_first(
     for record in hottest:
         hotter_ratio = hotter_hz / all_hz if all_hz else 0.0
         block = None
-        if promote_plain or record.site.is_declared or not record.site.is_plain:
+        if promote_plain or not record.site.is_undeclared_plain:
             block = _promote_one(record, policy, may_guard, hotter_ratio, slack_ratio, now_s)
         n_promoted += block is not None
         moves.append(Move(record=record, block=block))

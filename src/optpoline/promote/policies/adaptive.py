@@ -82,7 +82,9 @@ class AdaptivePolicy:
 
     def decide(self, view: SiteView) -> Decision:
         """See ``Policy``."""
-        policy = replace(self, model=self._model_for(view))
+        policy = self
+        if view.is_plain or view.max_guards:  # hardly any: most need no model of their own
+            policy = replace(self, model=self._model_for(view))
         if view.current is None:
             return policy._decide_first(view)
         if view.window.total < self.min_count:
@@ -99,13 +101,19 @@ class AdaptivePolicy:
         guarded = sum(shares.get(target, 0.0) for target in view.current.targets)
         # What no tree of so few guards could have served is no surprise.
         best = sum(sorted(shares.values())[-view.max_guards :]) if view.max_guards else 1.0
-        return (best - guarded) * self._model_for(view).retpoline_cycles >= self.clear_gain_cycles
+        return (best - guarded) * self._missed_cycles(view) >= self.clear_gain_cycles
+
+    def _missed_cycles(self, view: SiteView) -> float:
+        """Return what a miss costs at a site."""
+        return self.model.plain_cycles if view.is_plain else self.model.retpoline_cycles
 
     def _model_for(self, view: SiteView) -> CostModel:
         """Return what things cost at a site: its misses, and how many guards it may have."""
-        missed_cycles = self.model.plain_cycles if view.is_plain else self.model.retpoline_cycles
-        n_guards = view.limit_guards(self.model.max_targets)
-        return replace(self.model, retpoline_cycles=missed_cycles, max_targets=n_guards)
+        return replace(
+            self.model,
+            retpoline_cycles=self._missed_cycles(view),
+            max_targets=view.limit_guards(self.model.max_targets),
+        )
 
     def hold_s(self, n_changes: int) -> float:
         """Return how long a site with so many changes is left alone after the last one."""
