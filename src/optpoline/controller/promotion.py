@@ -20,7 +20,7 @@ from optpoline.errors import ArenaError, EncodeRangeError
 from optpoline.learn.counting import SiteCounts
 from optpoline.model import Addr, BlockPlan
 from optpoline.patch.blocks import Block, add_block, redirect
-from optpoline.promote.policy import Action, Decision, Policy, SiteHistory
+from optpoline.promote.policy import Action, Decision, Policy, SiteHistory, SiteView
 from optpoline.promote.tree import PlannedTree
 from optpoline.x86.blocks import choose_base
 
@@ -34,6 +34,7 @@ __all__ = [
     "plan_block",
     "promote_again",
     "promote_first",
+    "view_of",
 ]
 
 
@@ -95,6 +96,27 @@ def history_of(record: SiteRecord) -> SiteHistory:
         n_changes=record.n_changes,
         changed_s=record.changed_s,
         calm_since_s=record.calm_since_s,
+    )
+
+
+def view_of(
+    record: SiteRecord,
+    history: SiteHistory,
+    counts: SiteCounts,
+    *,
+    window_s: float,
+    now_s: float,
+    hotter_ratio: float = 0.0,
+) -> SiteView:
+    """Return what a site's policy is told after a window (``SiteView``)."""
+    return history.view(
+        counts,
+        window_s=window_s,
+        now_s=now_s,
+        kind=record.site.kind,
+        hotter_ratio=hotter_ratio,
+        max_guards=record.site.max_guards,
+        is_plain=record.site.is_plain,
     )
 
 
@@ -167,14 +189,13 @@ def _promote_one(
     if history.current is not None or history.profile is not None:
         history = replace(history, current=None, profile=None)
     decision = policy.decide(
-        history.view(
+        view_of(
+            record,
+            history,
             counts,
             window_s=record.window_s,
             now_s=now_s,
-            kind=record.site.kind,
             hotter_ratio=hotter_ratio,
-            max_guards=record.site.max_guards,
-            is_plain=record.site.is_plain,
         )
     )
     if decision.action is not Action.PROMOTE or decision.plan is None:

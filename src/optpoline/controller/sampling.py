@@ -35,6 +35,7 @@ from optpoline.controller.promotion import (
     history_of,
     keep_history,
     promote_again,
+    view_of,
 )
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
@@ -80,7 +81,7 @@ GOLDEN_RATIO = 0.618033988749895
 _STAKE_MODEL = CostModel()
 
 
-Change = Callable[[SiteRecord, Decision, float], bool]
+PromoteAgain = Callable[[SiteRecord, Decision, float], bool]
 """Promotes a site anew; tells whether that is done. If not, ``Sampler.settled`` is called then."""
 
 
@@ -99,7 +100,7 @@ class Sampler:
         config: Config,
         linker: Linker,
         may_guard: TargetFilter,
-        change: Change = promote_again,
+        change: PromoteAgain = promote_again,
     ) -> None:
         """Keep what is needed."""
         self._config = config
@@ -304,13 +305,12 @@ class Sampler:
 
     def _is_surprised(self, record: SiteRecord) -> bool:
         """Tell whether this part alone shows that the site's tree is wrong."""
-        view = history_of(record).view(
+        view = view_of(
+            record,
+            history_of(record),
             window_counts(record),
             window_s=self._schedule.sample_s,
             now_s=time.monotonic(),
-            kind=record.site.kind,
-            max_guards=record.site.max_guards,
-            is_plain=record.site.is_plain,
         )
         return self._config.policy.is_surprising(view)
 
@@ -331,14 +331,7 @@ class Sampler:
         """Ask the policy and do what it says; return (promoted anew, demoted)."""
         history = history_of(record)
         window_s = counts.total / record.rate_hz if record.rate_hz else self._schedule.sample_s
-        view = history.view(
-            counts,
-            window_s=window_s,
-            now_s=now_s,
-            kind=record.site.kind,
-            max_guards=record.site.max_guards,
-            is_plain=record.site.is_plain,
-        )
+        view = view_of(record, history, counts, window_s=window_s, now_s=now_s)
         decision = self._config.policy.decide(view)
         is_again = is_demoted = False
         match decision.action:
