@@ -212,9 +212,10 @@ struct optpoline_key_true {
     __attribute__((used, noinline, cold)) static void OPTPOLINE_PASTE_(optpoline_outside_, id)(void)
 
 /* An operand that is the name of a function, wherever that is, and how to write it without @PLT.
- * GCC's "i" and %c refuse functions of other modules in position-independent code. */
+ * "i" refuses functions of other units or modules in position-independent code, and so does GCC's
+ * "s" and its %c. */
 #ifdef __clang__
-#define OPTPOLINE_FUNCTION_ "i"
+#define OPTPOLINE_FUNCTION_ "s"
 #define OPTPOLINE_BARE_ "%c"
 #else
 #define OPTPOLINE_FUNCTION_ "X"
@@ -286,29 +287,39 @@ struct optpoline_key_true {
 /* Whether a key is enabled. Unlikely: the code for "enabled" is moved out of the way, and a key
  * that is off costs one nop. Likely: the same for "disabled". Not for keys in arrays, structures
  * or behind pointers: which key it is must be known when the code is linked. */
-#define static_branch_unlikely(key)                                                                \
-    __builtin_expect(__extension__({                                                               \
-        __label__ optpoline_on, optpoline_done;                                                    \
-        OPTPOLINE_BOOL_ optpoline_is_on = 0;                                                       \
-        OPTPOLINE_BRANCH_(key, 0, optpoline_on);                                                   \
-        goto optpoline_done;                                                                       \
-    optpoline_on:                                                                                  \
-        optpoline_is_on = 1;                                                                       \
-    optpoline_done:                                                                                \
-        optpoline_is_on;                                                                           \
-    }), 0)
+#define static_branch_unlikely(key) __builtin_expect(OPTPOLINE_IS_ENABLED_(key, 0), 0)
+#define static_branch_likely(key) __builtin_expect(OPTPOLINE_IS_ENABLED_(key, 1), 1)
 
-#define static_branch_likely(key)                                                                  \
-    __builtin_expect(__extension__({                                                               \
-        __label__ optpoline_off, optpoline_done;                                                   \
-        OPTPOLINE_BOOL_ optpoline_is_on = 1;                                                       \
-        OPTPOLINE_BRANCH_(key, 1, optpoline_off);                                                  \
+#if defined(__clang__) && defined(__cplusplus)
+/* Clang before 17 holds every label of a function for a target of every asm goto in it, and refuses
+ * what then jumps over an initialization. So each is in a function of its own; not in a lambda,
+ * whose labels count among those around it. */
+#define OPTPOLINE_IS_ENABLED_(key, inverted)                                                       \
+    __extension__({                                                                                \
+        struct optpoline_branch {                                                                  \
+            __attribute__((always_inline)) static bool is_enabled()                                \
+            {                                                                                      \
+                OPTPOLINE_BRANCH_(key, inverted, optpoline_jumped);                                \
+                return inverted;                                                                   \
+            optpoline_jumped:                                                                      \
+                return !inverted;                                                                  \
+            }                                                                                      \
+        };                                                                                         \
+        optpoline_branch::is_enabled();                                                            \
+    })
+#else
+#define OPTPOLINE_IS_ENABLED_(key, inverted)                                                       \
+    __extension__({                                                                                \
+        __label__ optpoline_jumped, optpoline_done;                                                \
+        OPTPOLINE_BOOL_ optpoline_is_on = inverted;                                                \
+        OPTPOLINE_BRANCH_(key, inverted, optpoline_jumped);                                        \
         goto optpoline_done;                                                                       \
-    optpoline_off:                                                                                 \
-        optpoline_is_on = 0;                                                                       \
+    optpoline_jumped:                                                                              \
+        optpoline_is_on = !inverted;                                                               \
     optpoline_done:                                                                                \
         optpoline_is_on;                                                                           \
-    }), 1)
+    })
+#endif
 
 /* ---- static calls -------------------------------------------------------------------------- */
 
@@ -376,10 +387,10 @@ struct optpoline_key_true {
 #define DEFINE_STATIC_CALL(name, function)                                                         \
     OPTPOLINE_DEFINE_CALL_(name, function, "", "%P[first]", , [first] OPTPOLINE_FUNCTION_(function))
 #define DEFINE_STATIC_CALL_NULL(name, type)                                                        \
-    OPTPOLINE_DEFINE_CALL_(name, type, OPTPOLINE_SHARED_("nothing", "ret"), "optpoline.nothing")
+    OPTPOLINE_DEFINE_CALL_(name, type, OPTPOLINE_SHARED_("nothing", "ret"), "optpoline.nothing", )
 #define DEFINE_STATIC_CALL_RET0(name, type)                                                        \
     OPTPOLINE_DEFINE_CALL_(                                                                        \
-        name, type, OPTPOLINE_SHARED_("zero", "xorl %%eax, %%eax\n\tret"), "optpoline.zero")
+        name, type, OPTPOLINE_SHARED_("zero", "xorl %%eax, %%eax\n\tret"), "optpoline.zero", )
 
 /* Say that a static call may be given `function`; of another type it does not compile. At file or
  * namespace scope, once for each pair. A controller can always use what was said here. */
