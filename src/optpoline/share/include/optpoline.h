@@ -47,14 +47,21 @@
 #ifdef __cplusplus
 #define OPTPOLINE_BOOL_ bool
 #define OPTPOLINE_ASSERT_ static_assert
-#define OPTPOLINE_SAME_TYPE_(a, b) __is_same(__typeof__(a), __typeof__(b))
+/* Whether a call may lead to a function: of its type, or of that and noexcept as well. */
+template <typename Call> struct optpoline_takes_ {
+    static char function(Call *);
+    static long function(...);
+};
+#define OPTPOLINE_TAKES_(call, target)                                                             \
+    (sizeof(optpoline_takes_<__typeof__(call)>::function(&(target))) == sizeof(char))
 template <typename Type> using optpoline_type_ = Type; /* so that "type name" declares any type */
 #define OPTPOLINE_TYPE_(type) optpoline_type_<type>
 #define OPTPOLINE_PASS_(type, name) static_cast<optpoline_type_<type> &&>(name)
 #else
 #define OPTPOLINE_BOOL_ _Bool
 #define OPTPOLINE_ASSERT_ _Static_assert
-#define OPTPOLINE_SAME_TYPE_(a, b) __builtin_types_compatible_p(__typeof__(a), __typeof__(b))
+#define OPTPOLINE_TAKES_(call, target)                                                             \
+    __builtin_types_compatible_p(__typeof__(call), __typeof__(target))
 #define OPTPOLINE_TYPE_(type) __typeof__(type)
 #define OPTPOLINE_PASS_(type, name) (name)
 #endif
@@ -329,12 +336,15 @@ struct optpoline_key_true {
 #define OPTPOLINE_FORM_ 0
 #endif
 
-/* Declare a static call that another unit of the module defines; `function` is any of its type.
- * The second symbol is one that link-time optimisation sees: calls name it, so that the unit that
- * defines the static call is taken from an archive. */
-#define DECLARE_STATIC_CALL(name, function)                                                        \
+/* A symbol that link-time optimisation sees: calls name it, so that the unit that defines the
+ * static call is taken from an archive. */
+#define OPTPOLINE_DECLARE_DEFINED_(name)                                                           \
     extern const char optpoline_defined_##name __asm__("optpoline.defined." #name)                 \
-        OPTPOLINE_HIDDEN_;                                                                         \
+        OPTPOLINE_HIDDEN_
+
+/* Declare a static call that another unit of the module defines; `function` is any of its type. */
+#define DECLARE_STATIC_CALL(name, function)                                                        \
+    OPTPOLINE_DECLARE_DEFINED_(name);                                                              \
     extern __typeof__(function) optpoline_call_##name __asm__("optpoline.call." #name)             \
         OPTPOLINE_HIDDEN_
 
@@ -395,7 +405,7 @@ struct optpoline_key_true {
 /* Say that a static call may be given `function`; of another type it does not compile. At file or
  * namespace scope, once for each pair. A controller can always use what was said here. */
 #define STATIC_CALL_TARGET(name, function)                                                         \
-    OPTPOLINE_ASSERT_(OPTPOLINE_SAME_TYPE_(optpoline_call_##name, function),                       \
+    OPTPOLINE_ASSERT_(OPTPOLINE_TAKES_(optpoline_call_##name, function),                           \
                       #function " has another type than the static call " #name);                  \
     OPTPOLINE_OUTSIDE_(target_##name##_##function)                                                 \
     {                                                                                              \
@@ -408,7 +418,7 @@ struct optpoline_key_true {
             : : [name_] "i"(#function), [target] OPTPOLINE_FUNCTION_(function),                    \
               OPTPOLINE_PLACE_(0));                                                                \
     }                                                                                              \
-    DECLARE_STATIC_CALL(name, function)
+    OPTPOLINE_DECLARE_DEFINED_(name)
 
 /* The function to call: static_call(name)(arguments). Its result is that of the target. */
 #define static_call(name)                                                                          \
@@ -508,7 +518,7 @@ __attribute__((unused)) static long optpoline_zero(void) { return 0; }
 #define DEFINE_STATIC_CALL_RET0(name, type)                                                        \
     __typeof__(&*(type)) optpoline_call_##name = (__typeof__(&*(type)))(void *)optpoline_zero
 #define STATIC_CALL_TARGET(name, function)                                                         \
-    OPTPOLINE_ASSERT_(OPTPOLINE_SAME_TYPE_(*optpoline_call_##name, function),                      \
+    OPTPOLINE_ASSERT_(OPTPOLINE_TAKES_(*optpoline_call_##name, function),                          \
                       #function " has another type than the static call " #name)
 #define static_call(name) (*optpoline_call_##name)
 
