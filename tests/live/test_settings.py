@@ -411,7 +411,8 @@ def test_a_program_that_waits(build: Build, start: Start, call: str) -> None:
 
 
 def test_one_name_is_one_key_in_all_modules(build: Build, start: Start) -> None:
-    libraries = [build(*C, level, "-fPIC", "-shared") for level in ("-O2", "-Os")]
+    compilers = ((*C, "-O2"), ("clang", *C[1:], "-Os"))
+    libraries = [build(*compiler, "-fPIC", "-shared") for compiler in compilers]
     target = start(build("gcc", "-Wl,--no-as-needed", *map(str, libraries), sources=("user.c",)))
     for library in libraries:
         library.unlink()

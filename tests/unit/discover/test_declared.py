@@ -41,7 +41,7 @@ BUILDS: dict[str, tuple[str, ...]] = {
     "c++ -O3 lto": (*CXX, "-O3", "-flto", "-fno-exceptions"),
     "c++ -O1 gold": (*CXX, "-O1", "-fuse-ld=gold"),
     "clang c -O2 shared": ("clang", *C[1:], "-O2", "-fPIC", "-shared"),
-    "clang c++ -O1": ("clang++", *CXX[1:], "-O1"),
+    "clang c++ -O1 lld gc-sections": ("clang++", *CXX[1:], "-O1", *GC, "-fuse-ld=lld"),
 }
 
 Built = Callable[[str], Path]
