@@ -17,9 +17,9 @@ BLOCK_ALIGNMENT = 16
 
 PROMOTED_BASE_SIZE = 13
 GUARD_SIZE = 12
-TREE_SIZE = 3
+TREE_SIZE = 4
 """Bytes: a miss that is counted; a compare with an immediate and a branch; what a guard
-of a tree, not of a chain, has in addition on average."""
+of a tree, not of a chain, has in addition on average, int3 that fills lines included."""
 
 MAX_CHAIN = 4
 

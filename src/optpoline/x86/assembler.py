@@ -8,7 +8,9 @@ it is never turned into an indirect branch (design rule 3). ``int3`` follows
 each unconditional jump, against straight-line speculation.
 
 Layout is found by growing: all internal branches start short, those that do
-not reach become long, until nothing changes. Lengths only grow, so it ends.
+not reach become long, until nothing changes. Branches only grow, so it ends. A *run* of
+code that is to lie in one line moves to the next where it would not; for that a block starts
+a line, or fits one.
 
 Behind the instructions may lie *records*, data that is never executed: padding of
 ``int3`` up to their alignment, then each record's words.
@@ -34,6 +36,7 @@ __all__ = [
     "INT3",
     "JMP32_OPCODE",
     "JMP32_SIZE",
+    "LINE_SIZE",
     "RECORD_ALIGNMENT",
     "REGISTER_NUMBERS",
     "Assembler",
@@ -53,6 +56,9 @@ CALL32_OPCODE = b"\xe8"
 JMP32_OPCODE = b"\xe9"
 JMP32_SIZE = 5
 INT3 = 0xCC
+
+LINE_SIZE = 64
+"""Bytes of a cache line and of what is fetched and predicted at once."""
 
 RECORD_ALIGNMENT = 32
 """Of records in bytes: what ``struct rseq_cs`` wants (include/uapi/linux/rseq.h)."""
@@ -166,6 +172,21 @@ class _Bind:
     label: Label
 
 
+@dataclass(slots=True)
+class _Padding:
+    """What moves a run of code into one line.
+
+    Attributes:
+        end: Where the run ends.
+        run_size: Its bytes.
+        size: Bytes of ``int3`` before it.
+    """
+
+    end: Label
+    run_size: int = 0
+    size: int = 0
+
+
 def encode_disp32(src_end: int, dst_addr: int) -> bytes:
     """Return the 32-bit displacement from the end of an instruction.
 
@@ -200,7 +221,8 @@ class Assembler:
     def __init__(self, addr: Addr) -> None:
         """Start a block at ``addr``."""
         self._addr = addr
-        self._items: list[_Bytes | _Branch | _Bind] = []
+        self._items: list[_Bytes | _Branch | _Bind | _Padding] = []
+        self._paddings: list[_Padding] = []
         self._records: list[tuple[Label, tuple[Word, ...]]] = []
         self._n_labels = 0
 
@@ -300,9 +322,12 @@ class Assembler:
 
     def bind(self, label: Label) -> None:
         """Put a label here; a jump to it that ends just before is dropped."""
-        last = self._items[-1] if self._items else None
+        at = len(self._items) - 1
+        while at >= 0 and isinstance(self._items[at], _Bind):
+            at -= 1
+        last = self._items[at] if at >= 0 else None
         if isinstance(last, _Branch) and last.condition is None and last.label == label:
-            self._items.pop()
+            del self._items[at]
         self._items.append(_Bind(label))
 
     def jump(self, dst_addr: int) -> None:
@@ -320,6 +345,11 @@ class Assembler:
     def branch_label(self, condition: Condition, label: Label) -> None:
         """Branch forward inside the block on a condition."""
         self._items.append(_Branch(condition, label, 0, False))
+
+    def keep_in_line(self, end: Label) -> None:
+        """Let all from here, where nothing falls in, to ``end`` lie in one line if it fits."""
+        self._paddings.append(_Padding(end))
+        self._items.append(self._paddings[-1])
 
     # --- records
 
@@ -354,6 +384,8 @@ class Assembler:
 
     def _layout(self) -> tuple[list[int], list[int]]:
         """Return each item's offset and each label's, by its number."""
+        if self._paddings:
+            self._measure_runs()
         offsets: list[int] = []
         labels = [0] * self._n_labels
         off = 0
@@ -363,13 +395,32 @@ class Assembler:
                 off += len(item.code)
             elif isinstance(item, _Branch):
                 off += item.size()
-            else:
+            elif isinstance(item, _Bind):
                 labels[item.label.number] = off
+            else:
+                room = -off % LINE_SIZE
+                item.size = room if room < item.run_size <= LINE_SIZE else 0
+                off += item.size
         for label, words in self._records:
             off += -(self._addr + off) % RECORD_ALIGNMENT
             labels[label.number] = off
             off += WORD_SIZE * len(words)
         return offsets, labels
+
+    def _measure_runs(self) -> None:
+        """Note how long each run is. One that fits a line has no padding inside."""
+        off = 0
+        starts: dict[Label, list[tuple[_Padding, int]]] = {}
+        for item in self._items:
+            if isinstance(item, _Bytes):
+                off += len(item.code)
+            elif isinstance(item, _Branch):
+                off += item.size()
+            elif isinstance(item, _Padding):
+                starts.setdefault(item.end, []).append((item, off))
+            else:
+                for padding, start in starts.get(item.label, ()):
+                    padding.run_size = off - start
 
     def _widen(self, offsets: list[int], labels: list[int]) -> bool:
         """Make short branches long that do not reach; tell whether there were any."""
@@ -389,6 +440,8 @@ class Assembler:
                 out += self._emit_bytes(item, off, labels)
             elif isinstance(item, _Branch):
                 out += self._emit_branch(item, off, labels)
+            elif isinstance(item, _Padding):
+                out += bytes((INT3,)) * item.size
         text_size = len(out)
         for label, words in self._records:
             out += bytes((INT3,)) * (labels[label.number] - len(out))

@@ -21,6 +21,7 @@ Non-goals: whether a block is fast, or counts what it should.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from dataclasses import replace
 from functools import cached_property
@@ -37,7 +38,7 @@ from iced_x86 import (
 )
 
 from optpoline.model import Addr
-from optpoline.x86.assembler import JMP32_SIZE, REGISTER_NUMBERS
+from optpoline.x86.assembler import JMP32_SIZE, LINE_SIZE, REGISTER_NUMBERS
 from optpoline.x86.block_data_rules import DataRules
 from optpoline.x86.block_sections import Section, is_mark, read_sections
 from optpoline.x86.block_state import ENTRY, Constant, Entry, Number, State, Value, join
@@ -127,11 +128,22 @@ class _Judge:
             self._fault(BlockRule.HEAD, self._addr)
 
     def _judge_int3(self, number: int, *, is_reached: bool) -> None:
-        """Check that an int3 stands behind a jump, where nothing comes to."""
+        """Check that an int3 stands behind a jump, or fills a line there; nothing comes to it."""
         before = self._insns[number - 1] if number else None
         if is_reached:
             self._fault(BlockRule.FALL_OUT, self._insns[number].ip)
+        elif before is not None and before.code == Code.INT3:
+            self._judge_padding(number)
         elif before is None or before.flow_control != FlowControl.UNCONDITIONAL_BRANCH:
+            self._fault(BlockRule.STRAY, self._insns[number].ip)
+
+    def _judge_padding(self, number: int) -> None:
+        """Check that code starts a line behind the last int3 of some."""
+        following = itertools.dropwhile(
+            lambda insn: insn.code == Code.INT3, self._insns[number + 1 :]
+        )
+        start = next(following, None)
+        if start is None or (start.ip - self._addr) % LINE_SIZE:
             self._fault(BlockRule.STRAY, self._insns[number].ip)
 
     def _judge_behind_jump(self, number: int) -> None:

@@ -7,7 +7,8 @@ to count. A promoted block::
     head    [sub reg, base]
             cmp reg, target1 ; je target1        guards: hottest first
             cmp reg, target2 ; je target2 ; jb or ja other half
-            ...                                  weighted binary tree
+            ...                                  weighted binary tree; halves that fit
+                                                 a line lie in one, behind int3
     miss    [add reg, base]
             [inc miss_count]
             jmp thunk ; int3                     the site's own thunk
@@ -49,6 +50,7 @@ from optpoline.model import Addr, BlockPlan, Guard, Miss, Split, TreeNode
 from optpoline.x86.assembler import (
     INT3,
     JMP32_SIZE,
+    LINE_SIZE,
     BlockCode,
     Condition,
     Label,
@@ -77,10 +79,6 @@ __all__ = [
 BLOCK_ALIGNMENT = 16
 """Bytes. Measured in the feasibility study: packed and 16-byte aligned blocks
 recovered 99 % and 92 % where page-spread ones recovered 90 % and 85 %."""
-
-LINE_SIZE = 64
-"""Bytes of a cache line and of what is fetched and predicted at once."""
-
 HEAD_SIZE = 8
 """Bytes that ``encode_redirect`` replaces; one aligned store of this size is
 atomic for instruction fetch (AMD APM vol. 2, 7.6.1; Intel: practice only)."""
@@ -248,8 +246,11 @@ class _BlockEncoder:
         self._asm.branch_label(condition, label)
         self._node(fallen)
         if label is not self._miss:
+            end = self._asm.label()
+            self._asm.keep_in_line(end)
             self._asm.bind(label)
             self._node(taken)
+            self._asm.bind(end)
 
     def _compare(self, key: Addr) -> None:
         """Compare the operand with a key."""

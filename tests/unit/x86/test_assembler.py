@@ -12,6 +12,7 @@ from optpoline.model import Addr
 from optpoline.x86.assembler import (
     INT3,
     JMP32_SIZE,
+    LINE_SIZE,
     REGISTER_NUMBERS,
     Assembler,
     Condition,
@@ -169,10 +170,59 @@ def test_one_widened_branch_pushes_another_out_of_reach() -> None:
     assert insns[0].branch_addr == insns[1].branch_addr == ADDR + 8 + 126
 
 
+@pytest.mark.parametrize("n_before", [0, 1, 2, 7, 8, 9])
+@pytest.mark.parametrize("n_inside", [1, 2, 7, 8, 9])
+def test_a_run_lies_in_one_line_if_it_fits(n_before: int, n_inside: int) -> None:
+    asm = Assembler(ADDR)
+    start, end = asm.label(), asm.label()
+    asm.branch_label(Condition.EQUAL, start)
+    for _ in range(n_before):
+        asm.inc_mem(DATA_ADDR)
+    asm.jump(ADDR)
+    asm.keep_in_line(end)
+    asm.bind(start)
+    for _ in range(n_inside):
+        asm.inc_mem(DATA_ADDR)
+    asm.jump(ADDR)
+    asm.bind(end)
+    run_size = 7 * n_inside + 6
+    code = asm.finish()
+    start_off = len(code) - run_size
+    plain_off = 2 + 7 * n_before + 6
+    lines = {start_off // LINE_SIZE, (len(code) - 1) // LINE_SIZE}
+    plain_lines = {plain_off // LINE_SIZE, (plain_off + run_size - 1) // LINE_SIZE}
+    if run_size > LINE_SIZE or len(plain_lines) == 1:
+        assert start_off == plain_off
+    else:
+        assert len(lines) == 1
+        assert start_off % LINE_SIZE == 0
+    assert set(code[plain_off:start_off]) <= {INT3}
+    assert disassemble(code, ADDR)[0].branch_addr == ADDR + start_off
+
+
+def test_runs_inside_of_a_run_and_behind_it() -> None:
+    # The outer run does not fit a line: the inner does, behind 6 + 56 bytes, and moves.
+    asm = Assembler(ADDR)
+    outer, inner = asm.label(), asm.label()
+    asm.jump(ADDR)
+    asm.keep_in_line(outer)
+    for _ in range(8):
+        asm.inc_mem(DATA_ADDR)
+    asm.keep_in_line(inner)
+    asm.inc_mem(DATA_ADDR)
+    asm.bind(inner)
+    asm.inc_mem(DATA_ADDR)
+    asm.bind(outer)
+    asm.jump(ADDR)
+    insns = [insn for insn in disassemble(asm.finish(), ADDR) if insn.mnemonic != "int3"]
+    assert [insn.off for insn in insns] == [0, *range(6, 62, 7), *range(LINE_SIZE, 79, 7)]
+
+
 def test_a_jump_to_what_follows_is_dropped() -> None:
     asm = Assembler(ADDR)
     label = asm.label()
     asm.jump_label(label)
+    asm.bind(asm.label())
     asm.bind(label)
     asm.jump(ADDR)
     assert [insn.mnemonic for insn in disassemble(asm.finish(), ADDR)] == ["jmp", "int3"]

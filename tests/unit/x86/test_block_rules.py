@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from optpoline.model import Addr, BlockPlan
-from optpoline.x86.assembler import REGISTER_NUMBERS
+from optpoline.x86.assembler import INT3, LINE_SIZE, REGISTER_NUMBERS
 from optpoline.x86.block_rules import judge_block
 from optpoline.x86.block_verdict import BlockRule, BlockScene, decode_redirect
 from optpoline.x86.blocks import HEAD_SIZE, encode_redirect
@@ -132,6 +132,14 @@ def test_forbidden_instructions_are_named_even_where_nothing_leads() -> None:
     assert BlockRule.INDIRECT_BRANCH in rules_of(ONE, ONE.code + bytes.fromhex("ffe0"))
     assert BlockRule.STRAY in rules_of(ONE, ONE.code + bytes.fromhex("90"))
     assert BlockRule.STRAY in rules_of(ONE, ONE.code + bytes.fromhex("cc"))
+
+
+def test_int3_fills_lines_only() -> None:
+    # Behind the block some int3 and its jump to the thunk again, which the guard leads to.
+    for n_fill, rules in ((LINE_SIZE - 18, set()), (LINE_SIZE - 19, {BlockRule.STRAY})):
+        jump = moved(ONE.code, 13, -6 - n_fill)[12:]
+        code = put(ONE.code, 6, b"\x0f\x84" + (6 + n_fill).to_bytes(4, "little"))
+        assert rules_of(ONE, code + bytes([INT3]) * n_fill + jump) == rules
 
 
 def test_a_branch_must_lead_where_the_operand_points() -> None:
