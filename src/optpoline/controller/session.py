@@ -8,8 +8,6 @@ called from one thread, because ptrace calls must come from one OS thread.
 from __future__ import annotations
 
 import math
-import os
-import select
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,13 +19,14 @@ from optpoline.controller.arguments import validate_pid, validate_setting
 from optpoline.controller.children import Children
 from optpoline.controller.collector import collector_paused
 from optpoline.controller.config import LEARN_S, Config
-from optpoline.controller.events import Event, EventKind
+from optpoline.controller.events import EventKind
 from optpoline.controller.exact_counts import ExactCounts, describe_operation
 from optpoline.controller.executor import OperationEvent
 from optpoline.controller.first_window import FirstWindow
 from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S, HotSites
 from optpoline.controller.learning import MIN_FREE_CODE_SIZE
 from optpoline.controller.letting_go import let_go
+from optpoline.controller.lifeline import Lifeline
 from optpoline.controller.linker import Linker
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.no_sites import no_sites_error
@@ -45,6 +44,7 @@ from optpoline.controller.rediscovery import Rediscovery
 from optpoline.controller.sampling import Sampler
 from optpoline.controller.session_declared import DeclaringSession
 from optpoline.controller.settling import OFF_PAUSE_S, Settler
+from optpoline.controller.standing import EventCallback, Standing
 from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
     DetachOutcome,
@@ -75,18 +75,12 @@ from optpoline.simulate.trace_file import TraceWriter
 
 __all__ = ["Session", "attach"]
 
-EventCallback = Callable[[Event], None]
-
 _MORE_S = 0.1
 """How much longer than asked for a watch may take to end a change that is under way: a grace
 period takes 5 to 50 ms where the first look tells all."""
 
 _PASSING = (ArenaError, PermissionDenied, StopTimeout, TargetFault, UnsupportedTarget)
 """Errors that say no more than that something cannot be done for the moment."""
-
-_EXIT_POLL_S = 0.01
-_EXIT_TIMEOUT_S = 5.0
-"""How long a killed program may take to free its memory; then it counts as exited."""
 
 
 def attach(
@@ -128,10 +122,8 @@ class Session(DeclaringSession):
         """Prepare; ``open`` does the work."""
         self.pid = pid
         self.config = config or Config()
-        self.state = SessionState.ATTACHED
         self.records: list[SiteRecord] = []
-        self.notes: list[str] = []
-        self._on_event = on_event
+        self._standing = Standing(on_event)
         self._lock: ControllerLock | None = None
         self._target: Target | None = None
         self._linker: Linker | None = None
@@ -144,7 +136,7 @@ class Session(DeclaringSession):
         self._settler: Settler | None = None
         self._counts: ExactCounts | None = None
         self._perf_map: PerfMap | None = None
-        self._pidfd = -1
+        self._lifeline: Lifeline | None = None
         self._last_summary: Summary | None = None
         self._next_maps_s = 0.0
         self._code_seen: tuple[Mapping, ...] = ()
@@ -157,16 +149,13 @@ class Session(DeclaringSession):
         """Check, lock, undo what was left, find sites, make arenas."""
         check_attachable(self.pid)
         self._lock = ControllerLock(self.pid)
-        try:
-            self._pidfd = os.pidfd_open(self.pid)
-        except OSError as error:
-            raise ProcessGone(self.pid) from error
+        self._lifeline = Lifeline(self.pid, self._standing)
         if find_left(self.pid) is not None:
             result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
             restored = count_of(result.restored, "site")
-            self._note(f"found what an earlier controller left: restored {restored}")
+            self._standing.note(f"found what an earlier controller left: restored {restored}")
             for note in result.notes:
-                self._note(note)
+                self._standing.note(note)
         target = Target(
             self.pid,
             stop_timeout_s=self.config.stop_timeout_s,
@@ -181,7 +170,7 @@ class Session(DeclaringSession):
             self.config,
             target,
             self._linker,
-            sleep=self._sleep,
+            sleep=self._lifeline.sleep,
             after_look=self._name_blocks,
             empty=self._counts.empty,
         )
@@ -198,7 +187,7 @@ class Session(DeclaringSession):
         self._next_maps_s = time.monotonic() + self.config.maps_every_s
         n_modules = sum(1 for loaded in target.modules.values() if loaded.scan.sites)
         message = f"{count_of(len(self.sites), 'site')} in {count_of(n_modules, 'module')}"
-        self._tell(EventKind.ATTACHED, message)
+        self._standing.tell(EventKind.ATTACHED, message)
 
     def _add_modules(self) -> list[SiteRecord]:
         """Take in modules that were loaded since the last look; return their records."""
@@ -224,12 +213,11 @@ class Session(DeclaringSession):
             assert self._hot is not None
             self._hot.use(self.records)
         for why in self.target.unread.values():
-            if why not in self.notes:
-                self._note(why)
+            self._standing.note_once(why)
         if refused and not self.records and self.state is SessionState.ATTACHED:
             raise refused[0][1]
         for module, reason in refused:
-            self._note(f"{module.path} left alone: {reason}")
+            self._standing.note(f"{module.path} left alone: {reason}")
         return fresh
 
     def _forget(self, module: Module) -> None:
@@ -240,7 +228,7 @@ class Session(DeclaringSession):
             self._first_window.forget(module.start, module.end)
             if self._settler is not None:
                 self._settler.forget(module.start, module.end)
-            self._tell(EventKind.MODULE_GONE, f"{module.path} was unloaded")
+            self._standing.tell(EventKind.MODULE_GONE, f"{module.path} was unloaded")
 
     # --- properties
 
@@ -250,6 +238,22 @@ class Session(DeclaringSession):
         if self._target is None:
             raise OptpolineError(f"the session with process {self.pid} is over")
         return self._target
+
+    @property
+    def state(self) -> SessionState:
+        """What the session does, or how it ended."""
+        return self._standing.state
+
+    @property
+    def notes(self) -> list[str]:
+        """What its user has to know, a sentence each."""
+        return self._standing.notes
+
+    @property
+    def _alive(self) -> Lifeline:
+        """The lifeline; from ``open`` on."""
+        assert self._lifeline is not None
+        return self._lifeline
 
     def _check_open(self) -> None:
         """Raise the error of ``target`` if the session is over."""
@@ -276,22 +280,12 @@ class Session(DeclaringSession):
         """All sites found, refused ones included."""
         return tuple(site for loaded in self.target.modules.values() for site in loaded.scan.sites)
 
-    def _tell(self, kind: EventKind, message: str) -> None:
-        """Tell the caller what happened."""
-        if self._on_event is not None:
-            self._on_event(Event(kind=kind, message=message, time_ns=time.monotonic_ns()))
-
     def _tell_operation(self, event: OperationEvent) -> None:
         """Tell that counters were drained."""
-        self._tell(EventKind.OPERATION, describe_operation(event))
+        self._standing.tell(EventKind.OPERATION, describe_operation(event))
         note = "counts may be inexact: somebody came between while they were drained"
-        if not event.is_exclusive and note not in self.notes:
-            self._note(note)
-
-    def _note(self, message: str) -> None:
-        """Keep a sentence for the summary, and tell it."""
-        self.notes.append(message)
-        self._tell(EventKind.NOTE, message)
+        if not event.is_exclusive:
+            self._standing.note_once(note)
 
     # --- learning and promoting
 
@@ -359,20 +353,13 @@ class Session(DeclaringSession):
             try:
                 self._first_window.run(linked, length_s, stop, lookout)
             except ProcessGone:
-                self._sleep(0.0)  # notes that it has exited
+                self._alive.sleep(0.0)  # notes that it has exited
                 raise
 
     def _tell_learning(self, what: str, length_s: float) -> None:
         """Say that a window begins."""
-        self.state = SessionState.LEARNING
-        self._tell(EventKind.LEARNING, f"learning {what} for {length_s:g} s")
-
-    def _sleep(self, seconds: float) -> None:
-        """Sleep, or raise ``ProcessGone`` as soon as the target exits."""
-        readable, _, _ = select.select([self._pidfd], [], [], max(0.0, seconds))
-        if readable:
-            self.state = SessionState.EXITED
-            raise ProcessGone(self.pid)
+        self._standing.state = SessionState.LEARNING
+        self._standing.tell(EventKind.LEARNING, f"learning {what} for {length_s:g} s")
 
     def drain(self) -> MappingABC[Addr, SiteCounts]:
         """Return what each site has counted since the last drain, exactly, and begin anew.
@@ -439,7 +426,7 @@ class Session(DeclaringSession):
             for record in learned:
                 if record.state is SiteState.LEARNING:
                     record.state = SiteState.BASELINE
-        self.state = SessionState.PROMOTED
+        self._standing.state = SessionState.PROMOTED
         try:
             self._tell_promoted(n_promoted, learned, time.monotonic() - begin_s)
         finally:
@@ -452,7 +439,7 @@ class Session(DeclaringSession):
         """Say what became of the sites that were learned."""
         if n_promoted:
             message = f"{n_promoted} of {count_of(len(learned), 'site')} in {took_s:.3f} s"
-            self._tell(EventKind.PROMOTED, message)
+            self._standing.tell(EventKind.PROMOTED, message)
             return
         more = any(record.state is SiteState.PROMOTED for record in self.records)
         tried = self._first_window.ever_linked.values()
@@ -463,14 +450,14 @@ class Session(DeclaringSession):
             promote_plain=self.config.promote_plain,
         )
         message = f"nothing {'more ' if more else ''}to promote yet: {why}"
-        self._tell(EventKind.NOT_PROMOTED, message)
+        self._standing.tell(EventKind.NOT_PROMOTED, message)
 
     def record(
         self, writer: TraceWriter, plan: RecordPlan, stop: threading.Event | None = None
     ) -> RecordTotals:
         """Record what the sites that were learned do, branch by branch, in bursts."""
         return record_trace(
-            self.records, writer, plan, target=self.target, pause=self._sleep, stop=stop
+            self.records, writer, plan, target=self.target, pause=self._alive.sleep, stop=stop
         )
 
     def _name_blocks(self, *, at_once: bool = False) -> None:
@@ -484,7 +471,7 @@ class Session(DeclaringSession):
         blocks = [block for arena in arenas for block in arena.blocks]
         note = self._perf_map.update(blocks, now_s)
         if note is not None:
-            self._note(note)
+            self._standing.note(note)
 
     # --- keeping up
 
@@ -507,7 +494,7 @@ class Session(DeclaringSession):
         self._check_open()
         if seconds is not None:
             validate_setting("seconds", seconds)
-        self.state = SessionState.WATCHING
+        self._standing.state = SessionState.WATCHING
         end_s = None if seconds is None else time.monotonic() + seconds
         assert self._sampler is not None
         assert self._settler is not None
@@ -528,34 +515,19 @@ class Session(DeclaringSession):
     def _watch_once(self, pause_s: float, stop: threading.Event | None) -> None:
         """Wait, do what is due, and notice the end of the program."""
         try:
-            self._sleep(pause_s)
+            self._alive.sleep(pause_s)
             self._step(time.monotonic(), stop)
         except ProcessGone:
-            end = self._find_end()
-            self.state = SessionState.WATCHING if end is None else end
+            end = self._alive.find_end(self.target)
+            self._standing.state = SessionState.WATCHING if end is None else end
             if end is SessionState.EXECED:
-                self._tell(EventKind.EXECED, f"process {self.pid} replaced its program")
+                self._standing.tell(EventKind.EXECED, f"process {self.pid} replaced its program")
             elif end is SessionState.EXITED:
-                self._tell(EventKind.EXITED, f"process {self.pid} exited")
+                self._standing.tell(EventKind.EXITED, f"process {self.pid} exited")
         except _PASSING as error:
             # For the moment it cannot be done; every site leads somewhere right meanwhile.
-            self.state = SessionState.WATCHING
-            if str(error) not in self.notes:
-                self._note(str(error))
-
-    def _find_end(self) -> SessionState | None:
-        """Return how the program that we attached to ended, by exit or by exec.
-
-        None if it runs on: what was gone was one of its threads.
-        """
-        end_s = time.monotonic() + _EXIT_TIMEOUT_S
-        while time.monotonic() < end_s:
-            # A killed program may be on its way out for a while; its exit shows here.
-            if select.select([self._pidfd], [], [], _EXIT_POLL_S)[0]:
-                return SessionState.EXITED
-            if self.target.is_replaced():
-                return SessionState.EXECED
-        return None if self.target.memory.is_current() else SessionState.EXITED
+            self._standing.state = SessionState.WATCHING
+            self._standing.note_once(str(error))
 
     def _step(self, now_s: float, stop: threading.Event | None) -> bool:
         """Do what is due; tell whether there is still something to watch."""
@@ -576,7 +548,9 @@ class Session(DeclaringSession):
             n_again, n_demoted = self._sampler.sample(due)
             self._tell_relearned(n_again)
             if n_demoted:
-                self._tell(EventKind.DEMOTED, f"{count_of(n_demoted, 'site')} back on the thunk")
+                self._standing.tell(
+                    EventKind.DEMOTED, f"{count_of(n_demoted, 'site')} back on the thunk"
+                )
         self._sampler.relink(linked, now_s, self._settler.is_settling)
         self._name_blocks()
         if self._settler.is_any_off:
@@ -595,7 +569,9 @@ class Session(DeclaringSession):
         assert self._settler is not None
         reasons = "; ".join(self._settler.take_reasons())
         swapped = f", swapped: {reasons}" if reasons else ""
-        self._tell(EventKind.RELEARNED, f"{count_of(n_again, 'site')} promoted anew{swapped}")
+        self._standing.tell(
+            EventKind.RELEARNED, f"{count_of(n_again, 'site')} promoted anew{swapped}"
+        )
 
     def _note_used_up(self) -> None:
         """Say once that an arena has no room for further changes."""
@@ -604,8 +580,8 @@ class Session(DeclaringSession):
                 f"the arena at {arena.addr:#x} is used up: its sites keep working as they are, "
                 "changes of the workload are followed no more; attach anew for an empty one"
             )
-            if arena.free_code_size < MIN_FREE_CODE_SIZE and note not in self.notes:
-                self._note(note)
+            if arena.free_code_size < MIN_FREE_CODE_SIZE:
+                self._standing.note_once(note)
 
     def _rediscover(self, now_s: float, stop: threading.Event | None) -> None:
         """Learn the sites anew that time is spent for in thunks."""
@@ -624,7 +600,7 @@ class Session(DeclaringSession):
             self.promote()
             raise
         self.promote()
-        self.state = SessionState.WATCHING
+        self._standing.state = SessionState.WATCHING
 
     def _check_maps(self, stop: threading.Event | None) -> bool:
         """Notice exec and new modules; tell whether the program is still the same."""
@@ -632,13 +608,13 @@ class Session(DeclaringSession):
         if self.target.code_maps == self._code_seen:
             return True
         if not self.target.has_arena():
-            self.state = SessionState.EXECED
-            self._tell(EventKind.EXECED, f"process {self.pid} replaced its program")
+            self._standing.state = SessionState.EXECED
+            self._standing.tell(EventKind.EXECED, f"process {self.pid} replaced its program")
             return False
         fresh = self._add_modules()
         if fresh:
             names = ", ".join(sorted({record.site.module for record in fresh}))
-            self._tell(EventKind.MODULE_ADDED, f"{names}: {count_of(len(fresh), 'site')}")
+            self._standing.tell(EventKind.MODULE_ADDED, f"{names}: {count_of(len(fresh), 'site')}")
             self._learn_and_promote(
                 lambda: self._learn(fresh, self.config.learn_s, stop, in_turn=True)
             )
@@ -675,12 +651,15 @@ class Session(DeclaringSession):
         else:
             try:
                 result = let_go(target, self.records, leave=leave)
-                if result.outcome is DetachOutcome.GONE and (end := self._find_end()) is None:
+                if (
+                    result.outcome is DetachOutcome.GONE
+                    and (end := self._alive.find_end(target)) is None
+                ):
                     # Only a thread was gone: the program has to be let go all the same.
                     result = let_go(target, self.records, leave=leave)
-                self.state = SessionState.after(result.outcome)
+                self._standing.state = SessionState.after(result.outcome)
                 if result.outcome is DetachOutcome.GONE and end is not None:
-                    self.state = end
+                    self._standing.state = end
             except BaseException:
                 self.close()
                 raise
@@ -688,7 +667,7 @@ class Session(DeclaringSession):
             may_restore = not leave and result.outcome is not DetachOutcome.GONE
             children, notes = self._children.let_go(may_restore=may_restore)
             result = replace(result, children=children, notes=(*result.notes, *notes))
-        self.notes += result.notes
+        self.notes.extend(result.notes)
         gone = (DetachOutcome.CLEAN, DetachOutcome.GONE)
         if self._perf_map is not None and result.outcome in gone:
             self._perf_map.remove()
@@ -719,9 +698,8 @@ class Session(DeclaringSession):
         if self._target is not None:
             self._target.close()
             self._target = None
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        if self._lifeline is not None:
+            self._lifeline.close()
         self._unlock()
 
     def _unlock(self) -> None:
