@@ -16,14 +16,15 @@ from dataclasses import replace
 from types import TracebackType
 
 from optpoline.controller.arguments import validate_pid, validate_setting
+from optpoline.controller.block_names import BlockNames
 from optpoline.controller.children import Children
-from optpoline.controller.collector import collector_paused
 from optpoline.controller.config import LEARN_S, Config
 from optpoline.controller.events import EventKind
 from optpoline.controller.exact_counts import ExactCounts, describe_operation
 from optpoline.controller.executor import OperationEvent
 from optpoline.controller.first_window import FirstWindow
 from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S, HotSites
+from optpoline.controller.inventory import Inventory
 from optpoline.controller.learning import MIN_FREE_CODE_SIZE
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.lifeline import Lifeline
@@ -31,7 +32,6 @@ from optpoline.controller.linker import Linker
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.no_sites import no_sites_error
 from optpoline.controller.not_promoted import explain_not_promoted, find_unlinked
-from optpoline.controller.perf_map import PerfMap
 from optpoline.controller.promotion import (
     FIRST_SLACK_RATIO,
     NEXT_SLACK_RATIO,
@@ -69,7 +69,7 @@ from optpoline.errors import (
     UsageError,
 )
 from optpoline.learn.counting import SiteCounts
-from optpoline.model import Addr, Mapping, Module, Site
+from optpoline.model import Addr, Module, Site
 from optpoline.process.permissions import check_attachable
 from optpoline.simulate.trace_file import TraceWriter
 
@@ -122,7 +122,6 @@ class Session(DeclaringSession):
         """Prepare; ``open`` does the work."""
         self.pid = pid
         self.config = config or Config()
-        self.records: list[SiteRecord] = []
         self._standing = Standing(on_event)
         self._lock: ControllerLock | None = None
         self._target: Target | None = None
@@ -135,13 +134,11 @@ class Session(DeclaringSession):
         self._reclaimer: Reclaimer | None = None
         self._settler: Settler | None = None
         self._counts: ExactCounts | None = None
-        self._perf_map: PerfMap | None = None
+        self._names: BlockNames | None = None
+        self._inventory: Inventory | None = None
         self._lifeline: Lifeline | None = None
         self._last_summary: Summary | None = None
         self._next_maps_s = 0.0
-        self._code_seen: tuple[Mapping, ...] = ()
-        """What could be executed when modules were last looked for."""
-        self._n_changes_named = 0
 
     # --- attaching
 
@@ -166,12 +163,13 @@ class Session(DeclaringSession):
         self._linker = Linker(target)
         self._children = Children(target, follow=self.config.follow_fork)
         self._counts = ExactCounts(target, self._children, self._tell_operation)
+        self._names = BlockNames(target, self._standing)
         self._window = FirstWindow(
             self.config,
             target,
             self._linker,
             sleep=self._lifeline.sleep,
-            after_look=self._name_blocks,
+            after_look=self._names.update,
             empty=self._counts.empty,
         )
         self._hot = HotSites(target)
@@ -180,8 +178,8 @@ class Session(DeclaringSession):
         change = self._settler.change if self.config.is_switched_off else promote_again
         self._sampler = Sampler(self.config, self._linker, target.may_guard, change)
         self._rediscovery = Rediscovery(self._hot, self._sampler.jump_misses_hz, time.monotonic())
-        self._perf_map = PerfMap(self.pid, target.symbol_at)
-        self._add_modules()
+        self._inventory = Inventory(target, self._standing, self._hot, self._forget)
+        self._inventory.take_in()
         if not self.sites:
             raise no_sites_error(self.pid, tuple(target.modules.values()))
         self._next_maps_s = time.monotonic() + self.config.maps_every_s
@@ -189,46 +187,11 @@ class Session(DeclaringSession):
         message = f"{count_of(len(self.sites), 'site')} in {count_of(n_modules, 'module')}"
         self._standing.tell(EventKind.ATTACHED, message)
 
-    def _add_modules(self) -> list[SiteRecord]:
-        """Take in modules that were loaded since the last look; return their records."""
-        with collector_paused():
-            return self._take_in()
-
-    def _take_in(self) -> list[SiteRecord]:
-        """Do so; thousands of objects are made that all stay."""
-        self.target.read_maps()
-        self._code_seen = self.target.code_maps
-        added, gone = self.target.refresh_modules()
-        for loaded in gone:
-            self._forget(loaded.module)
-        fresh: list[SiteRecord] = []
-        refused: list[tuple[Module, ArenaError]] = []
-        for loaded in added:
-            try:
-                fresh += self.target.make_records(loaded)
-            except ArenaError as error:
-                refused.append((loaded.module, error))
-        self.records += fresh
-        if fresh or gone:
-            assert self._hot is not None
-            self._hot.use(self.records)
-        for why in self.target.unread.values():
-            self._standing.note_once(why)
-        if refused and not self.records and self.state is SessionState.ATTACHED:
-            raise refused[0][1]
-        for module, reason in refused:
-            self._standing.note(f"{module.path} left alone: {reason}")
-        return fresh
-
-    def _forget(self, module: Module) -> None:
-        """Drop records of a module that was unmapped; its text is gone with it."""
-        kept = [r for r in self.records if not module.start <= r.site.addr < module.end]
-        if len(kept) != len(self.records):
-            self.records = kept
-            self._first_window.forget(module.start, module.end)
-            if self._settler is not None:
-                self._settler.forget(module.start, module.end)
-            self._standing.tell(EventKind.MODULE_GONE, f"{module.path} was unloaded")
+    def _forget(self, start: Addr, end: Addr) -> None:
+        """Let all forget the sites of a range that was unmapped."""
+        self._first_window.forget(start, end)
+        if self._settler is not None:
+            self._settler.forget(start, end)
 
     # --- properties
 
@@ -264,6 +227,11 @@ class Session(DeclaringSession):
         """The first windows; from ``open`` on."""
         assert self._window is not None
         return self._window
+
+    @property
+    def records(self) -> list[SiteRecord]:
+        """What is known of all sites found, refused ones included."""
+        return [] if self._inventory is None else self._inventory.records
 
     @property
     def learning_s(self) -> float:
@@ -407,6 +375,7 @@ class Session(DeclaringSession):
         assert self._linker is not None
         assert self._sampler is not None
         assert self._rediscovery is not None
+        assert self._names is not None
         linked = list(self._first_window.ever_linked.values())
         learned = [r for r in linked if r.home is not None and r.active is None and r.off is None]
         waiting, self._first_window.waiting = self._first_window.waiting, []
@@ -432,7 +401,7 @@ class Session(DeclaringSession):
         finally:
             self._sampler.schedule(linked, time.monotonic())
             self._rediscovery.learned(learned, time.monotonic())
-            self._name_blocks(at_once=True)
+            self._names.update(at_once=True)
         return n_promoted
 
     def _tell_promoted(self, n_promoted: int, learned: Sequence[SiteRecord], took_s: float) -> None:
@@ -459,19 +428,6 @@ class Session(DeclaringSession):
         return record_trace(
             self.records, writer, plan, target=self.target, pause=self._alive.sleep, stop=stop
         )
-
-    def _name_blocks(self, *, at_once: bool = False) -> None:
-        """Let profilers know the blocks by name."""
-        assert self._perf_map is not None
-        arenas, now_s = self.target.arenas, time.monotonic()
-        n_changes = sum(arena.n_changes for arena in arenas)
-        if n_changes == self._n_changes_named or not (at_once or self._perf_map.is_due(now_s)):
-            return
-        self._n_changes_named = n_changes
-        blocks = [block for arena in arenas for block in arena.blocks]
-        note = self._perf_map.update(blocks, now_s)
-        if note is not None:
-            self._standing.note(note)
 
     # --- keeping up
 
@@ -534,6 +490,7 @@ class Session(DeclaringSession):
         assert self._sampler is not None
         assert self._reclaimer is not None
         assert self._settler is not None
+        assert self._names is not None
         linked = self._first_window.ever_linked.values()
         # First of all, so that no site stays switched off because something else fails.
         n_settled = self._settler.step(linked, now_s)
@@ -552,7 +509,7 @@ class Session(DeclaringSession):
                     EventKind.DEMOTED, f"{count_of(n_demoted, 'site')} back on the thunk"
                 )
         self._sampler.relink(linked, now_s, self._settler.is_settling)
-        self._name_blocks()
+        self._names.update()
         if self._settler.is_any_off:
             return True  # and let nothing that takes long come in between
         self._rediscover(time.monotonic(), stop)
@@ -605,13 +562,14 @@ class Session(DeclaringSession):
     def _check_maps(self, stop: threading.Event | None) -> bool:
         """Notice exec and new modules; tell whether the program is still the same."""
         self.target.read_maps()
-        if self.target.code_maps == self._code_seen:
+        assert self._inventory is not None
+        if not self._inventory.is_code_new():
             return True
         if not self.target.has_arena():
             self._standing.state = SessionState.EXECED
             self._standing.tell(EventKind.EXECED, f"process {self.pid} replaced its program")
             return False
-        fresh = self._add_modules()
+        fresh = self._inventory.take_in()
         if fresh:
             names = ", ".join(sorted({record.site.module for record in fresh}))
             self._standing.tell(EventKind.MODULE_ADDED, f"{names}: {count_of(len(fresh), 'site')}")
@@ -669,8 +627,8 @@ class Session(DeclaringSession):
             result = replace(result, children=children, notes=(*result.notes, *notes))
         self.notes.extend(result.notes)
         gone = (DetachOutcome.CLEAN, DetachOutcome.GONE)
-        if self._perf_map is not None and result.outcome in gone:
-            self._perf_map.remove()
+        if self._names is not None and result.outcome in gone:
+            self._names.remove()
         self._last_summary = self.summary()
         self.close()
         return result
@@ -692,8 +650,8 @@ class Session(DeclaringSession):
             self._counts = None
         if self._children is not None:
             self._children.close()
-        if self._perf_map is not None:
-            self._perf_map.close()
+        if self._names is not None:
+            self._names.close()
         self._close_settings()
         if self._target is not None:
             self._target.close()
