@@ -35,15 +35,11 @@ from optpoline.controller.not_promoted import explain_not_promoted, find_unlinke
 from optpoline.controller.promotion import (
     FIRST_SLACK_RATIO,
     NEXT_SLACK_RATIO,
-    promote_again,
     promote_first,
 )
-from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.rediscovery import Rediscovery
-from optpoline.controller.sampling import Sampler
 from optpoline.controller.session_declared import DeclaringSession
-from optpoline.controller.settling import OFF_PAUSE_S, Settler
+from optpoline.controller.settling import OFF_PAUSE_S
 from optpoline.controller.standing import EventCallback, Standing
 from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
@@ -57,6 +53,7 @@ from optpoline.controller.summary import (
 from optpoline.controller.takeover import find_left, restore_left
 from optpoline.controller.target import Target
 from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
+from optpoline.controller.upkeep import Upkeep
 from optpoline.controller.wording import count_of
 from optpoline.errors import (
     ArenaError,
@@ -127,12 +124,9 @@ class Session(DeclaringSession):
         self._target: Target | None = None
         self._linker: Linker | None = None
         self._window: FirstWindow | None = None
-        self._sampler: Sampler | None = None
         self._hot: HotSites | None = None
-        self._rediscovery: Rediscovery | None = None
+        self._upkeep: Upkeep | None = None
         self._children: Children | None = None
-        self._reclaimer: Reclaimer | None = None
-        self._settler: Settler | None = None
         self._counts: ExactCounts | None = None
         self._names: BlockNames | None = None
         self._inventory: Inventory | None = None
@@ -173,11 +167,17 @@ class Session(DeclaringSession):
             empty=self._counts.empty,
         )
         self._hot = HotSites(target)
-        self._reclaimer = Reclaimer(self.config, target, self._children, self._keep_counts)
-        self._settler = Settler(self.config, self._reclaimer)
-        change = self._settler.change if self.config.is_switched_off else promote_again
-        self._sampler = Sampler(self.config, self._linker, target.may_guard, change)
-        self._rediscovery = Rediscovery(self._hot, self._sampler.jump_misses_hz, time.monotonic())
+        self._upkeep = Upkeep(
+            self.config,
+            target,
+            linker=self._linker,
+            children=self._children,
+            window=self._window,
+            hot=self._hot,
+            names=self._names,
+            standing=self._standing,
+            before_free=self._keep_counts,
+        )
         self._inventory = Inventory(target, self._standing, self._hot, self._forget)
         self._inventory.take_in()
         if not self.sites:
@@ -190,8 +190,8 @@ class Session(DeclaringSession):
     def _forget(self, start: Addr, end: Addr) -> None:
         """Let all forget the sites of a range that was unmapped."""
         self._first_window.forget(start, end)
-        if self._settler is not None:
-            self._settler.forget(start, end)
+        if self._upkeep is not None:
+            self._upkeep.forget(start, end)
 
     # --- properties
 
@@ -373,9 +373,7 @@ class Session(DeclaringSession):
             hint = "call learn() before promote()"
             raise UsageError(f"nothing was learned yet of process {self.pid}", hint=hint)
         assert self._linker is not None
-        assert self._sampler is not None
-        assert self._rediscovery is not None
-        assert self._names is not None
+        assert self._upkeep is not None
         linked = list(self._first_window.ever_linked.values())
         learned = [r for r in linked if r.home is not None and r.active is None and r.off is None]
         waiting, self._first_window.waiting = self._first_window.waiting, []
@@ -399,9 +397,7 @@ class Session(DeclaringSession):
         try:
             self._tell_promoted(n_promoted, learned, time.monotonic() - begin_s)
         finally:
-            self._sampler.schedule(linked, time.monotonic())
-            self._rediscovery.learned(learned, time.monotonic())
-            self._names.update(at_once=True)
+            self._upkeep.decided(learned)
         return n_promoted
 
     def _tell_promoted(self, n_promoted: int, learned: Sequence[SiteRecord], took_s: float) -> None:
@@ -452,20 +448,18 @@ class Session(DeclaringSession):
             validate_setting("seconds", seconds)
         self._standing.state = SessionState.WATCHING
         end_s = None if seconds is None else time.monotonic() + seconds
-        assert self._sampler is not None
-        assert self._settler is not None
+        assert self._upkeep is not None
         try:
             while self.state is SessionState.WATCHING and not (stop is not None and stop.is_set()):
                 now_s = time.monotonic()
                 left_s = math.inf if end_s is None else end_s - now_s
-                is_any_off = self._settler.is_any_off
+                is_any_off = self._upkeep.is_any_off
                 if left_s <= (-_MORE_S if is_any_off else 0.0):
                     break
-                pause_s = OFF_PAUSE_S if is_any_off else self._sampler.pause_s(now_s)
+                pause_s = OFF_PAUSE_S if is_any_off else self._upkeep.pause_s(now_s)
                 self._watch_once(pause_s if left_s <= 0.0 else min(pause_s, left_s), stop)
         finally:
-            if self._settler.end():
-                self._sampler.settled(self._first_window.ever_linked.values(), (), time.monotonic())
+            self._upkeep.end()
         return self.state
 
     def _watch_once(self, pause_s: float, stop: threading.Event | None) -> None:
@@ -487,30 +481,9 @@ class Session(DeclaringSession):
 
     def _step(self, now_s: float, stop: threading.Event | None) -> bool:
         """Do what is due; tell whether there is still something to watch."""
-        assert self._sampler is not None
-        assert self._reclaimer is not None
-        assert self._settler is not None
-        assert self._names is not None
-        linked = self._first_window.ever_linked.values()
-        # First of all, so that no site stays switched off because something else fails.
-        n_settled = self._settler.step(linked, now_s)
-        changed = self._settler.take_changed()
-        if n_settled or changed:
-            self._sampler.settled(linked, changed, now_s)
-            self._tell_relearned(len(changed))
-        # Before the rest, so that an arena that is used up gets room whatever fails below.
-        self._reclaimer.step(linked, self._sampler.spares, now_s)
-        due = self._sampler.poll(linked, now_s)
-        if due:
-            n_again, n_demoted = self._sampler.sample(due)
-            self._tell_relearned(n_again)
-            if n_demoted:
-                self._standing.tell(
-                    EventKind.DEMOTED, f"{count_of(n_demoted, 'site')} back on the thunk"
-                )
-        self._sampler.relink(linked, now_s, self._settler.is_settling)
-        self._names.update()
-        if self._settler.is_any_off:
+        assert self._upkeep is not None
+        self._upkeep.step(now_s)
+        if self._upkeep.is_any_off:
             return True  # and let nothing that takes long come in between
         self._rediscover(time.monotonic(), stop)
         if now_s >= self._next_maps_s:
@@ -518,17 +491,6 @@ class Session(DeclaringSession):
             self._note_used_up()
             return self._check_maps(stop)
         return True
-
-    def _tell_relearned(self, n_again: int) -> None:
-        """Say how many sites were promoted anew, and which way if not the one asked for."""
-        if not n_again:
-            return
-        assert self._settler is not None
-        reasons = "; ".join(self._settler.take_reasons())
-        swapped = f", swapped: {reasons}" if reasons else ""
-        self._standing.tell(
-            EventKind.RELEARNED, f"{count_of(n_again, 'site')} promoted anew{swapped}"
-        )
 
     def _note_used_up(self) -> None:
         """Say once that an arena has no room for further changes."""
@@ -542,8 +504,8 @@ class Session(DeclaringSession):
 
     def _rediscover(self, now_s: float, stop: threading.Event | None) -> None:
         """Learn the sites anew that time is spent for in thunks."""
-        assert self._rediscovery is not None
-        found = self._rediscovery.find(now_s)
+        assert self._upkeep is not None
+        found = self._upkeep.find_hot(now_s)
         if not found:
             return
         self._learn_and_promote(lambda: self._learn_hot(found, self.config.relearn_s, stop))
@@ -592,7 +554,7 @@ class Session(DeclaringSession):
             state=self.state,
             learning_s=self.learning_s,
             notes=tuple(self.notes),
-            reclaim=self._reclaimer.summary() if self._reclaimer else ReclaimSummary(),
+            reclaim=self._upkeep.summary() if self._upkeep else ReclaimSummary(),
         )
 
     # --- letting go
