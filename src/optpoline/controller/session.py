@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from collections.abc import Mapping as MappingABC
 from dataclasses import replace
 from types import TracebackType
@@ -22,6 +22,8 @@ from optpoline.controller.config import LEARN_S, Config
 from optpoline.controller.events import EventKind
 from optpoline.controller.exact_counts import ExactCounts, describe_operation
 from optpoline.controller.executor import OperationEvent
+from optpoline.controller.first_learning import FirstLearning
+from optpoline.controller.first_promotion import FirstPromotion
 from optpoline.controller.first_window import FirstWindow
 from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S, HotSites
 from optpoline.controller.inventory import Inventory
@@ -31,12 +33,6 @@ from optpoline.controller.lifeline import Lifeline
 from optpoline.controller.linker import Linker
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.no_sites import no_sites_error
-from optpoline.controller.not_promoted import explain_not_promoted, find_unlinked
-from optpoline.controller.promotion import (
-    FIRST_SLACK_RATIO,
-    NEXT_SLACK_RATIO,
-    promote_first,
-)
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.session_declared import DeclaringSession
 from optpoline.controller.settling import OFF_PAUSE_S
@@ -122,9 +118,9 @@ class Session(DeclaringSession):
         self._standing = Standing(on_event)
         self._lock: ControllerLock | None = None
         self._target: Target | None = None
-        self._linker: Linker | None = None
         self._window: FirstWindow | None = None
-        self._hot: HotSites | None = None
+        self._learning: FirstLearning | None = None
+        self._promotion: FirstPromotion | None = None
         self._upkeep: Upkeep | None = None
         self._children: Children | None = None
         self._counts: ExactCounts | None = None
@@ -154,31 +150,41 @@ class Session(DeclaringSession):
             has_cpu_rows=not self.config.shared_counters,
         )
         self._target = target
-        self._linker = Linker(target)
+        linker = Linker(target)
+        hot = HotSites(target)
         self._children = Children(target, follow=self.config.follow_fork)
         self._counts = ExactCounts(target, self._children, self._tell_operation)
         self._names = BlockNames(target, self._standing)
         self._window = FirstWindow(
             self.config,
             target,
-            self._linker,
+            linker,
             sleep=self._lifeline.sleep,
             after_look=self._names.update,
             empty=self._counts.empty,
         )
-        self._hot = HotSites(target)
         self._upkeep = Upkeep(
             self.config,
             target,
-            linker=self._linker,
+            linker=linker,
             children=self._children,
             window=self._window,
-            hot=self._hot,
+            hot=hot,
             names=self._names,
             standing=self._standing,
             before_free=self._keep_counts,
         )
-        self._inventory = Inventory(target, self._standing, self._hot, self._forget)
+        self._inventory = Inventory(target, self._standing, hot, self._forget)
+        self._learning = FirstLearning(self._window, hot, self._lifeline, self._standing)
+        self._promotion = FirstPromotion(
+            self.config,
+            target,
+            linker=linker,
+            window=self._window,
+            inventory=self._inventory,
+            upkeep=self._upkeep,
+            standing=self._standing,
+        )
         self._inventory.take_in()
         if not self.sites:
             raise no_sites_error(self.pid, tuple(target.modules.values()))
@@ -289,45 +295,8 @@ class Session(DeclaringSession):
         baseline = [r for r in self.records if r.state is SiteState.BASELINE]
         if length_s == LEARN_S and len(baseline) > ALL_AT_ONCE_SITES:
             length_s = FIRST_HOT_S
-        self._learn(baseline, length_s, stop, in_turn=in_turn)
-
-    def _learn(
-        self,
-        records: list[SiteRecord],
-        length_s: float,
-        stop: threading.Event | None,
-        *,
-        in_turn: bool,
-    ) -> None:
-        """Run one first window over baseline sites: all of them, or those that run."""
-        if len(records) > ALL_AT_ONCE_SITES:
-            self._learn_hot([], length_s, stop)
-            return
-
-        def began(n_sites: int) -> None:
-            self._tell_learning(count_of(n_sites, "site"), length_s)
-
-        self._first_window.learn(records, length_s, stop, in_turn=in_turn, began=began)
-
-    def _learn_hot(
-        self, records: list[SiteRecord], length_s: float, stop: threading.Event | None
-    ) -> None:
-        """Run one first window over some sites, and those that are met in it."""
-        assert self._hot is not None
-        with self._hot.watch() as lookout:
-            linked = self._first_window.link(records)
-            what = count_of(len(linked), "site") if linked else "the sites that run"
-            self._tell_learning(what, length_s)
-            try:
-                self._first_window.run(linked, length_s, stop, lookout)
-            except ProcessGone:
-                self._alive.sleep(0.0)  # notes that it has exited
-                raise
-
-    def _tell_learning(self, what: str, length_s: float) -> None:
-        """Say that a window begins."""
-        self._standing.state = SessionState.LEARNING
-        self._standing.tell(EventKind.LEARNING, f"learning {what} for {length_s:g} s")
+        assert self._learning is not None
+        self._learning.learn(baseline, length_s, stop, in_turn=in_turn)
 
     def drain(self) -> MappingABC[Addr, SiteCounts]:
         """Return what each site has counted since the last drain, exactly, and begin anew.
@@ -372,50 +341,8 @@ class Session(DeclaringSession):
         if self.state is SessionState.ATTACHED:
             hint = "call learn() before promote()"
             raise UsageError(f"nothing was learned yet of process {self.pid}", hint=hint)
-        assert self._linker is not None
-        assert self._upkeep is not None
-        linked = list(self._first_window.ever_linked.values())
-        learned = [r for r in linked if r.home is not None and r.active is None and r.off is None]
-        waiting, self._first_window.waiting = self._first_window.waiting, []
-        learned += [r for r in waiting if r.home is None]
-        begin_s = time.monotonic()
-        try:
-            n_promoted = promote_first(
-                learned,
-                policy=self.config.policy,
-                linker=self._linker,
-                may_guard=self.target.may_guard,
-                now_s=begin_s,
-                promote_plain=self.config.promote_plain,
-                slack_ratio=NEXT_SLACK_RATIO if self.config.is_switched_off else FIRST_SLACK_RATIO,
-            )
-        finally:
-            for record in learned:
-                if record.state is SiteState.LEARNING:
-                    record.state = SiteState.BASELINE
-        self._standing.state = SessionState.PROMOTED
-        try:
-            self._tell_promoted(n_promoted, learned, time.monotonic() - begin_s)
-        finally:
-            self._upkeep.decided(learned)
-        return n_promoted
-
-    def _tell_promoted(self, n_promoted: int, learned: Sequence[SiteRecord], took_s: float) -> None:
-        """Say what became of the sites that were learned."""
-        if n_promoted:
-            message = f"{n_promoted} of {count_of(len(learned), 'site')} in {took_s:.3f} s"
-            self._standing.tell(EventKind.PROMOTED, message)
-            return
-        more = any(record.state is SiteState.PROMOTED for record in self.records)
-        tried = self._first_window.ever_linked.values()
-        why = explain_not_promoted(
-            self.pid,
-            learned,
-            find_unlinked(tried, learned),
-            promote_plain=self.config.promote_plain,
-        )
-        message = f"nothing {'more ' if more else ''}to promote yet: {why}"
-        self._standing.tell(EventKind.NOT_PROMOTED, message)
+        assert self._promotion is not None
+        return self._promotion.promote()
 
     def record(
         self, writer: TraceWriter, plan: RecordPlan, stop: threading.Event | None = None
@@ -508,7 +435,9 @@ class Session(DeclaringSession):
         found = self._upkeep.find_hot(now_s)
         if not found:
             return
-        self._learn_and_promote(lambda: self._learn_hot(found, self.config.relearn_s, stop))
+        assert self._learning is not None
+        learning = self._learning
+        self._learn_and_promote(lambda: learning.learn_hot(found, self.config.relearn_s, stop))
 
     def _learn_and_promote(self, learn: Callable[[], None]) -> None:
         """Learn while watching, and decide on it."""
@@ -535,8 +464,10 @@ class Session(DeclaringSession):
         if fresh:
             names = ", ".join(sorted({record.site.module for record in fresh}))
             self._standing.tell(EventKind.MODULE_ADDED, f"{names}: {count_of(len(fresh), 'site')}")
+            assert self._learning is not None
+            learning = self._learning
             self._learn_and_promote(
-                lambda: self._learn(fresh, self.config.learn_s, stop, in_turn=True)
+                lambda: learning.learn(fresh, self.config.learn_s, stop, in_turn=True)
             )
         return True
 
