@@ -123,8 +123,9 @@ def test_no_block_is_made(start_target: StartTarget) -> None:
 def _step_until(session: optpoline.Session, condition: Callable[[], bool]) -> None:
     """Take a session's steps one by one, as a watch does, until something holds."""
     deadline = time.monotonic() + TIMEOUT_S
+    assert session._watch is not None
     while not condition():
-        session._step(time.monotonic(), None)
+        session._watch.step(time.monotonic())
         assert time.monotonic() < deadline
         time.sleep(0.005)
 

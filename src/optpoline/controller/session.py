@@ -7,10 +7,7 @@ called from one thread, because ptrace calls must come from one OS thread.
 
 from __future__ import annotations
 
-import math
 import threading
-import time
-from collections.abc import Callable
 from collections.abc import Mapping as MappingABC
 from dataclasses import replace
 from types import TracebackType
@@ -27,7 +24,6 @@ from optpoline.controller.first_promotion import FirstPromotion
 from optpoline.controller.first_window import FirstWindow
 from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S, HotSites
 from optpoline.controller.inventory import Inventory
-from optpoline.controller.learning import MIN_FREE_CODE_SIZE
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.lifeline import Lifeline
 from optpoline.controller.linker import Linker
@@ -35,7 +31,6 @@ from optpoline.controller.lock import ControllerLock
 from optpoline.controller.no_sites import no_sites_error
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.session_declared import DeclaringSession
-from optpoline.controller.settling import OFF_PAUSE_S
 from optpoline.controller.standing import EventCallback, Standing
 from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
@@ -50,30 +45,15 @@ from optpoline.controller.takeover import find_left, restore_left
 from optpoline.controller.target import Target
 from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
 from optpoline.controller.upkeep import Upkeep
+from optpoline.controller.watch import Watch
 from optpoline.controller.wording import count_of
-from optpoline.errors import (
-    ArenaError,
-    OptpolineError,
-    PermissionDenied,
-    ProcessGone,
-    StopTimeout,
-    TargetFault,
-    UnsupportedTarget,
-    UsageError,
-)
+from optpoline.errors import OptpolineError, UsageError
 from optpoline.learn.counting import SiteCounts
 from optpoline.model import Addr, Module, Site
 from optpoline.process.permissions import check_attachable
 from optpoline.simulate.trace_file import TraceWriter
 
 __all__ = ["Session", "attach"]
-
-_MORE_S = 0.1
-"""How much longer than asked for a watch may take to end a change that is under way: a grace
-period takes 5 to 50 ms where the first look tells all."""
-
-_PASSING = (ArenaError, PermissionDenied, StopTimeout, TargetFault, UnsupportedTarget)
-"""Errors that say no more than that something cannot be done for the moment."""
 
 
 def attach(
@@ -128,7 +108,7 @@ class Session(DeclaringSession):
         self._inventory: Inventory | None = None
         self._lifeline: Lifeline | None = None
         self._last_summary: Summary | None = None
-        self._next_maps_s = 0.0
+        self._watch: Watch | None = None
 
     # --- attaching
 
@@ -188,7 +168,16 @@ class Session(DeclaringSession):
         self._inventory.take_in()
         if not self.sites:
             raise no_sites_error(self.pid, tuple(target.modules.values()))
-        self._next_maps_s = time.monotonic() + self.config.maps_every_s
+        self._watch = Watch(
+            self.config,
+            target,
+            lifeline=self._lifeline,
+            standing=self._standing,
+            inventory=self._inventory,
+            learning=self._learning,
+            promotion=self._promotion,
+            upkeep=self._upkeep,
+        )
         n_modules = sum(1 for loaded in target.modules.values() if loaded.scan.sites)
         message = f"{count_of(len(self.sites), 'site')} in {count_of(n_modules, 'module')}"
         self._standing.tell(EventKind.ATTACHED, message)
@@ -373,103 +362,8 @@ class Session(DeclaringSession):
         self._check_open()
         if seconds is not None:
             validate_setting("seconds", seconds)
-        self._standing.state = SessionState.WATCHING
-        end_s = None if seconds is None else time.monotonic() + seconds
-        assert self._upkeep is not None
-        try:
-            while self.state is SessionState.WATCHING and not (stop is not None and stop.is_set()):
-                now_s = time.monotonic()
-                left_s = math.inf if end_s is None else end_s - now_s
-                is_any_off = self._upkeep.is_any_off
-                if left_s <= (-_MORE_S if is_any_off else 0.0):
-                    break
-                pause_s = OFF_PAUSE_S if is_any_off else self._upkeep.pause_s(now_s)
-                self._watch_once(pause_s if left_s <= 0.0 else min(pause_s, left_s), stop)
-        finally:
-            self._upkeep.end()
-        return self.state
-
-    def _watch_once(self, pause_s: float, stop: threading.Event | None) -> None:
-        """Wait, do what is due, and notice the end of the program."""
-        try:
-            self._alive.sleep(pause_s)
-            self._step(time.monotonic(), stop)
-        except ProcessGone:
-            end = self._alive.find_end(self.target)
-            self._standing.state = SessionState.WATCHING if end is None else end
-            if end is SessionState.EXECED:
-                self._standing.tell(EventKind.EXECED, f"process {self.pid} replaced its program")
-            elif end is SessionState.EXITED:
-                self._standing.tell(EventKind.EXITED, f"process {self.pid} exited")
-        except _PASSING as error:
-            # For the moment it cannot be done; every site leads somewhere right meanwhile.
-            self._standing.state = SessionState.WATCHING
-            self._standing.note_once(str(error))
-
-    def _step(self, now_s: float, stop: threading.Event | None) -> bool:
-        """Do what is due; tell whether there is still something to watch."""
-        assert self._upkeep is not None
-        self._upkeep.step(now_s)
-        if self._upkeep.is_any_off:
-            return True  # and let nothing that takes long come in between
-        self._rediscover(time.monotonic(), stop)
-        if now_s >= self._next_maps_s:
-            self._next_maps_s = now_s + self.config.maps_every_s
-            self._note_used_up()
-            return self._check_maps(stop)
-        return True
-
-    def _note_used_up(self) -> None:
-        """Say once that an arena has no room for further changes."""
-        for arena in self.target.arenas:
-            note = (
-                f"the arena at {arena.addr:#x} is used up: its sites keep working as they are, "
-                "changes of the workload are followed no more; attach anew for an empty one"
-            )
-            if arena.free_code_size < MIN_FREE_CODE_SIZE:
-                self._standing.note_once(note)
-
-    def _rediscover(self, now_s: float, stop: threading.Event | None) -> None:
-        """Learn the sites anew that time is spent for in thunks."""
-        assert self._upkeep is not None
-        found = self._upkeep.find_hot(now_s)
-        if not found:
-            return
-        assert self._learning is not None
-        learning = self._learning
-        self._learn_and_promote(lambda: learning.learn_hot(found, self.config.relearn_s, stop))
-
-    def _learn_and_promote(self, learn: Callable[[], None]) -> None:
-        """Learn while watching, and decide on it."""
-        try:
-            learn()
-        except _PASSING:
-            # Sites may still count: nobody else comes back to them, nor to what was learned.
-            self.promote()
-            raise
-        self.promote()
-        self._standing.state = SessionState.WATCHING
-
-    def _check_maps(self, stop: threading.Event | None) -> bool:
-        """Notice exec and new modules; tell whether the program is still the same."""
-        self.target.read_maps()
-        assert self._inventory is not None
-        if not self._inventory.is_code_new():
-            return True
-        if not self.target.has_arena():
-            self._standing.state = SessionState.EXECED
-            self._standing.tell(EventKind.EXECED, f"process {self.pid} replaced its program")
-            return False
-        fresh = self._inventory.take_in()
-        if fresh:
-            names = ", ".join(sorted({record.site.module for record in fresh}))
-            self._standing.tell(EventKind.MODULE_ADDED, f"{names}: {count_of(len(fresh), 'site')}")
-            assert self._learning is not None
-            learning = self._learning
-            self._learn_and_promote(
-                lambda: learning.learn(fresh, self.config.learn_s, stop, in_turn=True)
-            )
-        return True
+        assert self._watch is not None
+        return self._watch.run(seconds, stop)
 
     # --- telling
 
