@@ -37,7 +37,7 @@ def _after_link(
     session: optpoline.Session, monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[], None]
 ) -> list[int]:
     """Do something once so many groups were linked; return how many sites led to blocks by then."""
-    link = session._first_window._link
+    link = session._work.window._link
     linked: list[int] = []
 
     def watched(moves: Sequence[Move], done: Sequence[SiteRecord] = ()) -> list[SiteRecord]:
@@ -47,7 +47,7 @@ def _after_link(
             do()
         return found
 
-    monkeypatch.setattr(session._first_window, "_link", watched)
+    monkeypatch.setattr(session._work.window, "_link", watched)
     return linked
 
 

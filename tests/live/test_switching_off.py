@@ -135,8 +135,7 @@ def _make_due(session: optpoline.Session, due: SiteRecord) -> None:
     now_s = time.monotonic()
     for record in session.records:
         record.next_sample_s = now_s if record is due else now_s + 1000.0
-    assert session._upkeep is not None
-    session._upkeep._sampler.settled(session.records, (), now_s)
+    session._work.upkeep._sampler.settled(session.records, (), now_s)
 
 
 def _first_due(session: optpoline.Session) -> SiteRecord:
@@ -152,8 +151,7 @@ def _check_changed(session: optpoline.Session, record: SiteRecord, before: Block
     On a busy machine it may have been changed twice by then, and back.
     """
     _step_until(session, lambda: record.off is None)
-    assert session._upkeep is not None
-    assert session._upkeep._settler.take_reasons() == ()
+    assert session._work.upkeep._settler.take_reasons() == ()
     home = record.home
     assert home is not None
     assert home is record.active

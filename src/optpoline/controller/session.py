@@ -13,22 +13,14 @@ from dataclasses import replace
 from types import TracebackType
 
 from optpoline.controller.arguments import validate_pid, validate_setting
-from optpoline.controller.block_names import BlockNames
-from optpoline.controller.children import Children
 from optpoline.controller.config import LEARN_S, Config
 from optpoline.controller.events import EventKind
-from optpoline.controller.exact_counts import ExactCounts, describe_operation
-from optpoline.controller.executor import OperationEvent
-from optpoline.controller.first_learning import FirstLearning
-from optpoline.controller.first_promotion import FirstPromotion
-from optpoline.controller.first_window import FirstWindow
-from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S, HotSites
-from optpoline.controller.inventory import Inventory
+from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.lifeline import Lifeline
-from optpoline.controller.linker import Linker
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.no_sites import no_sites_error
+from optpoline.controller.parts import Parts, make_parts
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.session_declared import DeclaringSession
 from optpoline.controller.standing import EventCallback, Standing
@@ -36,7 +28,6 @@ from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
     DetachOutcome,
     DetachResult,
-    ReclaimSummary,
     SessionState,
     SiteState,
     Summary,
@@ -44,7 +35,6 @@ from optpoline.controller.summary import (
 from optpoline.controller.takeover import find_left, restore_left
 from optpoline.controller.target import Target
 from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
-from optpoline.controller.upkeep import Upkeep
 from optpoline.controller.watch import Watch
 from optpoline.controller.wording import count_of
 from optpoline.errors import OptpolineError, UsageError
@@ -98,17 +88,10 @@ class Session(DeclaringSession):
         self._standing = Standing(on_event)
         self._lock: ControllerLock | None = None
         self._target: Target | None = None
-        self._window: FirstWindow | None = None
-        self._learning: FirstLearning | None = None
-        self._promotion: FirstPromotion | None = None
-        self._upkeep: Upkeep | None = None
-        self._children: Children | None = None
-        self._counts: ExactCounts | None = None
-        self._names: BlockNames | None = None
-        self._inventory: Inventory | None = None
         self._lifeline: Lifeline | None = None
-        self._last_summary: Summary | None = None
+        self._parts: Parts | None = None
         self._watch: Watch | None = None
+        self._last_summary: Summary | None = None
 
     # --- attaching
 
@@ -130,63 +113,24 @@ class Session(DeclaringSession):
             has_cpu_rows=not self.config.shared_counters,
         )
         self._target = target
-        linker = Linker(target)
-        hot = HotSites(target)
-        self._children = Children(target, follow=self.config.follow_fork)
-        self._counts = ExactCounts(target, self._children, self._tell_operation)
-        self._names = BlockNames(target, self._standing)
-        self._window = FirstWindow(
-            self.config,
-            target,
-            linker,
-            sleep=self._lifeline.sleep,
-            after_look=self._names.update,
-            empty=self._counts.empty,
-        )
-        self._upkeep = Upkeep(
-            self.config,
-            target,
-            linker=linker,
-            children=self._children,
-            window=self._window,
-            hot=hot,
-            names=self._names,
-            standing=self._standing,
-            before_free=self._keep_counts,
-        )
-        self._inventory = Inventory(target, self._standing, hot, self._forget)
-        self._learning = FirstLearning(self._window, hot, self._lifeline, self._standing)
-        self._promotion = FirstPromotion(
-            self.config,
-            target,
-            linker=linker,
-            window=self._window,
-            inventory=self._inventory,
-            upkeep=self._upkeep,
-            standing=self._standing,
-        )
-        self._inventory.take_in()
+        parts = make_parts(self.config, target, self._lifeline, self._standing)
+        self._parts = parts
+        parts.inventory.take_in()
         if not self.sites:
             raise no_sites_error(self.pid, tuple(target.modules.values()))
         self._watch = Watch(
             self.config,
             target,
-            lifeline=self._lifeline,
+            lifeline=parts.lifeline,
             standing=self._standing,
-            inventory=self._inventory,
-            learning=self._learning,
-            promotion=self._promotion,
-            upkeep=self._upkeep,
+            inventory=parts.inventory,
+            learning=parts.learning,
+            promotion=parts.promotion,
+            upkeep=parts.upkeep,
         )
         n_modules = sum(1 for loaded in target.modules.values() if loaded.scan.sites)
         message = f"{count_of(len(self.sites), 'site')} in {count_of(n_modules, 'module')}"
         self._standing.tell(EventKind.ATTACHED, message)
-
-    def _forget(self, start: Addr, end: Addr) -> None:
-        """Let all forget the sites of a range that was unmapped."""
-        self._first_window.forget(start, end)
-        if self._upkeep is not None:
-            self._upkeep.forget(start, end)
 
     # --- properties
 
@@ -207,31 +151,25 @@ class Session(DeclaringSession):
         """What its user has to know, a sentence each."""
         return self._standing.notes
 
-    @property
-    def _alive(self) -> Lifeline:
-        """The lifeline; from ``open`` on."""
-        assert self._lifeline is not None
-        return self._lifeline
-
     def _check_open(self) -> None:
         """Raise the error of ``target`` if the session is over."""
         _ = self.target
 
     @property
-    def _first_window(self) -> FirstWindow:
-        """The first windows; from ``open`` on."""
-        assert self._window is not None
-        return self._window
+    def _work(self) -> Parts:
+        """The parts that do the work; from ``open`` on."""
+        assert self._parts is not None
+        return self._parts
 
     @property
     def records(self) -> list[SiteRecord]:
         """What is known of all sites found, refused ones included."""
-        return [] if self._inventory is None else self._inventory.records
+        return [] if self._parts is None else self._parts.inventory.records
 
     @property
     def learning_s(self) -> float:
         """Seconds during which any site led to a learning block."""
-        return 0.0 if self._window is None else self._window.learning_s
+        return 0.0 if self._parts is None else self._parts.window.learning_s
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -242,13 +180,6 @@ class Session(DeclaringSession):
     def sites(self) -> tuple[Site, ...]:
         """All sites found, refused ones included."""
         return tuple(site for loaded in self.target.modules.values() for site in loaded.scan.sites)
-
-    def _tell_operation(self, event: OperationEvent) -> None:
-        """Tell that counters were drained."""
-        self._standing.tell(EventKind.OPERATION, describe_operation(event))
-        note = "counts may be inexact: somebody came between while they were drained"
-        if not event.is_exclusive:
-            self._standing.note_once(note)
 
     # --- learning and promoting
 
@@ -284,8 +215,7 @@ class Session(DeclaringSession):
         baseline = [r for r in self.records if r.state is SiteState.BASELINE]
         if length_s == LEARN_S and len(baseline) > ALL_AT_ONCE_SITES:
             length_s = FIRST_HOT_S
-        assert self._learning is not None
-        self._learning.learn(baseline, length_s, stop, in_turn=in_turn)
+        self._work.learning.learn(baseline, length_s, stop, in_turn=in_turn)
 
     def drain(self) -> MappingABC[Addr, SiteCounts]:
         """Return what each site has counted since the last drain, exactly, and begin anew.
@@ -306,15 +236,8 @@ class Session(DeclaringSession):
             OptpolineError: if the session is over.
             ProcessGone: if the target has to be stopped for it, and is gone.
         """
-        if self._counts is None:
-            raise OptpolineError(f"the session with process {self.pid} is over")
-        return self._counts.drain(list(self._first_window.ever_linked.values()))
-
-    def _keep_counts(self, site_addr: Addr, block_addr: Addr) -> None:
-        """Keep what a block has counted whose memory is about to be given back."""
-        record = self._first_window.ever_linked.get(site_addr)
-        if record is not None and self._counts is not None:
-            self._counts.keep(record, block_addr)
+        self._check_open()
+        return self._work.counts.drain(list(self._work.window.ever_linked.values()))
 
     def promote(self) -> int:
         """Promote what the last window found worth it; the rest gets its baseline back.
@@ -330,15 +253,19 @@ class Session(DeclaringSession):
         if self.state is SessionState.ATTACHED:
             hint = "call learn() before promote()"
             raise UsageError(f"nothing was learned yet of process {self.pid}", hint=hint)
-        assert self._promotion is not None
-        return self._promotion.promote()
+        return self._work.promotion.promote()
 
     def record(
         self, writer: TraceWriter, plan: RecordPlan, stop: threading.Event | None = None
     ) -> RecordTotals:
         """Record what the sites that were learned do, branch by branch, in bursts."""
         return record_trace(
-            self.records, writer, plan, target=self.target, pause=self._alive.sleep, stop=stop
+            self.records,
+            writer,
+            plan,
+            target=self.target,
+            pause=self._work.lifeline.sleep,
+            stop=stop,
         )
 
     # --- keeping up
@@ -379,7 +306,7 @@ class Session(DeclaringSession):
             state=self.state,
             learning_s=self.learning_s,
             notes=tuple(self.notes),
-            reclaim=self._upkeep.summary() if self._upkeep else ReclaimSummary(),
+            reclaim=self._work.upkeep.summary(),
         )
 
     # --- letting go
@@ -396,26 +323,24 @@ class Session(DeclaringSession):
         else:
             try:
                 result = let_go(target, self.records, leave=leave)
-                if (
-                    result.outcome is DetachOutcome.GONE
-                    and (end := self._alive.find_end(target)) is None
-                ):
-                    # Only a thread was gone: the program has to be let go all the same.
-                    result = let_go(target, self.records, leave=leave)
+                end = None
+                if result.outcome is DetachOutcome.GONE:
+                    end = self._work.lifeline.find_end(target)
+                    if end is None:
+                        # Only a thread was gone: the program has to be let go all the same.
+                        result = let_go(target, self.records, leave=leave)
                 self._standing.state = SessionState.after(result.outcome)
                 if result.outcome is DetachOutcome.GONE and end is not None:
                     self._standing.state = end
             except BaseException:
                 self.close()
                 raise
-        if self._children is not None:
-            may_restore = not leave and result.outcome is not DetachOutcome.GONE
-            children, notes = self._children.let_go(may_restore=may_restore)
-            result = replace(result, children=children, notes=(*result.notes, *notes))
+        may_restore = not leave and result.outcome is not DetachOutcome.GONE
+        children, notes = self._work.children.let_go(may_restore=may_restore)
+        result = replace(result, children=children, notes=(*result.notes, *notes))
         self.notes.extend(result.notes)
-        gone = (DetachOutcome.CLEAN, DetachOutcome.GONE)
-        if self._names is not None and result.outcome in gone:
-            self._names.remove()
+        if result.outcome in (DetachOutcome.CLEAN, DetachOutcome.GONE):
+            self._work.names.remove()
         self._last_summary = self.summary()
         self.close()
         return result
@@ -432,13 +357,8 @@ class Session(DeclaringSession):
 
     def close(self) -> None:
         """Release what this process holds; the target is not touched."""
-        if self._counts is not None:
-            self._counts.close()
-            self._counts = None
-        if self._children is not None:
-            self._children.close()
-        if self._names is not None:
-            self._names.close()
+        if self._parts is not None:
+            self._parts.close()
         self._close_settings()
         if self._target is not None:
             self._target.close()
