@@ -27,7 +27,7 @@ from optpoline.patch.layout import ARENA_NAME, JournalEntry
 from optpoline.patch.placement import choose_arena_addr, is_within_reach
 from optpoline.patch.text import is_same_but_disp, leads_into, read_entries
 from optpoline.process.cpus import read_n_possible_cpus
-from optpoline.process.inject import InjectionCode, find_injection_code
+from optpoline.process.injection_code import InjectionCode, find_injection_code
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import is_anonymous, list_modules, open_module
 from optpoline.process.permissions import explain_untraceable
