@@ -41,7 +41,7 @@ from optpoline.patch.ranges import AddressRanges
 from optpoline.patch.stacks import StackMap
 from optpoline.process.perf_event import ThreadClock
 from optpoline.process.perf_ring import StackSample
-from optpoline.process.procfs import ThreadState, ThreadWhere, read_thread_state
+from optpoline.process.thread_state import ThreadState, ThreadWhere, read_thread_state
 
 __all__ = ["RunningThreads", "fill_holes", "scan_sample"]
 

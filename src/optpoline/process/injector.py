@@ -17,10 +17,11 @@ from optpoline.process.inject import InjectionThread
 from optpoline.process.injection_code import InjectionCode
 from optpoline.process.leader import is_exiting
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.procfs import read_status, read_thread_state
+from optpoline.process.procfs import read_status
 from optpoline.process.ptrace import StopCode, Tracer
 from optpoline.process.rseq import RSEQ_CS_OFF
 from optpoline.process.stopper import Stopper, Tracee
+from optpoline.process.thread_state import read_thread_state
 from optpoline.process.waking import rank_waking
 from optpoline.x86.registers import USER_CODE_SELECTOR, Registers
 from optpoline.x86.syscalls import ERESTART_RESTARTBLOCK, Disturbance, has_temporary_mask

@@ -26,9 +26,10 @@ from optpoline.process.busy import (
 )
 from optpoline.process.inject import wait_for_stop
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.procfs import list_tids, read_state_char, read_thread_state
+from optpoline.process.procfs import list_tids, read_state_char
 from optpoline.process.ptrace import StopCode, Tracer, reap_thread
 from optpoline.process.sharers import SharerFinder
+from optpoline.process.thread_state import read_thread_state
 from optpoline.process.waking import rank_waking
 from optpoline.x86.registers import Registers
 from optpoline.x86.syscalls import ERESTARTNOHAND, Disturbance, is_restartable_eintr

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from optpoline.process.busy import is_transferring
-from optpoline.process.procfs import ThreadState, ThreadWhere
+from optpoline.process.thread_state import ThreadState, ThreadWhere
 from optpoline.x86.syscalls import Disturbance, has_temporary_mask, rank_disturbance
 
 __all__ = ["rank_waking"]
