@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 import optpoline
-from optpoline.controller import first_window, learning
+from optpoline.controller import counting_blocks, first_window
 from optpoline.controller.audit import audit
 from optpoline.controller.linker import Move
 from optpoline.controller.records import SiteRecord
@@ -111,7 +111,7 @@ def test_an_arena_is_used_up_between_groups(
             session,
             monkeypatch,
             1,
-            lambda: monkeypatch.setattr(learning, "MIN_FREE_CODE_SIZE", free + 1),
+            lambda: monkeypatch.setattr(counting_blocks, "MIN_FREE_CODE_SIZE", free + 1),
         )
         session.learn(LEARN_S, in_turn=True)
         assert linked == [1, 0, 0, 0]

@@ -14,7 +14,7 @@ from typing import Self
 import pytest
 
 import optpoline
-from optpoline.controller.learning import first_block
+from optpoline.controller.counting_blocks import first_block
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome

@@ -18,15 +18,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from optpoline.controller.config import Config
-from optpoline.controller.learning import (
-    TargetFilter,
-    begin_sample,
-    end_sample,
-    grow_full,
-    is_last_block_telling,
-    telling_counts,
-    window_counts,
-)
+from optpoline.controller.growing import grow_full
+from optpoline.controller.learning import TargetFilter, begin_sample, end_sample
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.misses import MissWatch
 from optpoline.controller.promotion import (
@@ -39,6 +32,7 @@ from optpoline.controller.promotion import (
 )
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
+from optpoline.controller.window_counts import is_last_block_telling, telling_counts, window_counts
 from optpoline.learn.counting import UNKNOWN_SHARE_TO_GROW, SiteCounts
 from optpoline.model import Refusal
 from optpoline.patch.blocks import Block

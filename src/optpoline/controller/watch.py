@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 
 from optpoline.controller.config import Config
+from optpoline.controller.counting_blocks import MIN_FREE_CODE_SIZE
 from optpoline.controller.events import EventKind
 from optpoline.controller.first_learning import FirstLearning
 from optpoline.controller.first_promotion import FirstPromotion
 from optpoline.controller.inventory import Inventory
-from optpoline.controller.learning import MIN_FREE_CODE_SIZE
 from optpoline.controller.lifeline import Lifeline
 from optpoline.controller.settling import OFF_PAUSE_S
 from optpoline.controller.standing import Standing
