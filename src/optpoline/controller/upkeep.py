@@ -23,6 +23,7 @@ from optpoline.controller.promotion import promote_again
 from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.rediscovery import Rediscovery
+from optpoline.controller.relinking import Relinker
 from optpoline.controller.sampling import Sampler
 from optpoline.controller.settling import Settler
 from optpoline.controller.standing import Standing
@@ -69,7 +70,8 @@ class Upkeep:
         self._reclaimer = Reclaimer(config, target, children, before_free)
         self._settler = Settler(config, self._reclaimer)
         change = self._settler.change if config.is_switched_off else promote_again
-        self._sampler = Sampler(config, linker, target.may_guard, change)
+        self._sampler = Sampler(config, target.may_guard, change)
+        self._relinker = Relinker(linker, config.relink_after_s)
         self._rediscovery = Rediscovery(hot, self._sampler.jump_misses_hz, time.monotonic())
 
     @property
@@ -99,7 +101,7 @@ class Upkeep:
             if n_demoted:
                 message = f"{count_of(n_demoted, 'site')} back on the thunk"
                 self._standing.tell(EventKind.DEMOTED, message)
-        self._sampler.relink(linked, now_s, self._settler.is_settling)
+        self._relinker.step(linked, now_s, self._settler.is_settling)
         self._names.update()
 
     def _tell_relearned(self, n_again: int) -> None:
