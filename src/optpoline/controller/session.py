@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping as MappingABC
 from dataclasses import replace
-from types import TracebackType
 
 from optpoline.controller.arguments import validate_pid, validate_setting
 from optpoline.controller.config import LEARN_S, Config
@@ -377,12 +376,7 @@ class Session(DeclaringSession):
         """Return the session."""
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Detach, restoring everything, unless that was done."""
         try:
             if self._target is not None:
