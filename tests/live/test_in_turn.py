@@ -18,6 +18,7 @@ from optpoline.errors import StopTimeout
 from optpoline.process.memory import RemoteMemory
 from tests.live.conftest import StartTarget
 from tests.live.failing_stops import fail_at
+from tests.live.serving import promoted_sites
 from tests.live.witness import RETPOLINE, Witness
 
 pytestmark = pytest.mark.live
@@ -128,7 +129,7 @@ def test_somebody_sleeps_when_they_are_promoted(start_target: StartTarget) -> No
         session.learn(0.2, in_turn=True)
         target.ask("sleep")
         n_promoted = session.promote()
-        promoted = [r for r in session.records if r.state is SiteState.PROMOTED]
+        promoted = promoted_sites(session)
         assert len(promoted) == n_promoted == 5
         for record in promoted:
             assert record.home is not None

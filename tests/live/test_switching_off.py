@@ -17,13 +17,14 @@ from optpoline.controller.arguments import CHANGES, Change
 from optpoline.controller.audit import audit
 from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.summary import DetachOutcome, SiteState
+from optpoline.controller.summary import DetachOutcome
 from optpoline.model import tree_targets
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, redirection_of
 from optpoline.patch.layout import BlockEntry, BlockState
 from tests.live.conftest import LiveTarget, StartTarget
 from tests.live.fickle import fickle_config
+from tests.live.serving import promoted_sites
 from tests.live.witness import RETPOLINE, Witness
 
 pytestmark = pytest.mark.live
@@ -58,11 +59,6 @@ def _change_more(session: optpoline.Session, n_changes: int) -> None:
     _watch_until(session, lambda: session.summary().relearned >= n_before + n_changes)
 
 
-def _promoted(session: optpoline.Session) -> list[SiteRecord]:
-    """Return the promoted sites."""
-    return [record for record in session.records if record.state is SiteState.PROMOTED]
-
-
 def _check_blocks(records: list[SiteRecord]) -> None:
     """Check that what is at work is the tree that was decided on, byte for byte."""
     for record in records:
@@ -82,7 +78,7 @@ def test_right_under_signals(start_target: StartTarget, change: Change) -> None:
     told: list[str] = []
     with _promote(target, fickle_config(change), told) as session:
         _change_more(session, 5)
-        _check_blocks(_promoted(session))
+        _check_blocks(promoted_sites(session))
         assert audit(target.pid).is_sound
         again = [message for message in told if "promoted anew" in message]
         n_swapped = sum("swapped" in message for message in again)
@@ -103,14 +99,16 @@ def test_no_block_is_made(start_target: StartTarget) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while any("swapped" in message for message in again):
             assert time.monotonic() < deadline
-            _watch_until(session, lambda: all(r.home is r.active for r in _promoted(session)))
-            homes = {record.home.addr for record in _promoted(session) if record.home is not None}
+            _watch_until(session, lambda: all(r.home is r.active for r in promoted_sites(session)))
+            homes = {
+                record.home.addr for record in promoted_sites(session) if record.home is not None
+            }
             text, n_told = before.changed_bytes(target.pid), len(told)
             _change_more(session, 4)
             again = [message for message in told[n_told:] if "promoted anew" in message]
         assert again
-        assert homes == {r.home.addr for r in _promoted(session) if r.home is not None}
-        _check_blocks(_promoted(session))
+        assert homes == {r.home.addr for r in promoted_sites(session) if r.home is not None}
+        _check_blocks(promoted_sites(session))
         assert before.changed_bytes(target.pid) == text
         assert session.detach().outcome is DetachOutcome.CLEAN
     before.check(target.pid)
@@ -140,7 +138,7 @@ def _make_due(session: optpoline.Session, due: SiteRecord) -> None:
 
 def _first_due(session: optpoline.Session) -> SiteRecord:
     """Return the hottest site, which is about to be changed, alone."""
-    record = max(_promoted(session), key=lambda record: record.rate_hz or 0.0)
+    record = max(promoted_sites(session), key=lambda record: record.rate_hz or 0.0)
     _make_due(session, record)
     return record
 
