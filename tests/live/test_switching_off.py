@@ -19,7 +19,7 @@ from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome
 from optpoline.model import tree_targets
-from optpoline.patch.arena import Arena
+from optpoline.patch.block_table import BlockTable
 from optpoline.patch.blocks import Block, redirection_of
 from optpoline.patch.layout import BlockEntry, BlockState
 from tests.live.conftest import LiveTarget, StartTarget
@@ -212,13 +212,13 @@ def _be_killed(pid: int, when: str) -> NoReturn:
         """Die where a grace period begins, with the fast path off."""
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def die_rewriting(arena: Arena, entry: BlockEntry, state: BlockState) -> None:
+    def die_rewriting(table: BlockTable, entry: BlockEntry, state: BlockState) -> None:
         """Die where the bytes behind the head are about to be replaced."""
-        set_state(arena, entry, state)
+        set_state(table, entry, state)
         if state is BlockState.REWRITTEN:
             die()
 
-    set_state = Arena._set_state
+    set_state = BlockTable.set_state
     patch = pytest.MonkeyPatch()
     try:
         with optpoline.attach(pid, config=fickle_config("switch-off")) as session:
@@ -227,7 +227,7 @@ def _be_killed(pid: int, when: str) -> NoReturn:
             if when == "waiting":
                 patch.setattr(Reclaimer, "await_left", die)
             else:
-                patch.setattr(Arena, "_set_state", die_rewriting)
+                patch.setattr(BlockTable, "set_state", die_rewriting)
             session.watch(TIMEOUT_S)
     finally:
         os._exit(1)
