@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A policy that promotes a site anew after every window, and a session that looks often."""
+"""Settings and a policy with which sites are promoted anew as often as they are looked at."""
 
 from __future__ import annotations
 
@@ -10,7 +10,20 @@ from optpoline.promote.policies.adaptive import AdaptivePolicy
 from optpoline.promote.policy import Action, Decision, SiteView
 from optpoline.promote.tree import plan_tree
 
-__all__ = ["Fickle", "fickle_config"]
+__all__ = ["EAGER", "Fickle", "fickle_config"]
+
+EAGER = optpoline.Config(
+    sample_s=0.008,
+    sample_every_s=0.02,
+    sample_every_max_s=0.05,
+    overhead_ratio=100.0,
+    poll_s=0.01,
+    reclaim_duty=1.0,
+    policy=AdaptivePolicy(
+        n_confirmations=1, calm_ratio=1.0, followed_ratio=1.0, n_free_changes=1_000_000
+    ),
+)
+"""With the policy that is the default, which changes its mind as often as it can."""
 
 _N_FEW = 2
 

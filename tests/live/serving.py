@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How live tests promote a program however busy the machine is."""
+"""How live tests promote a program however busy the machine is, and what was promoted."""
 
 from __future__ import annotations
 
 import time
 
 import optpoline
-from optpoline.controller.summary import DetachOutcome
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import DetachOutcome, SiteState
 from optpoline.process.leader import find_live_tid
 from tests.live.conftest import LiveTarget
 from tests.live.witness import Witness
 
-__all__ = ["learn_and_promote", "promote", "serve"]
+__all__ = ["learn_and_promote", "promote", "promoted_sites", "serve"]
 
 _TIMEOUT_S = 30.0
 _WINDOW_S = 0.1
@@ -35,6 +36,11 @@ def promote(pid: int) -> optpoline.Session:
         session.abandon()
         raise
     return session
+
+
+def promoted_sites(session: optpoline.Session) -> list[SiteRecord]:
+    """Return what a session knows of the sites that are promoted now."""
+    return [record for record in session.records if record.state is SiteState.PROMOTED]
 
 
 def serve(target: LiveTarget) -> None:

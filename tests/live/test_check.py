@@ -19,7 +19,7 @@ import optpoline
 from optpoline.controller.audit import audit
 from optpoline.controller.audit_report import AuditReport, FaultKind, ForeignKind
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.summary import DetachOutcome, SiteState
+from optpoline.controller.summary import DetachOutcome
 from optpoline.model import Addr, tree_targets
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import add_block, point_back, redirect
@@ -33,6 +33,7 @@ from optpoline.patch.layout import (
 from optpoline.process.memory import RemoteMemory
 from optpoline.x86.assembler import encode_disp32
 from tests.live.conftest import LiveTarget, StartTarget
+from tests.live.serving import promoted_sites
 from tests.live.witness import (
     VARIANTS,
     Witness,
@@ -113,7 +114,7 @@ def test_sound_while_a_controller_works(start_target: StartTarget) -> None:
         assert auditor.stdout is not None
         assert auditor.stdout.readline() == "ready\n"
         while auditor.poll() is None:
-            for record in promoted(session):
+            for record in promoted_sites(session):
                 home = record.home
                 assert home is not None
                 block = add_block(record.arena, home.plan, site_addr=record.site.addr)
@@ -166,12 +167,7 @@ def test_a_library_that_is_gone(start_target: StartTarget) -> None:
 
 def hottest(session: optpoline.Session) -> SiteRecord:
     """Return a promoted site that compares with a literal."""
-    return next(r for r in promoted(session) if r.site.kind.value == "call")
-
-
-def promoted(session: optpoline.Session) -> list[SiteRecord]:
-    """Return the promoted sites."""
-    return [r for r in session.records if r.state is SiteState.PROMOTED]
+    return next(r for r in promoted_sites(session) if r.site.kind.value == "call")
 
 
 def write(arena: Arena, addr: int, data: bytes) -> bytes:
@@ -231,7 +227,7 @@ def text_with(pid: int, addr: int, data: bytes) -> AuditReport:
 def test_sites_that_lead_elsewhere(start_target: StartTarget) -> None:
     target = start_target("promote", flags=PIE)
     with broken(target) as session:
-        one, other = promoted(session)[:2]
+        one, other = promoted_sites(session)[:2]
         assert one.home is not None
         assert other.home is not None
         entry = one.entry
@@ -271,7 +267,7 @@ def test_another_patcher_in_a_site(start_target: StartTarget) -> None:
 def test_text_outside_sites(start_target: StartTarget) -> None:
     target = start_target("promote", flags=PIE)
     with broken(target) as session:
-        record = promoted(session)[0]
+        record = promoted_sites(session)[0]
         assert record.home is not None
         entry = record.entry
         end = int(entry.end)
@@ -293,7 +289,7 @@ def test_text_outside_sites(start_target: StartTarget) -> None:
 def test_blocks(start_target: StartTarget) -> None:
     target = start_target("promote", flags=PIE)
     with broken(target) as session:
-        for record in promoted(session):
+        for record in promoted_sites(session):
             block = record.home
             assert block is not None
             last = block.addr + block.size
@@ -311,7 +307,7 @@ def test_blocks(start_target: StartTarget) -> None:
 def test_heads(start_target: StartTarget) -> None:
     target = start_target("promote", flags=PIE)
     with broken(target) as session:
-        one, other = promoted(session)[:2]
+        one, other = promoted_sites(session)[:2]
         assert one.home is not None
         assert one.learner is not None
         assert other.home is not None

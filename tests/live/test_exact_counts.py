@@ -16,7 +16,9 @@ import pytest
 
 import optpoline
 from optpoline.controller.audit import audit
-from optpoline.controller.learning import begin_window, end_windows, first_block, grow_full
+from optpoline.controller.counting_blocks import first_block
+from optpoline.controller.growing import grow_full
+from optpoline.controller.learning import begin_window, end_windows
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.records import SiteRecord

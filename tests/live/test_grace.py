@@ -18,8 +18,9 @@ from optpoline.controller.observer import ThreadObserver
 from optpoline.model import Addr
 from optpoline.patch.grace import GracePeriods, RetiredCode
 from optpoline.patch.ranges import AddressRanges
-from optpoline.process.procfs import list_tids, read_maps, read_thread_state
+from optpoline.process.procfs import list_tids, read_maps
 from optpoline.process.ptrace import StopCode, Tracer
+from optpoline.process.thread_state import read_thread_state
 from optpoline.process.tracer_thread import TracerThread
 from optpoline.x86.registers import Registers
 from tests.live.conftest import LiveTarget, StartTarget

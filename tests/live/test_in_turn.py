@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 import optpoline
-from optpoline.controller import first_window, learning
+from optpoline.controller import counting_blocks, first_window
 from optpoline.controller.audit import audit
 from optpoline.controller.linker import Move
 from optpoline.controller.records import SiteRecord
@@ -18,6 +18,7 @@ from optpoline.errors import StopTimeout
 from optpoline.process.memory import RemoteMemory
 from tests.live.conftest import StartTarget
 from tests.live.failing_stops import fail_at
+from tests.live.serving import promoted_sites
 from tests.live.witness import RETPOLINE, Witness
 
 pytestmark = pytest.mark.live
@@ -37,7 +38,7 @@ def _after_link(
     session: optpoline.Session, monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[], None]
 ) -> list[int]:
     """Do something once so many groups were linked; return how many sites led to blocks by then."""
-    link = session._first_window._link
+    link = session._work.window._link
     linked: list[int] = []
 
     def watched(moves: Sequence[Move], done: Sequence[SiteRecord] = ()) -> list[SiteRecord]:
@@ -47,7 +48,7 @@ def _after_link(
             do()
         return found
 
-    monkeypatch.setattr(session._first_window, "_link", watched)
+    monkeypatch.setattr(session._work.window, "_link", watched)
     return linked
 
 
@@ -111,7 +112,7 @@ def test_an_arena_is_used_up_between_groups(
             session,
             monkeypatch,
             1,
-            lambda: monkeypatch.setattr(learning, "MIN_FREE_CODE_SIZE", free + 1),
+            lambda: monkeypatch.setattr(counting_blocks, "MIN_FREE_CODE_SIZE", free + 1),
         )
         session.learn(LEARN_S, in_turn=True)
         assert linked == [1, 0, 0, 0]
@@ -128,7 +129,7 @@ def test_somebody_sleeps_when_they_are_promoted(start_target: StartTarget) -> No
         session.learn(0.2, in_turn=True)
         target.ask("sleep")
         n_promoted = session.promote()
-        promoted = [r for r in session.records if r.state is SiteState.PROMOTED]
+        promoted = promoted_sites(session)
         assert len(promoted) == n_promoted == 5
         for record in promoted:
             assert record.home is not None

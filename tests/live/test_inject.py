@@ -14,7 +14,7 @@ import pytest
 
 import optpoline
 from optpoline.errors import UnsupportedTarget
-from optpoline.process.inject import find_injection_code
+from optpoline.process.injection_code import find_injection_code
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.stop import Wake, stop_threads
 from optpoline.x86.syscalls import SYS_GETPID, SYS_MMAP, SYS_MUNMAP
@@ -29,7 +29,7 @@ MAP_PRIVATE_ANONYMOUS = 0x22
 
 CONTROLLER = """
 import os, signal, sys
-from optpoline.process.inject import find_injection_code
+from optpoline.process.injection_code import find_injection_code
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.ptrace import Tracer
 from optpoline.process.stop import stop_threads

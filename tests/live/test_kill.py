@@ -14,7 +14,7 @@ from typing import Self
 import pytest
 
 import optpoline
-from optpoline.controller.learning import first_block
+from optpoline.controller.counting_blocks import first_block
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome
@@ -51,6 +51,7 @@ import os, signal, sys
 import optpoline
 from optpoline.controller import first_window
 from optpoline.patch.arena import Arena
+from optpoline.patch.arena_memory import ArenaMemory
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.ptrace import Tracer
 
@@ -74,7 +75,7 @@ def count(owner, name):
 
 count(Tracer, "_request")
 count(RemoteMemory, "write")
-count(Arena, "store_u64")
+count(ArenaMemory, "store_u64")
 count(Arena, "put_block")
 count(Arena, "journal")
 first_window.GROUP_SITES, first_window.MIN_LEARN_S = 2, 0.01

@@ -18,7 +18,7 @@ from optpoline.controller.summary import DetachOutcome, SessionState, SiteState
 from optpoline.errors import ProcessGone
 from optpoline.model import Addr
 from optpoline.process.memory import RemoteMemory
-from tests.live.conftest import BuildTarget, LiveTarget, StartTarget
+from tests.live.conftest import BuildTarget, StartTarget
 from tests.live.failing_stops import fail_at
 from tests.live.witness import (
     RETPOLINE,
@@ -35,9 +35,9 @@ pytestmark = pytest.mark.live
 PLUGIN = ("-shared", "-fPIC", *RETPOLINE)
 
 
-def _promote(target: LiveTarget, learn_s: float = 0.1) -> optpoline.Session:
+def _promote(pid: int, learn_s: float = 0.1) -> optpoline.Session:
     """Attach and promote."""
-    session = optpoline.attach(target.pid)
+    session = optpoline.attach(pid)
     session.learn(learn_s)
     session.promote()
     return session
@@ -97,7 +97,7 @@ def test_asleep_all_the_time(start_target: StartTarget) -> None:
 def test_a_handler_that_blocks_inside_a_block(start_target: StartTarget, mode: str) -> None:
     target = start_target("life", mode, "1", flags=RETPOLINE)
     before = Witness.of(target.pid)
-    session = _promote(target)
+    session = _promote(target.pid)
     arena = session.target.arenas[0]
     assert target.ask_to_block(arena.code_start, arena.code_end) == "blocked"
     result = session.detach()
@@ -183,7 +183,7 @@ def test_exec_during_a_session(start_target: StartTarget, when: str) -> None:
     assert arena_mappings(target.pid) == []
     # The new program can be attached to as any other.
     before = Witness.of(target.pid)
-    _promote(target).detach()
+    _promote(target.pid).detach()
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")
 
@@ -246,7 +246,7 @@ def test_run_promotes_after_its_own_exec(build_target: BuildTarget) -> None:
 def test_a_child_keeps_running(start_target: StartTarget) -> None:
     target = start_target("life", "spin", "1", flags=RETPOLINE)
     before = Witness.of(target.pid)
-    session = _promote(target)
+    session = _promote(target.pid)
     child = int(target.ask("fork").split()[1])
     session.watch(0.1)
     assert session.detach().outcome is DetachOutcome.CLEAN
@@ -278,7 +278,7 @@ def test_a_child_made_while_learning_is_attached_to(start_target: StartTarget) -
         child = int(answers[0].split()[1])
         _check_not_counting(session, child)
         # Another session, with the child, while this one goes on.
-        with _promote_child(child) as other:
+        with _promote(child, 0.4) as other:
             assert other.summary().promoted > 0
         before.check_text(child)
         assert arena_mappings(child) == []
@@ -302,14 +302,6 @@ def _check_not_counting(session: optpoline.Session, child: int) -> None:
             assert dst == (record.thunk_addr if record.home is None else record.home.addr)
             n_led_on += 1
     assert n_led_on > 0
-
-
-def _promote_child(pid: int) -> optpoline.Session:
-    """Attach to a process that is no target of ours."""
-    session = optpoline.attach(pid)
-    session.learn(0.4)
-    session.promote()
-    return session
 
 
 # --- modules
@@ -373,7 +365,7 @@ def test_a_module_is_there_at_the_end(start_target: StartTarget, build_target: B
     target = start_target("life", "spin", "1", flags=(*RETPOLINE, "-ldl"))
     target.ask(f"open {plugin}")
     before = Witness.of(target.pid)
-    with _promote(target) as session:
+    with _promote(target.pid) as session:
         promoted = [s.module for s in session.summary().sites if s.state.value == "promoted"]
         assert promoted.count(str(plugin)) >= 2
         assert session.detach().outcome is DetachOutcome.CLEAN

@@ -17,7 +17,8 @@ from elftools.elf.sections import SymbolTableSection
 from optpoline.errors import PermissionDenied, ProcessGone, UnsupportedTarget, UsageError
 from optpoline.model import Addr
 from optpoline.process.perf import MAX_FREQUENCY_HZ, MAX_THREADS, PcSample, PcSampler, share_within
-from optpoline.process.perf_event import RECORD_SIZE, ThreadClock
+from optpoline.process.perf_event import ThreadClock
+from optpoline.process.perf_ring import RECORD_SIZE
 from optpoline.process.procfs import list_tids, read_status
 from tests.live.conftest import LiveTarget, StartTarget
 

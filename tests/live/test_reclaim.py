@@ -10,29 +10,16 @@ from dataclasses import replace
 import optpoline
 from optpoline.controller.summary import DetachOutcome
 from optpoline.patch.layout import BlockState
-from optpoline.promote.policies.adaptive import AdaptivePolicy
 from optpoline.x86.blocks import POISON
 from tests.live.conftest import LiveTarget, StartTarget
+from tests.live.fickle import EAGER
 from tests.live.witness import Witness, arena_mappings
 
 RETPOLINE = ("-mindirect-branch=thunk", "-mindirect-branch-register", "-fcf-protection=none")
 _TIMEOUT_S = 60.0
 
-EAGER = optpoline.Config(
-    sample_s=0.008,
-    sample_every_s=0.02,
-    sample_every_max_s=0.05,
-    overhead_ratio=100.0,
-    poll_s=0.01,
-    relink_after_s=0.1,
-    reclaim_after_size=512,
-    reclaim_every_s=0.02,
-    reclaim_duty=1.0,
-    policy=AdaptivePolicy(
-        n_confirmations=1, calm_ratio=1.0, followed_ratio=1.0, n_free_changes=1_000_000
-    ),
-)
-"""Changes its mind as often as it can, and wants every byte back."""
+CONFIG = replace(EAGER, relink_after_s=0.1, reclaim_after_size=512, reclaim_every_s=0.02)
+"""Wants every byte back."""
 
 
 def _churn_until_reused(session: optpoline.Session, target: LiveTarget, n_blocks: int) -> None:
@@ -49,7 +36,7 @@ def _churn_until_reused(session: optpoline.Session, target: LiveTarget, n_blocks
 def test_blocks_are_reused_after_grace_periods(start_target: StartTarget) -> None:
     target = start_target("promote", "2", flags=RETPOLINE)
     before = Witness.of(target.pid)
-    with optpoline.attach(target.pid, config=EAGER) as session:
+    with optpoline.attach(target.pid, config=CONFIG) as session:
         session.learn(0.2)
         session.promote()
         _churn_until_reused(session, target, 5)
@@ -81,7 +68,7 @@ def test_what_a_child_leads_to_is_kept(start_target: StartTarget) -> None:
     before = Witness.of(target.pid)
     # Only a child that is followed is stopped for a look; one that runs without end and
     # is not holds everything up.
-    with optpoline.attach(target.pid, config=replace(EAGER, follow_fork=True)) as session:
+    with optpoline.attach(target.pid, config=replace(CONFIG, follow_fork=True)) as session:
         session.learn(0.2)
         session.promote()
         child = int(target.ask("fork").split()[1])

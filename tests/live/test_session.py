@@ -110,14 +110,14 @@ def test_learned_in_turn(start_target: StartTarget, monkeypatch: pytest.MonkeyPa
     before = Witness.of(target.pid)
     linked: list[int] = []
     with optpoline.attach(target.pid) as session:
-        link = session._first_window._link
+        link = session._work.window._link
 
         def watched(moves: Sequence[Move], done: Sequence[SiteRecord] = ()) -> list[SiteRecord]:
             found = link(moves, done)
             linked.append(sum(record.home is not None for record in session.records))
             return found
 
-        monkeypatch.setattr(session._first_window, "_link", watched)
+        monkeypatch.setattr(session._work.window, "_link", watched)
         session.learn(0.4, in_turn=True)
         assert linked == [1, 1, 1, 1]
         assert session.promote() == 4

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -11,28 +12,15 @@ import optpoline
 from optpoline.controller.audit import audit
 from optpoline.controller.summary import DetachOutcome, SiteState
 from optpoline.patch.blocks import redirection_of
-from optpoline.promote.policies.adaptive import AdaptivePolicy
 from tests.live.conftest import LiveTarget, StartTarget
+from tests.live.fickle import EAGER
 from tests.live.witness import RETPOLINE, Witness
 
 pytestmark = pytest.mark.live
 
 TIMEOUT_S = 15.0
 
-CONFIG = optpoline.Config(
-    learn_s=0.1,
-    sample_s=0.008,
-    sample_every_s=0.02,
-    sample_every_max_s=0.05,
-    overhead_ratio=100.0,
-    poll_s=0.01,
-    relink_after_s=0.03,
-    reclaim_duty=1.0,
-    policy=AdaptivePolicy(
-        n_confirmations=1, calm_ratio=1.0, followed_ratio=1.0, n_free_changes=1_000_000
-    ),
-)
-"""Changes its mind as often as it can."""
+CONFIG = replace(EAGER, learn_s=0.1, relink_after_s=0.03)
 
 
 def _is_settled(session: optpoline.Session) -> bool:

@@ -11,15 +11,10 @@ import pytest
 
 from optpoline.errors import ProcessGone, StopTimeout
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.procfs import (
-    list_tids,
-    read_start_time,
-    read_state_char,
-    read_status,
-    read_thread_state,
-)
+from optpoline.process.procfs import list_tids, read_start_time, read_state_char, read_status
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Wake, stop_threads
+from optpoline.process.thread_state import read_thread_state
 from optpoline.x86.syscalls import SYS_GETPID
 from tests.live.conftest import StartTarget
 

@@ -17,13 +17,14 @@ from optpoline.controller.arguments import CHANGES, Change
 from optpoline.controller.audit import audit
 from optpoline.controller.reclaim import Reclaimer
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.summary import DetachOutcome, SiteState
+from optpoline.controller.summary import DetachOutcome
 from optpoline.model import tree_targets
-from optpoline.patch.arena import Arena
+from optpoline.patch.block_table import BlockTable
 from optpoline.patch.blocks import Block, redirection_of
 from optpoline.patch.layout import BlockEntry, BlockState
 from tests.live.conftest import LiveTarget, StartTarget
 from tests.live.fickle import fickle_config
+from tests.live.serving import promoted_sites
 from tests.live.witness import RETPOLINE, Witness
 
 pytestmark = pytest.mark.live
@@ -58,11 +59,6 @@ def _change_more(session: optpoline.Session, n_changes: int) -> None:
     _watch_until(session, lambda: session.summary().relearned >= n_before + n_changes)
 
 
-def _promoted(session: optpoline.Session) -> list[SiteRecord]:
-    """Return the promoted sites."""
-    return [record for record in session.records if record.state is SiteState.PROMOTED]
-
-
 def _check_blocks(records: list[SiteRecord]) -> None:
     """Check that what is at work is the tree that was decided on, byte for byte."""
     for record in records:
@@ -82,7 +78,7 @@ def test_right_under_signals(start_target: StartTarget, change: Change) -> None:
     told: list[str] = []
     with _promote(target, fickle_config(change), told) as session:
         _change_more(session, 5)
-        _check_blocks(_promoted(session))
+        _check_blocks(promoted_sites(session))
         assert audit(target.pid).is_sound
         again = [message for message in told if "promoted anew" in message]
         n_swapped = sum("swapped" in message for message in again)
@@ -103,14 +99,16 @@ def test_no_block_is_made(start_target: StartTarget) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while any("swapped" in message for message in again):
             assert time.monotonic() < deadline
-            _watch_until(session, lambda: all(r.home is r.active for r in _promoted(session)))
-            homes = {record.home.addr for record in _promoted(session) if record.home is not None}
+            _watch_until(session, lambda: all(r.home is r.active for r in promoted_sites(session)))
+            homes = {
+                record.home.addr for record in promoted_sites(session) if record.home is not None
+            }
             text, n_told = before.changed_bytes(target.pid), len(told)
             _change_more(session, 4)
             again = [message for message in told[n_told:] if "promoted anew" in message]
         assert again
-        assert homes == {r.home.addr for r in _promoted(session) if r.home is not None}
-        _check_blocks(_promoted(session))
+        assert homes == {r.home.addr for r in promoted_sites(session) if r.home is not None}
+        _check_blocks(promoted_sites(session))
         assert before.changed_bytes(target.pid) == text
         assert session.detach().outcome is DetachOutcome.CLEAN
     before.check(target.pid)
@@ -123,8 +121,9 @@ def test_no_block_is_made(start_target: StartTarget) -> None:
 def _step_until(session: optpoline.Session, condition: Callable[[], bool]) -> None:
     """Take a session's steps one by one, as a watch does, until something holds."""
     deadline = time.monotonic() + TIMEOUT_S
+    assert session._watch is not None
     while not condition():
-        session._step(time.monotonic(), None)
+        session._watch.step(time.monotonic())
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -134,13 +133,12 @@ def _make_due(session: optpoline.Session, due: SiteRecord) -> None:
     now_s = time.monotonic()
     for record in session.records:
         record.next_sample_s = now_s if record is due else now_s + 1000.0
-    assert session._sampler is not None
-    session._sampler.settled(session.records, (), now_s)
+    session._work.upkeep._sampler.settled(session.records, (), now_s)
 
 
 def _first_due(session: optpoline.Session) -> SiteRecord:
     """Return the hottest site, which is about to be changed, alone."""
-    record = max(_promoted(session), key=lambda record: record.rate_hz or 0.0)
+    record = max(promoted_sites(session), key=lambda record: record.rate_hz or 0.0)
     _make_due(session, record)
     return record
 
@@ -151,8 +149,7 @@ def _check_changed(session: optpoline.Session, record: SiteRecord, before: Block
     On a busy machine it may have been changed twice by then, and back.
     """
     _step_until(session, lambda: record.off is None)
-    assert session._settler is not None
-    assert session._settler.take_reasons() == ()
+    assert session._work.upkeep._settler.take_reasons() == ()
     home = record.home
     assert home is not None
     assert home is record.active
@@ -215,13 +212,13 @@ def _be_killed(pid: int, when: str) -> NoReturn:
         """Die where a grace period begins, with the fast path off."""
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def die_rewriting(arena: Arena, entry: BlockEntry, state: BlockState) -> None:
+    def die_rewriting(table: BlockTable, entry: BlockEntry, state: BlockState) -> None:
         """Die where the bytes behind the head are about to be replaced."""
-        set_state(arena, entry, state)
+        set_state(table, entry, state)
         if state is BlockState.REWRITTEN:
             die()
 
-    set_state = Arena._set_state
+    set_state = BlockTable.set_state
     patch = pytest.MonkeyPatch()
     try:
         with optpoline.attach(pid, config=fickle_config("switch-off")) as session:
@@ -230,7 +227,7 @@ def _be_killed(pid: int, when: str) -> NoReturn:
             if when == "waiting":
                 patch.setattr(Reclaimer, "await_left", die)
             else:
-                patch.setattr(Arena, "_set_state", die_rewriting)
+                patch.setattr(BlockTable, "set_state", die_rewriting)
             session.watch(TIMEOUT_S)
     finally:
         os._exit(1)

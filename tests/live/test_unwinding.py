@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import optpoline
-from optpoline.controller.summary import DetachOutcome, SiteState
+from optpoline.controller.summary import DetachOutcome
 from tests.live.conftest import TARGETS, LiveTarget
+from tests.live.serving import promoted_sites
 from tests.live.witness import VARIANTS, Witness
 
 pytestmark = [
@@ -66,7 +67,7 @@ def _check_unwinding(target: LiveTarget, expected: list[str]) -> None:
 
 def _check_promoted(session: optpoline.Session, is_stripped: bool) -> None:
     """The chains go through promoted sites."""
-    promoted = [r.site for r in session.records if r.state is SiteState.PROMOTED]
+    promoted = [record.site for record in promoted_sites(session)]
     if is_stripped:
         assert len(promoted) >= len(SITES)
         return

@@ -17,7 +17,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Iterable
-from types import FrameType, TracebackType
+from types import FrameType
 
 __all__ = ["SignalRelay"]
 
@@ -60,12 +60,7 @@ class SignalRelay:
             self._catch(number, self._on_relayed)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Put back what was in force before."""
         for number, handler in self._previous.items():
             if handler is None or isinstance(handler, int) or callable(handler):

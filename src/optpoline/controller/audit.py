@@ -48,13 +48,13 @@ from optpoline.controller.left_arenas import (
     is_controller_alive,
 )
 from optpoline.controller.module_files import ModuleFile, read_module_file
-from optpoline.errors import PermissionDenied, TargetFault
+from optpoline.errors import TargetFault
 from optpoline.model import Mapping, Module
 from optpoline.patch.layout import ARENA_NAME, BlockState, JournalEntry
 from optpoline.patch.text import read_entries
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import list_modules
-from optpoline.process.permissions import check_has_program, explain_denied
+from optpoline.process.permissions import open_program
 from optpoline.process.procfs import read_maps
 
 __all__ = ["audit"]
@@ -90,12 +90,7 @@ def audit(pid: int) -> AuditReport:
         UnsupportedTarget: if it has no program of our kind: a kernel thread, for one.
         PermissionDenied: if its memory may not be read.
     """
-    check_has_program(validate_pid(pid))
-    try:
-        memory = RemoteMemory(pid)
-    except PermissionDenied as denied:
-        raise explain_denied(pid) from denied
-    with memory:
+    with open_program(validate_pid(pid)) as memory:
         look = _look(memory)
         found = set(look.findings)
         real: set[Finding] = set()

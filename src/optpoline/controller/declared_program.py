@@ -9,8 +9,6 @@ come from one OS thread.
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from optpoline.controller.arguments import validate_pid
 from optpoline.controller.changes import CallChange, Change, KeyAction, KeyChange, plan_changes
 from optpoline.controller.commit import DEFAULT_TIMEOUT_S, Plan, commit
@@ -237,11 +235,6 @@ class DeclaredProgram:
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close it; what was changed stays."""
         self.close()

@@ -27,13 +27,13 @@ from enum import Enum
 from optpoline.controller.address_space import AddressSpace
 from optpoline.errors import ExclusionError, ProcessGone
 from optpoline.process.cell_fetcher import current_cpu
-from optpoline.process.procfs import (
+from optpoline.process.stop import Stop, Wake
+from optpoline.process.thread_state import (
     ThreadState,
     ThreadWhere,
     has_slept_since,
     read_thread_state,
 )
-from optpoline.process.stop import Stop, Wake
 
 __all__ = ["Exclusion", "Way", "on_cpu", "pinned", "promptly", "stopped"]
 

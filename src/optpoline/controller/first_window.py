@@ -18,19 +18,15 @@ import time
 from collections.abc import Callable, Sequence
 
 from optpoline.controller.config import Config
+from optpoline.controller.counting_blocks import first_block
+from optpoline.controller.growing import grow_full
 from optpoline.controller.hot_sites import Lookout
-from optpoline.controller.learning import (
-    Empty,
-    begin_window,
-    end_windows,
-    first_block,
-    grow_full,
-    is_telling_soon,
-)
+from optpoline.controller.learning import Empty, begin_window, end_windows
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.controller.target import Target
+from optpoline.controller.window_counts import is_telling_soon
 from optpoline.errors import ArenaError
 from optpoline.model import Addr
 from optpoline.patch.blocks import redirect

@@ -27,13 +27,13 @@ from optpoline.patch.grace import Look, ThreadKey
 from optpoline.patch.memory_search import search_memory
 from optpoline.patch.quiescence import ThreadPosition, ThreadScan, scan_thread
 from optpoline.patch.ranges import AddressRanges
-from optpoline.process.procfs import (
+from optpoline.process.stop import Stop, Wake
+from optpoline.process.thread_state import (
     ThreadState,
     ThreadWhere,
     has_slept_since,
     read_thread_state,
 )
-from optpoline.process.stop import Stop, Wake
 
 __all__ = ["ThreadObserver"]
 

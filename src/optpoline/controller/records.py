@@ -13,6 +13,8 @@ A site's way at any moment::
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from optpoline.controller.summary import SiteState
@@ -24,7 +26,7 @@ from optpoline.patch.layout import JournalEntry
 from optpoline.promote.policy import Decision
 from optpoline.promote.tree import PlannedTree
 
-__all__ = ["SiteRecord", "SwitchedOff"]
+__all__ = ["SiteRecord", "SwitchedOff", "by_arena"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,3 +170,12 @@ class SiteRecord:
             return None
         shares = self.known.shares()
         return sum(shares.get(target, 0.0) for target in self.plan.targets)
+
+
+def by_arena(records: Iterable[SiteRecord]) -> Iterator[tuple[Arena, list[SiteRecord]]]:
+    """Yield the arenas of some sites, each with its sites."""
+    groups: dict[Addr, list[SiteRecord]] = defaultdict(list)
+    for record in records:
+        groups[record.arena.addr].append(record)
+    for group in groups.values():
+        yield group[0].arena, group

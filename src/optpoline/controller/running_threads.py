@@ -39,8 +39,9 @@ from optpoline.patch.quiescence import (
 )
 from optpoline.patch.ranges import AddressRanges
 from optpoline.patch.stacks import StackMap
-from optpoline.process.perf_event import StackSample, ThreadClock
-from optpoline.process.procfs import ThreadState, ThreadWhere, read_thread_state
+from optpoline.process.perf_event import ThreadClock
+from optpoline.process.perf_ring import StackSample
+from optpoline.process.thread_state import ThreadState, ThreadWhere, read_thread_state
 
 __all__ = ["RunningThreads", "fill_holes", "scan_sample"]
 

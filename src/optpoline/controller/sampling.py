@@ -7,8 +7,7 @@ counts until it is known. A change of weights among guarded targets shows in no 
 so each site is also re-sampled in short windows, in parts, one at a poll. How often
 is the schedule's affair (``promote/schedule.py``), which bounds what all of it costs.
 
-All of this is single stores to the arena; text is linked anew only for sites that are
-quiet and cannot be settled without that (``controller/settling.py``). A site whose fast path
+All of this is single stores to the arena. A site whose fast path
 is switched off while it is changed (``controller/switching_off.py``) is not watched meanwhile.
 """
 
@@ -18,16 +17,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from optpoline.controller.config import Config
-from optpoline.controller.learning import (
-    TargetFilter,
-    begin_sample,
-    end_sample,
-    grow_full,
-    is_last_block_telling,
-    telling_counts,
-    window_counts,
-)
-from optpoline.controller.linker import Linker, Move
+from optpoline.controller.growing import grow_full
+from optpoline.controller.learning import TargetFilter, begin_sample, end_sample
 from optpoline.controller.misses import MissWatch
 from optpoline.controller.promotion import (
     demote,
@@ -39,8 +30,8 @@ from optpoline.controller.promotion import (
 )
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
+from optpoline.controller.window_counts import is_last_block_telling, telling_counts, window_counts
 from optpoline.learn.counting import UNKNOWN_SHARE_TO_GROW, SiteCounts
-from optpoline.model import Refusal
 from optpoline.patch.blocks import Block
 from optpoline.promote.cost import CostModel
 from optpoline.promote.policy import Action, Decision
@@ -68,13 +59,6 @@ looked at more often when they are new."""
 REVIEW_EVERY_S = 2.0
 """Time between looks at all promoted sites: who is there, and what their windows cost."""
 
-RELINK_EVERY_S = 0.25
-"""Time between looks for sites whose text is to be linked anew."""
-
-MAX_RELINK_WAITS = 64
-"""A site whose text is linked anew again and again has to be quiet twice as long each time, up
-to so many times ``relink_after_s``: each costs a stop, and saves a jump."""
-
 GOLDEN_RATIO = 0.618033988749895
 """Its multiples, whole parts left out, lie evenly in 0..1 however many there are."""
 
@@ -90,7 +74,6 @@ class Sampler:
 
     Args:
         config: Settings.
-        linker: Links text anew.
         may_guard: Tells which targets a block may branch to.
         change: How sites are promoted anew.
     """
@@ -98,7 +81,6 @@ class Sampler:
     def __init__(
         self,
         config: Config,
-        linker: Linker,
         may_guard: TargetFilter,
         change: PromoteAgain = promote_again,
     ) -> None:
@@ -106,7 +88,6 @@ class Sampler:
         self._config = config
         self._change = change
         self._schedule = config.schedule
-        self._linker = linker
         self._may_guard = may_guard
         self._spares: dict[int, Block] = {}
         self._watch = MissWatch()
@@ -115,7 +96,6 @@ class Sampler:
         self._last_poll_s = time.monotonic()
         self._work_left_s = WORK_SAVED_S
         self._next_review_s = 0.0
-        self._next_relink_s = 0.0
         self._changed_s = time.monotonic()
         """When any site was promoted, promoted anew or demoted last."""
 
@@ -369,40 +349,6 @@ class Sampler:
             self._plan_next(record, Decision(action=Action.PROMOTE), now_s)
             self._changed_s = now_s
         self._watch.use(records)
-
-    def relink(
-        self, records: Iterable[SiteRecord], now_s: float, is_settling: Callable[[SiteRecord], bool]
-    ) -> int:
-        """Link the text of changed and quiet sites to where they go by now.
-
-        One stop for all of them, or none if there is nothing to do.
-
-        Args:
-            records: The sites.
-            now_s: CLOCK_MONOTONIC, seconds.
-            is_settling: Tells whether a site may soon be settled without.
-        """
-        if now_s < self._next_relink_s:
-            return 0
-        self._next_relink_s = now_s + min(RELINK_EVERY_S, self._config.relink_after_s)
-        moves = [
-            Move(record=record, block=record.active)
-            for record in records
-            if record.home is not record.active
-            and record.refusal is not Refusal.FOREIGN_BYTES
-            and record.state is not SiteState.LEARNING
-            and now_s - record.changed_s >= self._relink_wait_s(record)
-            and not is_settling(record)
-        ]
-        for move in moves:
-            move.record.n_relinked += 1
-        return self._linker.link(moves) if moves else 0
-
-    def _relink_wait_s(self, record: SiteRecord) -> float:
-        """Return how long a site must be quiet before a stop is made for its text."""
-        # One that leads to its thunk takes a jump for nothing.
-        n_waits = 1 if record.active is None else min(MAX_RELINK_WAITS, 2**record.n_relinked)
-        return n_waits * self._config.relink_after_s
 
 
 def _sleep_until(end_s: float) -> None:

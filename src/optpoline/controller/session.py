@@ -7,49 +7,26 @@ called from one thread, because ptrace calls must come from one OS thread.
 
 from __future__ import annotations
 
-import math
-import os
-import select
 import threading
-import time
-from collections.abc import Callable, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import replace
-from types import TracebackType
 
 from optpoline.controller.arguments import validate_pid, validate_setting
-from optpoline.controller.children import Children
-from optpoline.controller.collector import collector_paused
 from optpoline.controller.config import LEARN_S, Config
-from optpoline.controller.events import Event, EventKind
-from optpoline.controller.exact_counts import ExactCounts, describe_operation
-from optpoline.controller.executor import OperationEvent
-from optpoline.controller.first_window import FirstWindow
-from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S, HotSites
-from optpoline.controller.learning import MIN_FREE_CODE_SIZE
+from optpoline.controller.events import EventKind
+from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S
 from optpoline.controller.letting_go import let_go
-from optpoline.controller.linker import Linker
+from optpoline.controller.lifeline import Lifeline
 from optpoline.controller.lock import ControllerLock
 from optpoline.controller.no_sites import no_sites_error
-from optpoline.controller.not_promoted import explain_not_promoted, find_unlinked
-from optpoline.controller.perf_map import PerfMap
-from optpoline.controller.promotion import (
-    FIRST_SLACK_RATIO,
-    NEXT_SLACK_RATIO,
-    promote_again,
-    promote_first,
-)
-from optpoline.controller.reclaim import Reclaimer
+from optpoline.controller.parts import Parts, make_parts
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.rediscovery import Rediscovery
-from optpoline.controller.sampling import Sampler
 from optpoline.controller.session_declared import DeclaringSession
-from optpoline.controller.settling import OFF_PAUSE_S, Settler
+from optpoline.controller.standing import EventCallback, Standing
 from optpoline.controller.summaries import summarise
 from optpoline.controller.summary import (
     DetachOutcome,
     DetachResult,
-    ReclaimSummary,
     SessionState,
     SiteState,
     Summary,
@@ -57,36 +34,15 @@ from optpoline.controller.summary import (
 from optpoline.controller.takeover import find_left, restore_left
 from optpoline.controller.target import Target
 from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
+from optpoline.controller.watch import Watch
 from optpoline.controller.wording import count_of
-from optpoline.errors import (
-    ArenaError,
-    OptpolineError,
-    PermissionDenied,
-    ProcessGone,
-    StopTimeout,
-    TargetFault,
-    UnsupportedTarget,
-    UsageError,
-)
+from optpoline.errors import OptpolineError, UsageError
 from optpoline.learn.counting import SiteCounts
-from optpoline.model import Addr, Mapping, Module, Site
+from optpoline.model import Addr, Module, Site
 from optpoline.process.permissions import check_attachable
 from optpoline.simulate.trace_file import TraceWriter
 
 __all__ = ["Session", "attach"]
-
-EventCallback = Callable[[Event], None]
-
-_MORE_S = 0.1
-"""How much longer than asked for a watch may take to end a change that is under way: a grace
-period takes 5 to 50 ms where the first look tells all."""
-
-_PASSING = (ArenaError, PermissionDenied, StopTimeout, TargetFault, UnsupportedTarget)
-"""Errors that say no more than that something cannot be done for the moment."""
-
-_EXIT_POLL_S = 0.01
-_EXIT_TIMEOUT_S = 5.0
-"""How long a killed program may take to free its memory; then it counts as exited."""
 
 
 def attach(
@@ -128,28 +84,13 @@ class Session(DeclaringSession):
         """Prepare; ``open`` does the work."""
         self.pid = pid
         self.config = config or Config()
-        self.state = SessionState.ATTACHED
-        self.records: list[SiteRecord] = []
-        self.notes: list[str] = []
-        self._on_event = on_event
+        self._standing = Standing(on_event)
         self._lock: ControllerLock | None = None
         self._target: Target | None = None
-        self._linker: Linker | None = None
-        self._window: FirstWindow | None = None
-        self._sampler: Sampler | None = None
-        self._hot: HotSites | None = None
-        self._rediscovery: Rediscovery | None = None
-        self._children: Children | None = None
-        self._reclaimer: Reclaimer | None = None
-        self._settler: Settler | None = None
-        self._counts: ExactCounts | None = None
-        self._perf_map: PerfMap | None = None
-        self._pidfd = -1
+        self._lifeline: Lifeline | None = None
+        self._parts: Parts | None = None
+        self._watch: Watch | None = None
         self._last_summary: Summary | None = None
-        self._next_maps_s = 0.0
-        self._code_seen: tuple[Mapping, ...] = ()
-        """What could be executed when modules were last looked for."""
-        self._n_changes_named = 0
 
     # --- attaching
 
@@ -157,16 +98,13 @@ class Session(DeclaringSession):
         """Check, lock, undo what was left, find sites, make arenas."""
         check_attachable(self.pid)
         self._lock = ControllerLock(self.pid)
-        try:
-            self._pidfd = os.pidfd_open(self.pid)
-        except OSError as error:
-            raise ProcessGone(self.pid) from error
+        self._lifeline = Lifeline(self.pid, self._standing)
         if find_left(self.pid) is not None:
             result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
             restored = count_of(result.restored, "site")
-            self._note(f"found what an earlier controller left: restored {restored}")
+            self._standing.note(f"found what an earlier controller left: restored {restored}")
             for note in result.notes:
-                self._note(note)
+                self._standing.note(note)
         target = Target(
             self.pid,
             stop_timeout_s=self.config.stop_timeout_s,
@@ -174,73 +112,24 @@ class Session(DeclaringSession):
             has_cpu_rows=not self.config.shared_counters,
         )
         self._target = target
-        self._linker = Linker(target)
-        self._children = Children(target, follow=self.config.follow_fork)
-        self._counts = ExactCounts(target, self._children, self._tell_operation)
-        self._window = FirstWindow(
-            self.config,
-            target,
-            self._linker,
-            sleep=self._sleep,
-            after_look=self._name_blocks,
-            empty=self._counts.empty,
-        )
-        self._hot = HotSites(target)
-        self._reclaimer = Reclaimer(self.config, target, self._children, self._keep_counts)
-        self._settler = Settler(self.config, self._reclaimer)
-        change = self._settler.change if self.config.is_switched_off else promote_again
-        self._sampler = Sampler(self.config, self._linker, target.may_guard, change)
-        self._rediscovery = Rediscovery(self._hot, self._sampler.jump_misses_hz, time.monotonic())
-        self._perf_map = PerfMap(self.pid, target.symbol_at)
-        self._add_modules()
+        parts = make_parts(self.config, target, self._lifeline, self._standing)
+        self._parts = parts
+        parts.inventory.take_in()
         if not self.sites:
             raise no_sites_error(self.pid, tuple(target.modules.values()))
-        self._next_maps_s = time.monotonic() + self.config.maps_every_s
+        self._watch = Watch(
+            self.config,
+            target,
+            lifeline=parts.lifeline,
+            standing=self._standing,
+            inventory=parts.inventory,
+            learning=parts.learning,
+            promotion=parts.promotion,
+            upkeep=parts.upkeep,
+        )
         n_modules = sum(1 for loaded in target.modules.values() if loaded.scan.sites)
         message = f"{count_of(len(self.sites), 'site')} in {count_of(n_modules, 'module')}"
-        self._tell(EventKind.ATTACHED, message)
-
-    def _add_modules(self) -> list[SiteRecord]:
-        """Take in modules that were loaded since the last look; return their records."""
-        with collector_paused():
-            return self._take_in()
-
-    def _take_in(self) -> list[SiteRecord]:
-        """Do so; thousands of objects are made that all stay."""
-        self.target.read_maps()
-        self._code_seen = self.target.code_maps
-        added, gone = self.target.refresh_modules()
-        for loaded in gone:
-            self._forget(loaded.module)
-        fresh: list[SiteRecord] = []
-        refused: list[tuple[Module, ArenaError]] = []
-        for loaded in added:
-            try:
-                fresh += self.target.make_records(loaded)
-            except ArenaError as error:
-                refused.append((loaded.module, error))
-        self.records += fresh
-        if fresh or gone:
-            assert self._hot is not None
-            self._hot.use(self.records)
-        for why in self.target.unread.values():
-            if why not in self.notes:
-                self._note(why)
-        if refused and not self.records and self.state is SessionState.ATTACHED:
-            raise refused[0][1]
-        for module, reason in refused:
-            self._note(f"{module.path} left alone: {reason}")
-        return fresh
-
-    def _forget(self, module: Module) -> None:
-        """Drop records of a module that was unmapped; its text is gone with it."""
-        kept = [r for r in self.records if not module.start <= r.site.addr < module.end]
-        if len(kept) != len(self.records):
-            self.records = kept
-            self._first_window.forget(module.start, module.end)
-            if self._settler is not None:
-                self._settler.forget(module.start, module.end)
-            self._tell(EventKind.MODULE_GONE, f"{module.path} was unloaded")
+        self._standing.tell(EventKind.ATTACHED, message)
 
     # --- properties
 
@@ -251,20 +140,35 @@ class Session(DeclaringSession):
             raise OptpolineError(f"the session with process {self.pid} is over")
         return self._target
 
+    @property
+    def state(self) -> SessionState:
+        """What the session does, or how it ended."""
+        return self._standing.state
+
+    @property
+    def notes(self) -> list[str]:
+        """What its user has to know, a sentence each."""
+        return self._standing.notes
+
     def _check_open(self) -> None:
         """Raise the error of ``target`` if the session is over."""
         _ = self.target
 
     @property
-    def _first_window(self) -> FirstWindow:
-        """The first windows; from ``open`` on."""
-        assert self._window is not None
-        return self._window
+    def _work(self) -> Parts:
+        """The parts that do the work; from ``open`` on."""
+        assert self._parts is not None
+        return self._parts
+
+    @property
+    def records(self) -> list[SiteRecord]:
+        """What is known of all sites found, refused ones included."""
+        return [] if self._parts is None else self._parts.inventory.records
 
     @property
     def learning_s(self) -> float:
         """Seconds during which any site led to a learning block."""
-        return 0.0 if self._window is None else self._window.learning_s
+        return 0.0 if self._parts is None else self._parts.window.learning_s
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -275,23 +179,6 @@ class Session(DeclaringSession):
     def sites(self) -> tuple[Site, ...]:
         """All sites found, refused ones included."""
         return tuple(site for loaded in self.target.modules.values() for site in loaded.scan.sites)
-
-    def _tell(self, kind: EventKind, message: str) -> None:
-        """Tell the caller what happened."""
-        if self._on_event is not None:
-            self._on_event(Event(kind=kind, message=message, time_ns=time.monotonic_ns()))
-
-    def _tell_operation(self, event: OperationEvent) -> None:
-        """Tell that counters were drained."""
-        self._tell(EventKind.OPERATION, describe_operation(event))
-        note = "counts may be inexact: somebody came between while they were drained"
-        if not event.is_exclusive and note not in self.notes:
-            self._note(note)
-
-    def _note(self, message: str) -> None:
-        """Keep a sentence for the summary, and tell it."""
-        self.notes.append(message)
-        self._tell(EventKind.NOTE, message)
 
     # --- learning and promoting
 
@@ -327,52 +214,7 @@ class Session(DeclaringSession):
         baseline = [r for r in self.records if r.state is SiteState.BASELINE]
         if length_s == LEARN_S and len(baseline) > ALL_AT_ONCE_SITES:
             length_s = FIRST_HOT_S
-        self._learn(baseline, length_s, stop, in_turn=in_turn)
-
-    def _learn(
-        self,
-        records: list[SiteRecord],
-        length_s: float,
-        stop: threading.Event | None,
-        *,
-        in_turn: bool,
-    ) -> None:
-        """Run one first window over baseline sites: all of them, or those that run."""
-        if len(records) > ALL_AT_ONCE_SITES:
-            self._learn_hot([], length_s, stop)
-            return
-
-        def began(n_sites: int) -> None:
-            self._tell_learning(count_of(n_sites, "site"), length_s)
-
-        self._first_window.learn(records, length_s, stop, in_turn=in_turn, began=began)
-
-    def _learn_hot(
-        self, records: list[SiteRecord], length_s: float, stop: threading.Event | None
-    ) -> None:
-        """Run one first window over some sites, and those that are met in it."""
-        assert self._hot is not None
-        with self._hot.watch() as lookout:
-            linked = self._first_window.link(records)
-            what = count_of(len(linked), "site") if linked else "the sites that run"
-            self._tell_learning(what, length_s)
-            try:
-                self._first_window.run(linked, length_s, stop, lookout)
-            except ProcessGone:
-                self._sleep(0.0)  # notes that it has exited
-                raise
-
-    def _tell_learning(self, what: str, length_s: float) -> None:
-        """Say that a window begins."""
-        self.state = SessionState.LEARNING
-        self._tell(EventKind.LEARNING, f"learning {what} for {length_s:g} s")
-
-    def _sleep(self, seconds: float) -> None:
-        """Sleep, or raise ``ProcessGone`` as soon as the target exits."""
-        readable, _, _ = select.select([self._pidfd], [], [], max(0.0, seconds))
-        if readable:
-            self.state = SessionState.EXITED
-            raise ProcessGone(self.pid)
+        self._work.learning.learn(baseline, length_s, stop, in_turn=in_turn)
 
     def drain(self) -> MappingABC[Addr, SiteCounts]:
         """Return what each site has counted since the last drain, exactly, and begin anew.
@@ -393,15 +235,8 @@ class Session(DeclaringSession):
             OptpolineError: if the session is over.
             ProcessGone: if the target has to be stopped for it, and is gone.
         """
-        if self._counts is None:
-            raise OptpolineError(f"the session with process {self.pid} is over")
-        return self._counts.drain(list(self._first_window.ever_linked.values()))
-
-    def _keep_counts(self, site_addr: Addr, block_addr: Addr) -> None:
-        """Keep what a block has counted whose memory is about to be given back."""
-        record = self._first_window.ever_linked.get(site_addr)
-        if record is not None and self._counts is not None:
-            self._counts.keep(record, block_addr)
+        self._check_open()
+        return self._work.counts.drain(list(self._work.window.ever_linked.values()))
 
     def promote(self) -> int:
         """Promote what the last window found worth it; the rest gets its baseline back.
@@ -417,74 +252,20 @@ class Session(DeclaringSession):
         if self.state is SessionState.ATTACHED:
             hint = "call learn() before promote()"
             raise UsageError(f"nothing was learned yet of process {self.pid}", hint=hint)
-        assert self._linker is not None
-        assert self._sampler is not None
-        assert self._rediscovery is not None
-        linked = list(self._first_window.ever_linked.values())
-        learned = [r for r in linked if r.home is not None and r.active is None and r.off is None]
-        waiting, self._first_window.waiting = self._first_window.waiting, []
-        learned += [r for r in waiting if r.home is None]
-        begin_s = time.monotonic()
-        try:
-            n_promoted = promote_first(
-                learned,
-                policy=self.config.policy,
-                linker=self._linker,
-                may_guard=self.target.may_guard,
-                now_s=begin_s,
-                promote_plain=self.config.promote_plain,
-                slack_ratio=NEXT_SLACK_RATIO if self.config.is_switched_off else FIRST_SLACK_RATIO,
-            )
-        finally:
-            for record in learned:
-                if record.state is SiteState.LEARNING:
-                    record.state = SiteState.BASELINE
-        self.state = SessionState.PROMOTED
-        try:
-            self._tell_promoted(n_promoted, learned, time.monotonic() - begin_s)
-        finally:
-            self._sampler.schedule(linked, time.monotonic())
-            self._rediscovery.learned(learned, time.monotonic())
-            self._name_blocks(at_once=True)
-        return n_promoted
-
-    def _tell_promoted(self, n_promoted: int, learned: Sequence[SiteRecord], took_s: float) -> None:
-        """Say what became of the sites that were learned."""
-        if n_promoted:
-            message = f"{n_promoted} of {count_of(len(learned), 'site')} in {took_s:.3f} s"
-            self._tell(EventKind.PROMOTED, message)
-            return
-        more = any(record.state is SiteState.PROMOTED for record in self.records)
-        tried = self._first_window.ever_linked.values()
-        why = explain_not_promoted(
-            self.pid,
-            learned,
-            find_unlinked(tried, learned),
-            promote_plain=self.config.promote_plain,
-        )
-        message = f"nothing {'more ' if more else ''}to promote yet: {why}"
-        self._tell(EventKind.NOT_PROMOTED, message)
+        return self._work.promotion.promote()
 
     def record(
         self, writer: TraceWriter, plan: RecordPlan, stop: threading.Event | None = None
     ) -> RecordTotals:
         """Record what the sites that were learned do, branch by branch, in bursts."""
         return record_trace(
-            self.records, writer, plan, target=self.target, pause=self._sleep, stop=stop
+            self.records,
+            writer,
+            plan,
+            target=self.target,
+            pause=self._work.lifeline.sleep,
+            stop=stop,
         )
-
-    def _name_blocks(self, *, at_once: bool = False) -> None:
-        """Let profilers know the blocks by name."""
-        assert self._perf_map is not None
-        arenas, now_s = self.target.arenas, time.monotonic()
-        n_changes = sum(arena.n_changes for arena in arenas)
-        if n_changes == self._n_changes_named or not (at_once or self._perf_map.is_due(now_s)):
-            return
-        self._n_changes_named = n_changes
-        blocks = [block for arena in arenas for block in arena.blocks]
-        note = self._perf_map.update(blocks, now_s)
-        if note is not None:
-            self._note(note)
 
     # --- keeping up
 
@@ -507,142 +288,8 @@ class Session(DeclaringSession):
         self._check_open()
         if seconds is not None:
             validate_setting("seconds", seconds)
-        self.state = SessionState.WATCHING
-        end_s = None if seconds is None else time.monotonic() + seconds
-        assert self._sampler is not None
-        assert self._settler is not None
-        try:
-            while self.state is SessionState.WATCHING and not (stop is not None and stop.is_set()):
-                now_s = time.monotonic()
-                left_s = math.inf if end_s is None else end_s - now_s
-                is_any_off = self._settler.is_any_off
-                if left_s <= (-_MORE_S if is_any_off else 0.0):
-                    break
-                pause_s = OFF_PAUSE_S if is_any_off else self._sampler.pause_s(now_s)
-                self._watch_once(pause_s if left_s <= 0.0 else min(pause_s, left_s), stop)
-        finally:
-            if self._settler.end():
-                self._sampler.settled(self._first_window.ever_linked.values(), (), time.monotonic())
-        return self.state
-
-    def _watch_once(self, pause_s: float, stop: threading.Event | None) -> None:
-        """Wait, do what is due, and notice the end of the program."""
-        try:
-            self._sleep(pause_s)
-            self._step(time.monotonic(), stop)
-        except ProcessGone:
-            end = self._find_end()
-            self.state = SessionState.WATCHING if end is None else end
-            if end is SessionState.EXECED:
-                self._tell(EventKind.EXECED, f"process {self.pid} replaced its program")
-            elif end is SessionState.EXITED:
-                self._tell(EventKind.EXITED, f"process {self.pid} exited")
-        except _PASSING as error:
-            # For the moment it cannot be done; every site leads somewhere right meanwhile.
-            self.state = SessionState.WATCHING
-            if str(error) not in self.notes:
-                self._note(str(error))
-
-    def _find_end(self) -> SessionState | None:
-        """Return how the program that we attached to ended, by exit or by exec.
-
-        None if it runs on: what was gone was one of its threads.
-        """
-        end_s = time.monotonic() + _EXIT_TIMEOUT_S
-        while time.monotonic() < end_s:
-            # A killed program may be on its way out for a while; its exit shows here.
-            if select.select([self._pidfd], [], [], _EXIT_POLL_S)[0]:
-                return SessionState.EXITED
-            if self.target.is_replaced():
-                return SessionState.EXECED
-        return None if self.target.memory.is_current() else SessionState.EXITED
-
-    def _step(self, now_s: float, stop: threading.Event | None) -> bool:
-        """Do what is due; tell whether there is still something to watch."""
-        assert self._sampler is not None
-        assert self._reclaimer is not None
-        assert self._settler is not None
-        linked = self._first_window.ever_linked.values()
-        # First of all, so that no site stays switched off because something else fails.
-        n_settled = self._settler.step(linked, now_s)
-        changed = self._settler.take_changed()
-        if n_settled or changed:
-            self._sampler.settled(linked, changed, now_s)
-            self._tell_relearned(len(changed))
-        # Before the rest, so that an arena that is used up gets room whatever fails below.
-        self._reclaimer.step(linked, self._sampler.spares, now_s)
-        due = self._sampler.poll(linked, now_s)
-        if due:
-            n_again, n_demoted = self._sampler.sample(due)
-            self._tell_relearned(n_again)
-            if n_demoted:
-                self._tell(EventKind.DEMOTED, f"{count_of(n_demoted, 'site')} back on the thunk")
-        self._sampler.relink(linked, now_s, self._settler.is_settling)
-        self._name_blocks()
-        if self._settler.is_any_off:
-            return True  # and let nothing that takes long come in between
-        self._rediscover(time.monotonic(), stop)
-        if now_s >= self._next_maps_s:
-            self._next_maps_s = now_s + self.config.maps_every_s
-            self._note_used_up()
-            return self._check_maps(stop)
-        return True
-
-    def _tell_relearned(self, n_again: int) -> None:
-        """Say how many sites were promoted anew, and which way if not the one asked for."""
-        if not n_again:
-            return
-        assert self._settler is not None
-        reasons = "; ".join(self._settler.take_reasons())
-        swapped = f", swapped: {reasons}" if reasons else ""
-        self._tell(EventKind.RELEARNED, f"{count_of(n_again, 'site')} promoted anew{swapped}")
-
-    def _note_used_up(self) -> None:
-        """Say once that an arena has no room for further changes."""
-        for arena in self.target.arenas:
-            note = (
-                f"the arena at {arena.addr:#x} is used up: its sites keep working as they are, "
-                "changes of the workload are followed no more; attach anew for an empty one"
-            )
-            if arena.free_code_size < MIN_FREE_CODE_SIZE and note not in self.notes:
-                self._note(note)
-
-    def _rediscover(self, now_s: float, stop: threading.Event | None) -> None:
-        """Learn the sites anew that time is spent for in thunks."""
-        assert self._rediscovery is not None
-        found = self._rediscovery.find(now_s)
-        if not found:
-            return
-        self._learn_and_promote(lambda: self._learn_hot(found, self.config.relearn_s, stop))
-
-    def _learn_and_promote(self, learn: Callable[[], None]) -> None:
-        """Learn while watching, and decide on it."""
-        try:
-            learn()
-        except _PASSING:
-            # Sites may still count: nobody else comes back to them, nor to what was learned.
-            self.promote()
-            raise
-        self.promote()
-        self.state = SessionState.WATCHING
-
-    def _check_maps(self, stop: threading.Event | None) -> bool:
-        """Notice exec and new modules; tell whether the program is still the same."""
-        self.target.read_maps()
-        if self.target.code_maps == self._code_seen:
-            return True
-        if not self.target.has_arena():
-            self.state = SessionState.EXECED
-            self._tell(EventKind.EXECED, f"process {self.pid} replaced its program")
-            return False
-        fresh = self._add_modules()
-        if fresh:
-            names = ", ".join(sorted({record.site.module for record in fresh}))
-            self._tell(EventKind.MODULE_ADDED, f"{names}: {count_of(len(fresh), 'site')}")
-            self._learn_and_promote(
-                lambda: self._learn(fresh, self.config.learn_s, stop, in_turn=True)
-            )
-        return True
+        assert self._watch is not None
+        return self._watch.run(seconds, stop)
 
     # --- telling
 
@@ -658,7 +305,7 @@ class Session(DeclaringSession):
             state=self.state,
             learning_s=self.learning_s,
             notes=tuple(self.notes),
-            reclaim=self._reclaimer.summary() if self._reclaimer else ReclaimSummary(),
+            reclaim=self._work.upkeep.summary(),
         )
 
     # --- letting go
@@ -675,23 +322,24 @@ class Session(DeclaringSession):
         else:
             try:
                 result = let_go(target, self.records, leave=leave)
-                if result.outcome is DetachOutcome.GONE and (end := self._find_end()) is None:
-                    # Only a thread was gone: the program has to be let go all the same.
-                    result = let_go(target, self.records, leave=leave)
-                self.state = SessionState.after(result.outcome)
+                end = None
+                if result.outcome is DetachOutcome.GONE:
+                    end = self._work.lifeline.find_end(target)
+                    if end is None:
+                        # Only a thread was gone: the program has to be let go all the same.
+                        result = let_go(target, self.records, leave=leave)
+                self._standing.state = SessionState.after(result.outcome)
                 if result.outcome is DetachOutcome.GONE and end is not None:
-                    self.state = end
+                    self._standing.state = end
             except BaseException:
                 self.close()
                 raise
-        if self._children is not None:
-            may_restore = not leave and result.outcome is not DetachOutcome.GONE
-            children, notes = self._children.let_go(may_restore=may_restore)
-            result = replace(result, children=children, notes=(*result.notes, *notes))
-        self.notes += result.notes
-        gone = (DetachOutcome.CLEAN, DetachOutcome.GONE)
-        if self._perf_map is not None and result.outcome in gone:
-            self._perf_map.remove()
+        may_restore = not leave and result.outcome is not DetachOutcome.GONE
+        children, notes = self._work.children.let_go(may_restore=may_restore)
+        result = replace(result, children=children, notes=(*result.notes, *notes))
+        self.notes.extend(result.notes)
+        if result.outcome in (DetachOutcome.CLEAN, DetachOutcome.GONE):
+            self._work.names.remove()
         self._last_summary = self.summary()
         self.close()
         return result
@@ -708,20 +356,14 @@ class Session(DeclaringSession):
 
     def close(self) -> None:
         """Release what this process holds; the target is not touched."""
-        if self._counts is not None:
-            self._counts.close()
-            self._counts = None
-        if self._children is not None:
-            self._children.close()
-        if self._perf_map is not None:
-            self._perf_map.close()
+        if self._parts is not None:
+            self._parts.close()
         self._close_settings()
         if self._target is not None:
             self._target.close()
             self._target = None
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        if self._lifeline is not None:
+            self._lifeline.close()
         self._unlock()
 
     def _unlock(self) -> None:
@@ -734,12 +376,7 @@ class Session(DeclaringSession):
         """Return the session."""
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Detach, restoring everything, unless that was done."""
         try:
             if self._target is not None:

@@ -20,7 +20,7 @@ work it is to do. As they are slow until then they are not waited for that long:
 somebody stays inside gets its old tree back, and the new one by a swap.
 
 A site that cannot be settled (its home has no room, or is a counting block, or somebody stays
-inside) is left to ``Sampler.relink``, which takes a stop. So is every site of a program that
+inside) is left to ``Relinker``, which takes a stop. So is every site of a program that
 switches its stacks: there a grace period takes a stop as well, a longer one, in which memory
 is searched, and does not end at all where there is much of that.
 """

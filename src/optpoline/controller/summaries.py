@@ -27,12 +27,11 @@ from optpoline.controller.target import LoadedModule, StopLog, Target
 from optpoline.controller.wording import count_of
 from optpoline.discover import ModuleImage, count_plain_indirect
 from optpoline.discover import find_sites as scan_image
-from optpoline.errors import NotesError, PermissionDenied, ProcessGone, TargetFault
+from optpoline.errors import NotesError, ProcessGone, TargetFault
 from optpoline.model import Module, Site
 from optpoline.patch.layout import ARENA_NAME
-from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import list_modules, open_module
-from optpoline.process.permissions import check_has_program, explain_denied
+from optpoline.process.permissions import open_program
 from optpoline.process.procfs import read_status
 
 __all__ = ["SiteReport", "find_sites", "summarise"]
@@ -89,12 +88,7 @@ def find_sites(subject: int | str | Path) -> SiteReport:
 
 def _find_in_process(pid: int) -> SiteReport:
     """Find the sites of all modules of a process."""
-    check_has_program(pid)
-    try:
-        memory = RemoteMemory(pid)
-    except PermissionDenied as denied:
-        raise explain_denied(pid) from denied
-    with memory:
+    with open_program(pid) as memory:
         baseline = BaselineMemory(memory)
         images: list[tuple[Module, ModuleImage]] = []
         declaring: dict[int, ModuleImage] = {}

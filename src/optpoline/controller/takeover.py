@@ -30,7 +30,7 @@ from optpoline.controller.poking import poke_patiently
 from optpoline.controller.summary import DetachOutcome, DetachResult, LeftBehind
 from optpoline.controller.target import Target
 from optpoline.controller.wording import count_of
-from optpoline.errors import ControllerActive, NotesError, PermissionDenied
+from optpoline.errors import ControllerActive, NotesError
 from optpoline.patch.layout import JournalEntry
 from optpoline.patch.text import (
     Poke,
@@ -42,8 +42,7 @@ from optpoline.patch.used_code import find_used_code
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.permissions import (
     check_attachable,
-    check_has_program,
-    explain_denied,
+    open_program,
 )
 from optpoline.process.procfs import read_maps
 from optpoline.process.stop import Wake
@@ -141,12 +140,7 @@ def find_left(pid: int) -> LeftBehind | None:
         UnsupportedTarget: if it has no program of our kind: a kernel thread, for one.
         PermissionDenied: if its memory may not be read.
     """
-    check_has_program(validate_pid(pid))
-    try:
-        memory = RemoteMemory(pid)
-    except PermissionDenied as denied:
-        raise explain_denied(pid) from denied
-    with memory:
+    with open_program(validate_pid(pid)) as memory:
         arenas = find_arenas(memory, read_maps(pid))
         if not arenas and not find_arena_files(pid):
             return None

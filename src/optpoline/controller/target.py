@@ -27,19 +27,14 @@ from optpoline.patch.layout import ARENA_NAME, JournalEntry
 from optpoline.patch.placement import choose_arena_addr, is_within_reach
 from optpoline.patch.text import is_same_but_disp, leads_into, read_entries
 from optpoline.process.cpus import read_n_possible_cpus
-from optpoline.process.inject import InjectionCode, find_injection_code
+from optpoline.process.injection_code import InjectionCode, find_injection_code
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import is_anonymous, list_modules, open_module
 from optpoline.process.permissions import explain_untraceable
-from optpoline.process.procfs import (
-    ThreadWhere,
-    list_tids,
-    read_maps,
-    read_start_time,
-    read_thread_state,
-)
+from optpoline.process.procfs import list_tids, read_maps, read_start_time
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Stop, Wake, stop_threads
+from optpoline.process.thread_state import ThreadWhere, read_thread_state
 from optpoline.x86.syscalls import Disturbance, has_temporary_mask, rank_disturbance
 
 __all__ = ["LoadedModule", "StopLog", "Target"]

@@ -18,11 +18,9 @@ An arena that is used up raises ``ArenaError``; its sites stay as they are.
 
 from __future__ import annotations
 
-import mmap
 import os
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -30,12 +28,13 @@ from numpy.typing import NDArray
 
 from optpoline.errors import ArenaError
 from optpoline.model import CELL_SIZE, Addr, CounterRows, Site
+from optpoline.patch.arena_memory import ArenaMemory
+from optpoline.patch.block_table import BlockTable
 from optpoline.patch.counters import CounterTable
 from optpoline.patch.extents import Extent, FreeExtents
 from optpoline.patch.geometry import CODE_PER_SITE_SIZE, ArenaGeometry
+from optpoline.patch.journal import Journal
 from optpoline.patch.layout import (
-    BLOCK_ENTRY_SIZE,
-    ENTRY_SIZE,
     HEADER_SIZE,
     ArenaHeader,
     BlockEntry,
@@ -65,22 +64,18 @@ class Arena:
         self.addr = addr
         self.geometry = geometry
         self.inode = os.fstat(fd).st_ino
-        self._memory = mmap.mmap(fd, geometry.size)
-        self._view = memoryview(self._memory)
-        # One aligned native u64 store per item: never torn (see store_u64).
-        self._words = self._view.cast("Q")
-        self._array = np.frombuffer(self._memory, np.uint64)
-        self._memory[:HEADER_SIZE] = header.pack().ljust(HEADER_SIZE, b"\0")
-        self._journal: dict[int, JournalEntry] = {}
+        self._memory = ArenaMemory(addr, fd, geometry.size)
+        self._memory.write(0, header.pack().ljust(HEADER_SIZE, b"\0"))
+        self._journal = Journal(self._memory, geometry.block_off)
+        self._table = BlockTable(self._memory, geometry.block_off, geometry.code_off)
         self._code = FreeExtents(geometry.code_off, geometry.literal_off)
-        self._counters = CounterTable(self._memory, fd, geometry.counter_off, header.rows_at(addr))
+        self._counters = CounterTable(
+            self._memory.mapped, fd, geometry.counter_off, header.rows_at(addr)
+        )
         self._used_code_end = geometry.code_off
         self._next_literal = geometry.literal_off
         self._literals: dict[int, Addr] = {}
         self._extents: dict[Addr, Extent] = {}
-        self._slots: dict[Addr, int] = {}
-        self._free_slots: list[int] = []
-        self._entries: dict[Addr, BlockEntry] = {}
         self._cells: dict[Addr, tuple[Addr, int]] = {}
         self._thunks: dict[tuple[Addr, bytes], Addr] = {}
         self.templates = BlockTemplates(self)
@@ -91,8 +86,6 @@ class Arena:
         """Those of them that were written to memory of earlier ones."""
         self.put_size = 0
         """Bytes of all blocks ever written."""
-        self.n_changes = 0
-        """Changes of which blocks there are, and of their states: a version of ``blocks``."""
 
     @property
     def end(self) -> Addr:
@@ -132,29 +125,28 @@ class Arena:
     @property
     def blocks(self) -> tuple[BlockEntry, ...]:
         """Live and retired blocks, in no order."""
-        return tuple(self._entries.values())
+        return self._table.blocks
+
+    @property
+    def n_changes(self) -> int:
+        """Changes of which blocks there are, and of their states: a version of ``blocks``."""
+        return self._table.n_changes
 
     @property
     def journalled(self) -> tuple[JournalEntry, ...]:
         """The journal's entries, the latest of each address."""
-        return tuple(self._journal.values())
+        return self._journal.entries
 
     def has_room_for(self, n_sites: int) -> bool:
         """Tell whether that many more sites can be journalled and given blocks."""
-        free_entries = (self.geometry.block_off - HEADER_SIZE) // ENTRY_SIZE - len(self._journal)
-        return free_entries >= n_sites and self.free_code_size >= n_sites * CODE_PER_SITE_SIZE // 2
+        has_code = self.free_code_size >= n_sites * CODE_PER_SITE_SIZE // 2
+        return self._journal.has_room_for(n_sites) and has_code
 
     def close(self) -> None:
         """Unmap our view; the program's stays, and says that nobody works on it."""
         self.store_u64(Addr(self.addr + ArenaHeader.CONTROLLER_START_OFF), 0)
         self._counters.close()
-        # Who catches an exception (Ctrl-C, above all) still holds the frames that it came
-        # through, and what they were looking at: then it is unmapped when they are gone.
-        with suppress(BufferError):
-            self._array = np.zeros(0, np.uint64)
-            self._words.release()
-            self._view.release()
-            self._memory.close()
+        self._memory.close()
 
     # --- handing out memory
 
@@ -200,7 +192,7 @@ class Arena:
             ArenaError: if the block table is full.
         """
         addr = Addr(self.addr + room.at)
-        slot = self._free_slots.pop() if self._free_slots else self._new_slot()
+        slot = self._table.take_slot()
         self._code.take(room)
         poison = bytes((POISON,))
         padded = code.code.ljust(room.end - room.at, poison)
@@ -211,7 +203,6 @@ class Arena:
         self._used_code_end = max(self._used_code_end, room.end)
         self._cells[addr] = cells
         self._extents[addr] = room
-        self._slots[addr] = slot
         entry = BlockEntry(
             addr=addr,
             size=len(code.code),
@@ -222,34 +213,14 @@ class Arena:
             kind=kind,
             state=BlockState.LIVE,
         )
-        off = self.geometry.block_off + slot * BLOCK_ENTRY_SIZE
         # The entry first: should we die here, no bytes are left that none explains.
-        self._memory[off : off + BLOCK_ENTRY_SIZE] = entry.pack(BlockState.FREE)
-        self._memory[room.start : room.at] = poison * (room.at - room.start)
-        self._memory[room.at : room.end] = padded
-        self._put_state(entry)
+        self._table.write(slot, entry)
+        self._memory.write(room.start, poison * (room.at - room.start))
+        self._memory.write(room.at, padded)
+        self._table.put_state(entry)
         if kind is BlockKind.THUNK:
             self._thunks[site_addr, code.code] = addr
         return addr
-
-    def _new_slot(self) -> int:
-        """Use one more entry of the block table."""
-        n_blocks = self.load_u64(Addr(self.addr + ArenaHeader.N_BLOCKS_OFF))
-        if (n_blocks + 1) * BLOCK_ENTRY_SIZE > self.geometry.code_off - self.geometry.block_off:
-            raise ArenaError(f"the block table of the arena at {self.addr:#x} is full")
-        self.store_u64(Addr(self.addr + ArenaHeader.N_BLOCKS_OFF), n_blocks + 1)
-        return n_blocks
-
-    def _set_state(self, entry: BlockEntry, state: BlockState) -> None:
-        """Say in one store where a block is in its life."""
-        self._put_state(replace(entry, state=state))
-
-    def _put_state(self, entry: BlockEntry) -> None:
-        """Store the state of a block whose entry says it already."""
-        off = self.geometry.block_off + self._slots[entry.addr] * BLOCK_ENTRY_SIZE
-        self.store_u64(Addr(self.addr + off + BlockEntry.STATE_OFF), entry.state_word)
-        self._entries[entry.addr] = entry
-        self.n_changes += 1
 
     def find_thunk(self, site_addr: Addr, code: BlockCode) -> Addr | None:
         """Return the thunk of a plain site, None if none was put here.
@@ -260,31 +231,29 @@ class Arena:
 
     def is_thunk(self, addr: Addr) -> bool:
         """Tell whether the thunk of a plain site begins at an address."""
-        entry = self._entries.get(addr)
+        entry = self._table.find(addr)
         return entry is not None and entry.kind is BlockKind.THUNK
 
     def retire_block(self, addr: Addr) -> BlockEntry:
         """Note that nothing leads to a block any more; return its entry."""
-        self._set_state(self._entries[addr], BlockState.RETIRED)
-        return self._entries[addr]
+        self._table.set_state(self._table.entry_of(addr), BlockState.RETIRED)
+        return self._table.entry_of(addr)
 
     def revive_block(self, addr: Addr) -> None:
         """Note that something leads to a retired block all the same."""
-        self._set_state(self._entries[addr], BlockState.LIVE)
+        self._table.set_state(self._table.entry_of(addr), BlockState.LIVE)
 
     def free_block(self, addr: Addr) -> int:
         """Poison a retired block's memory, to be used again; return how many bytes.
 
         Only after a grace period: no thread is inside, or can come back to it.
         """
-        if self._entries[addr].state is not BlockState.RETIRED:
+        if self._table.entry_of(addr).state is not BlockState.RETIRED:
             raise ValueError(f"the block at {addr:#x} was not retired")
         room = self._extents.pop(addr)
         size = room.end - room.start
-        self._memory[room.start : room.end] = bytes((POISON,)) * size
-        self._set_state(self._entries[addr], BlockState.FREE)
-        del self._entries[addr]
-        self._free_slots.append(self._slots.pop(addr))
+        self._memory.write(room.start, bytes((POISON,)) * size)
+        self._table.free(addr)
         self._code.give(room)
         self.free_counters(*self._cells.pop(addr))
         return size
@@ -321,13 +290,13 @@ class Arena:
 
         Target state: running.
         """
-        entry, room = self._entries[addr], self._extents[addr]
+        entry, room = self._table.entry_of(addr), self._extents[addr]
         if entry.state is not BlockState.LIVE or room.at + len(code.code) > room.end:
             raise ValueError(f"the block at {addr:#x} cannot be rewritten")
         # Without instructions: its size is about to change, perhaps to less than they have.
-        self._set_state(replace(entry, text_size=0), BlockState.REWRITTEN)
+        self._table.set_state(replace(entry, text_size=0), BlockState.REWRITTEN)
         body, size = room.at + HEAD_SIZE, room.end - room.at
-        self._memory[body : room.end] = bytes((POISON,)) * (size - HEAD_SIZE)
+        self._memory.write(body, bytes((POISON,)) * (size - HEAD_SIZE))
         padded = code.code.ljust(size, bytes((POISON,)))
         entry = replace(
             entry,
@@ -337,13 +306,10 @@ class Arena:
             head=padded[:HEAD_SIZE],
         )
         # What the entry covers is int3 or covered already: no bytes are left that none explains.
-        table = self.addr + self.geometry.block_off + self._slots[addr] * BLOCK_ENTRY_SIZE
-        self.store_u64(Addr(table + BlockEntry.SIZE_OFF), entry.size_word)
-        head_word = int.from_bytes(entry.head, "little")
-        self.store_u64(Addr(table + BlockEntry.HEAD_OFF), head_word)
+        self._table.put_size_and_head(entry)
         self.store_u64(addr, redirected)
-        self._memory[body : room.end] = padded[HEAD_SIZE:]
-        self._set_state(entry, BlockState.LIVE)
+        self._memory.write(body, padded[HEAD_SIZE:])
+        self._table.set_state(entry, BlockState.LIVE)
 
     def addr_of(self, value: int) -> Addr:
         """Return the address of a literal, shared between blocks.
@@ -357,9 +323,10 @@ class Arena:
         off = self._next_literal
         if off + CELL_SIZE > self.geometry.counter_off:
             raise ArenaError(f"the literals of the arena at {self.addr:#x} are used up")
-        self._words[off // CELL_SIZE] = value
+        addr = Addr(self.addr + off)
+        self._memory.store_u64(addr, value)
         self._next_literal = off + CELL_SIZE
-        self._literals[value] = addr = Addr(self.addr + off)
+        self._literals[value] = addr
         return addr
 
     # --- counters
@@ -398,29 +365,23 @@ class Arena:
 
     def load_u64(self, addr: Addr) -> int:
         """Return the u64 at an aligned address of the arena."""
-        return self._words[(addr - self.addr) // CELL_SIZE]
+        return self._memory.load_u64(addr)
 
     def store_u64(self, addr: Addr, value: int) -> None:
-        """Store the u64 at an aligned address of the arena in one store.
-
-        A native-order ``memoryview.cast("Q")`` item store is one 8-byte move:
-        never torn in the feasibility study (``struct`` with ``">Q"`` was).
-        """
-        self._words[(addr - self.addr) // CELL_SIZE] = value
+        """Store the u64 at an aligned address of the arena in one store."""
+        self._memory.store_u64(addr, value)
 
     def read(self, addr: Addr, size: int) -> bytes:
         """Return bytes of the arena as they are now."""
-        off = addr - self.addr
-        return self._memory[off : off + size]
+        return self._memory.read(addr, size)
 
     def take_u64(self, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Return the u64 at some indices of the arena's words, as they are now."""
-        taken: NDArray[np.uint64] = self._array[indices]
-        return taken
+        return self._memory.take_u64(indices)
 
     def view_u32(self, addr: Addr, n_words: int) -> NDArray[np.uint32]:
         """Return words of the arena themselves, not a copy; let go of them before ``close``."""
-        return np.frombuffer(self._memory, np.uint32, n_words, addr - self.addr)
+        return self._memory.view_u32(addr, n_words)
 
     def head_of(self, block_addr: Addr) -> bytes:
         """Return the first ``HEAD_SIZE`` bytes of a block."""
@@ -434,16 +395,4 @@ class Arena:
         Raises:
             ArenaError: if the journal is full.
         """
-        known = self._journal.get(site.addr)
-        if known is not None and known.code == site.code:
-            return known
-        entry = JournalEntry.of(site)
-        n_entries = self.load_u64(Addr(self.addr + ArenaHeader.N_ENTRIES_OFF))
-        off = HEADER_SIZE + n_entries * ENTRY_SIZE
-        if off + ENTRY_SIZE > self.geometry.block_off:
-            raise ArenaError(f"the journal of the arena at {self.addr:#x} is full")
-        self._memory[off : off + ENTRY_SIZE] = entry.pack()
-        # Pairs with the reader in another controller: complete before counted.
-        self.store_u64(Addr(self.addr + ArenaHeader.N_ENTRIES_OFF), n_entries + 1)
-        self._journal[site.addr] = entry
-        return entry
+        return self._journal.add(site)

@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from optpoline.errors import ProcessGone
-from optpoline.process.procfs import read_kernel_stack, read_processor, read_state_char
+from optpoline.process.procfs import read_processor, read_state_char
+from optpoline.process.thread_state import read_kernel_stack
 
 __all__ = [
     "MAX_LOOKED_AT",

@@ -36,47 +36,30 @@ signal came in between; a seccomp filter is live again.
 
 from __future__ import annotations
 
-import struct
 import time
-from dataclasses import dataclass
 
 from optpoline.errors import (
     OptpolineError,
     ProcessGone,
     StopTimeout,
     TargetFault,
-    UnsupportedTarget,
 )
-from optpoline.model import Mapping
-from optpoline.process.host_cpu import read_xsave_layout
+from optpoline.process.injection_code import InjectionCode
 from optpoline.process.memory import RemoteMemory, store_data
 from optpoline.process.own_stack import is_own_stack
-from optpoline.process.procfs import read_maps, read_maps_around, read_state_char, read_status
+from optpoline.process.procfs import read_maps_around, read_state_char, read_status
 from optpoline.process.ptrace import StopCode, Tracer
-from optpoline.process.rseq import RSEQ_CS_OFF
-from optpoline.x86.registers import USER_CODE_SELECTOR, Registers
+from optpoline.x86.registers import Registers
 from optpoline.x86.signal_frame import encode_signal_frame
 from optpoline.x86.syscalls import (
     ERESTART_RESTARTBLOCK,
     ERESTARTSYS,
-    has_temporary_mask,
     undisturbed,
 )
-from optpoline.x86.vdso import SIGRETURN_CODES, ReturnPath, find_return_path
-from optpoline.x86.xsave import XsaveLayout
 
-__all__ = [
-    "InjectionCode",
-    "InjectionThread",
-    "find_injection_code",
-    "is_usable_for_injection",
-    "wait_for_stop",
-]
+__all__ = ["InjectionThread", "wait_for_stop"]
 
 _ALL_SIGNALS = (1 << 64) - 1
-_SEARCH_CHUNK_SIZE = 1 << 20
-_MAX_SEARCH_SIZE = 1 << 28  # libc is searched first; this bounds a target without one
-_RSEQ_DESCRIPTOR = struct.Struct("<IIQQQ")
 _FIRST_POLL_S = 10e-6
 _MAX_POLL_S = 200e-6
 _ARGUMENTS_SIZE = 256
@@ -84,87 +67,6 @@ _ARGUMENTS_SIZE = 256
 
 _CHECK_ALIVE_NS = 1_000_000
 _MAX_STOPS_PER_CALL = 64  # stop signals that may come in between; each costs two stops
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InjectionCode:
-    """The two pieces of a target's own code that injection uses.
-
-    Attributes:
-        path: A ``syscall`` instruction and its way to a ``ret``.
-        trampoline_addr: Address of code that calls rt_sigreturn.
-        trampoline_code: That code.
-        xsave_layout: Sizes of XSAVE images on this machine.
-    """
-
-    path: ReturnPath
-    trampoline_addr: int
-    trampoline_code: bytes
-    xsave_layout: XsaveLayout
-
-    def is_present(self, memory: RemoteMemory) -> bool:
-        """Say whether a target still has both."""
-        path, size = self.path, len(self.trampoline_code)
-        try:
-            return (
-                memory.read(path.syscall_addr, len(path.code)) == path.code
-                and memory.read(self.trampoline_addr, size) == self.trampoline_code
-            )
-        except TargetFault:
-            return False
-
-
-def find_injection_code(pid: int, memory: RemoteMemory) -> InjectionCode:
-    """Find what injection needs in a target; takes milliseconds, so do it once.
-
-    Target state: running.
-
-    Raises:
-        UnsupportedTarget: if it has no vDSO, or no rt_sigreturn trampoline.
-    """
-    mappings = read_maps(pid)
-    path = None
-    for mapping in mappings:
-        if mapping.path == "[vdso]":
-            path = find_return_path(memory.read(mapping.start, mapping.size), mapping.start)
-    if path is None:
-        raise UnsupportedTarget(f"process {pid} has no vDSO with a usable syscall instruction")
-    text = [m for m in mappings if m.is_executable and m.path.startswith("/")]
-    text.sort(key=lambda m: "libc" not in m.path.rpartition("/")[2])
-    for mapping in _bounded(text):
-        for code in SIGRETURN_CODES:
-            addr = _search(memory, mapping, code)
-            if addr is not None:
-                return InjectionCode(
-                    path=path,
-                    trampoline_addr=addr,
-                    trampoline_code=code,
-                    xsave_layout=read_xsave_layout(),
-                )
-    raise UnsupportedTarget(f"process {pid} has no rt_sigreturn trampoline in its text")
-
-
-def is_usable_for_injection(
-    tracer: Tracer, memory: RemoteMemory, tid: int, code: StopCode, regs: Registers
-) -> bool:
-    """Say whether a stopped thread can run an injected call and not notice.
-
-    Args:
-        tracer: The tracer that stopped it.
-        memory: Its memory.
-        tid: The thread.
-        code: How it stopped: one that is about to take a signal is left alone.
-        regs: Its registers.
-    """
-    if not code.is_event_stop or regs.cs != USER_CODE_SELECTOR:
-        return False
-    if regs.in_syscall and has_temporary_mask(regs.orig_rax, regs.syscall_args):
-        return False  # setting the mask would lose the one the call is to put back
-    if tracer.has_shadow_stack(tid):
-        return False  # our return address would not be on it
-    if read_status(tid).seccomp and not _is_suspendable(tracer, tid):
-        return False  # our call might kill it; seccomp is each thread's own
-    return not _is_in_rseq(tracer, memory, tid, regs.rip)
 
 
 def wait_for_stop(tracer: Tracer, pid: int, tid: int, deadline_ns: int) -> StopCode | None:
@@ -364,56 +266,3 @@ class InjectionThread:
             raise StopTimeout(time.monotonic_ns() - begin_ns, (self.tid,))
         self._is_stopped = True
         return code
-
-
-def _is_suspendable(tracer: Tracer, tid: int) -> bool:
-    """Say whether a thread's seccomp filters can be suspended while it is traced."""
-    try:
-        tracer.suspend_seccomp(tid)
-    except UnsupportedTarget:
-        return False
-    return True
-
-
-def _is_in_rseq(tracer: Tracer, memory: RemoteMemory, tid: int, pc: int) -> bool:
-    """Say whether a thread stands in a restartable sequence.
-
-    Running anything else there makes the kernel forget the sequence, and the
-    thread would go on in it unprotected.
-    """
-    area, _ = tracer.read_rseq_area(tid)
-    if not area:
-        return False
-    try:
-        (descriptor_addr,) = struct.unpack("<Q", memory.read(area + RSEQ_CS_OFF, 8))
-        if not descriptor_addr:
-            return False
-        data = memory.read(descriptor_addr, _RSEQ_DESCRIPTOR.size)
-    except TargetFault:
-        return True
-    _, _, start, size, _ = _RSEQ_DESCRIPTOR.unpack(data)
-    return bool(0 <= pc - start < size)
-
-
-def _bounded(mappings: list[Mapping]) -> list[Mapping]:
-    """Return as many mappings as are worth searching."""
-    total, bounded = 0, []
-    for mapping in mappings:
-        total += mapping.size
-        if total > _MAX_SEARCH_SIZE:
-            break
-        bounded.append(mapping)
-    return bounded
-
-
-def _search(memory: RemoteMemory, mapping: Mapping, code: bytes) -> int | None:
-    """Return where a mapping has these bytes first, or None."""
-    for start in range(mapping.start, mapping.end, _SEARCH_CHUNK_SIZE):
-        size = min(_SEARCH_CHUNK_SIZE + len(code) - 1, mapping.end - start)
-        try:
-            off = memory.read(start, size).find(code)
-        except TargetFault:
-            return None  # beyond the end of a truncated file
-        if off >= 0:
-            return start + off
-    return None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from types import TracebackType
 from typing import Protocol, Self
 
 from optpoline.errors import OptpolineError, PermissionDenied, ProcessGone, TargetFault
@@ -61,12 +60,7 @@ class RemoteMemory:
         """Return itself; the memory is closed at the end."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the memory."""
         self.close()
 

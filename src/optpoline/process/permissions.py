@@ -22,6 +22,7 @@ from optpoline.process.kinds import (
     check_seccomp,
     check_shadow_stack,
 )
+from optpoline.process.memory import RemoteMemory
 from optpoline.process.rights import (
     UNEXPLAINED,
     UNSEEN_RULES,
@@ -45,6 +46,7 @@ __all__ = [
     "explain_denied",
     "explain_untraceable",
     "find_tracer",
+    "open_program",
 ]
 
 PROC_ROOT = Path("/proc")
@@ -134,6 +136,21 @@ def check_has_program(pid: int, proc_root: Path = PROC_ROOT, sys_root: Path = SY
             error = Diagnosis(pid=pid, checks=(check,)).error()
             assert error is not None
             raise error
+
+
+def open_program(pid: int) -> RemoteMemory:
+    """Open the memory of a process that has a program of our kind, to look at it.
+
+    Raises:
+        ProcessGone: if there is no such process, or it is a zombie.
+        UnsupportedTarget: see ``check_has_program``.
+        PermissionDenied: if its memory may not be read; it says why.
+    """
+    check_has_program(pid)
+    try:
+        return RemoteMemory(pid)
+    except PermissionDenied as denied:
+        raise explain_denied(pid) from denied
 
 
 def find_tracer(pid: int, proc_root: Path = PROC_ROOT) -> str | None:

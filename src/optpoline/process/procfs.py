@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed readers of ``/proc/PID``.
+"""Typed readers of ``/proc/PID``: what a process is, its memory map, its threads.
 
 Every function takes ``proc_root`` so that tests can hand it a tree of files.
 A file that is gone means the process is gone: ``ProcessGone``.
@@ -7,25 +7,26 @@ A file that is gone means the process is gone: ``ProcessGone``.
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
-from optpoline.errors import OptpolineError, PermissionDenied, ProcessGone
+from optpoline.errors import ProcessGone
 from optpoline.model import Addr, Mapping
+from optpoline.process.proc_files import (
+    read_stat_fields,
+    read_status_fields,
+    read_text,
+    unescape,
+    wrap_error,
+)
 
 __all__ = [
     "ProcessStatus",
-    "ThreadState",
-    "ThreadWhere",
-    "has_slept_since",
     "is_kernel_worker",
     "list_every_tid",
     "list_tids",
     "read_exe_path",
-    "read_kernel_stack",
     "read_layout",
     "read_maps",
     "read_maps_around",
@@ -33,11 +34,9 @@ __all__ = [
     "read_start_time",
     "read_state_char",
     "read_status",
-    "read_thread_state",
 ]
 
 _PROC = Path("/proc")
-_CHUNK_SIZE = 1 << 18
 _MAX_LISTINGS = 16
 """Listings of threads before one is given up that nothing comes or goes in."""
 
@@ -79,44 +78,6 @@ class ProcessStatus:
     is_kernel_thread: bool
 
 
-class ThreadWhere(Enum):
-    """Where a thread is, as ``/proc/PID/task/TID/syscall`` tells it."""
-
-    RUNNING = "running"
-    IN_SYSCALL = "in_syscall"
-    BLOCKED = "blocked"
-    """Asleep, but not in a system call: a page fault, or stopped in user code."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ThreadState:
-    """Where one thread is, and two counters that help to tell whether it moved.
-
-    Attributes:
-        tid: Thread id.
-        state: State letter as in ps(1).
-        where: Running, in a system call, or blocked elsewhere.
-        syscall_nr: Number of the system call, or -1.
-        syscall_args: Its six arguments, () outside a call.
-        sp: User stack pointer, 0 while running.
-        pc: User program counter, 0 while running.
-        n_voluntary: Voluntary context switches so far.
-        n_nonvoluntary: Involuntary context switches so far.
-        tracer_pid: Thread id of its tracer, or 0.
-    """
-
-    tid: int
-    state: str
-    where: ThreadWhere
-    syscall_nr: int
-    syscall_args: tuple[int, ...]
-    sp: Addr
-    pc: Addr
-    n_voluntary: int
-    n_nonvoluntary: int
-    tracer_pid: int
-
-
 def read_maps(pid: int, *, proc_root: Path = _PROC) -> tuple[Mapping, ...]:
     """Return the memory map, in address order.
 
@@ -148,7 +109,7 @@ def read_maps_around(pid: int, addr: int, *, proc_root: Path = _PROC) -> tuple[M
 
 def _read_map_lines(pid: int, proc_root: Path) -> list[str]:
     """Return the lines of a memory map, at least one."""
-    text = _read_text(f"{proc_root}/{pid}/maps", pid) or _read_maps_of_threads(pid, proc_root)
+    text = read_text(f"{proc_root}/{pid}/maps", pid) or _read_maps_of_threads(pid, proc_root)
     if not text:
         raise ProcessGone(pid, f"process {pid} has no memory: it has exited, or is the kernel's")
     return text.splitlines()
@@ -165,7 +126,7 @@ def _decode_mapping(line: str) -> Mapping:
         offset=int(fields[2], 16),
         device=fields[3],
         inode=int(fields[4]),
-        path=_unescape(fields[5]) if len(fields) > 5 else "",
+        path=unescape(fields[5]) if len(fields) > 5 else "",
     )
 
 
@@ -173,7 +134,7 @@ def _read_maps_of_threads(pid: int, proc_root: Path) -> str:
     """Return the map of a process whose first thread has exited while others run."""
     for tid in list_every_tid(pid, proc_root=proc_root):
         try:
-            text = _read_text(f"{proc_root}/{pid}/task/{tid}/maps", pid)
+            text = read_text(f"{proc_root}/{pid}/task/{tid}/maps", pid)
         except ProcessGone:
             continue
         if text:
@@ -192,7 +153,7 @@ def list_tids(pid: int, *, proc_root: Path = _PROC) -> tuple[int, ...]:
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessGone(pid) from error
     except OSError as error:
-        raise _wrap(error, pid, "task") from error
+        raise wrap_error(error, pid, "task") from error
     if not names:
         raise ProcessGone(pid)
     return tuple(sorted(map(int, names)))
@@ -213,7 +174,7 @@ def list_every_tid(pid: int, *, proc_root: Path = _PROC) -> tuple[int, ...]:
     tids = list_tids(pid, proc_root=proc_root)
     every = set(tids)
     for _ in range(_MAX_LISTINGS):
-        n_threads = int(_read_status_fields(f"{proc_root}/{pid}/status", pid)["Threads"])
+        n_threads = int(read_status_fields(f"{proc_root}/{pid}/status", pid)["Threads"])
         again = list_tids(pid, proc_root=proc_root)
         if len(tids) == n_threads and set(tids) <= set(again):
             return again
@@ -229,7 +190,7 @@ def read_start_time(pid: int, *, proc_root: Path = _PROC) -> int:
         ProcessGone: if the process does not exist.
     """
     # Field 22; the fields behind the last ")" begin with field 3.
-    return int(_read_stat_fields(f"{proc_root}/{pid}/stat", pid)[19])
+    return int(read_stat_fields(f"{proc_root}/{pid}/stat", pid)[19])
 
 
 def read_layout(pid: int, *, proc_root: Path = _PROC) -> tuple[int, ...]:
@@ -241,16 +202,16 @@ def read_layout(pid: int, *, proc_root: Path = _PROC) -> tuple[int, ...]:
     Raises:
         ProcessGone: if the process does not exist.
     """
-    return tuple(map(int, _read_stat_fields(f"{proc_root}/{pid}/stat", pid)[23:26]))
+    return tuple(map(int, read_stat_fields(f"{proc_root}/{pid}/stat", pid)[23:26]))
 
 
 def read_state_char(pid: int, tid: int, *, proc_root: Path = _PROC) -> str:
-    """Return a thread's state letter; cheaper than ``read_thread_state``.
+    """Return a thread's state letter; cheaper than ``thread_state.read_thread_state``.
 
     Raises:
         ProcessGone: if the thread does not exist.
     """
-    return _read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[0]
+    return read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[0]
 
 
 def read_processor(pid: int, tid: int, *, proc_root: Path = _PROC) -> int:
@@ -259,7 +220,7 @@ def read_processor(pid: int, tid: int, *, proc_root: Path = _PROC) -> int:
     Raises:
         ProcessGone: if the thread does not exist.
     """
-    return int(_read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[36])
+    return int(read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[36])
 
 
 def is_kernel_worker(pid: int, tid: int, *, proc_root: Path = _PROC) -> bool:
@@ -269,7 +230,7 @@ def is_kernel_worker(pid: int, tid: int, *, proc_root: Path = _PROC) -> bool:
         ProcessGone: if the thread does not exist.
     """
     pf_io_worker, pf_user_worker = 0x10, 0x4000  # include/linux/sched.h
-    flags = int(_read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[6])
+    flags = int(read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[6])
     return bool(flags & (pf_io_worker | pf_user_worker))
 
 
@@ -280,11 +241,11 @@ def read_status(pid: int, *, tid: int | None = None, proc_root: Path = _PROC) ->
         ProcessGone: if it does not exist.
     """
     directory = f"{proc_root}/{pid}" if tid is None else f"{proc_root}/{pid}/task/{tid}"
-    fields = _read_status_fields(f"{directory}/status", pid if tid is None else tid)
+    fields = read_status_fields(f"{directory}/status", pid if tid is None else tid)
     own_id = int(fields["Pid"])
     return ProcessStatus(
         pid=own_id,
-        name=_unescape(fields["Name"]),
+        name=unescape(fields["Name"]),
         state=fields["State"][:1],
         tgid=int(fields["Tgid"]),
         ppid=int(fields["PPid"]),
@@ -300,94 +261,6 @@ def read_status(pid: int, *, tid: int | None = None, proc_root: Path = _PROC) ->
     )
 
 
-def read_thread_state(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadState:
-    """Return where a thread is.
-
-    The counters and the tracer are read first, for ``has_slept_since``.
-
-    Raises:
-        ProcessGone: if the thread does not exist.
-        PermissionDenied: if we may not trace it.
-    """
-    directory = f"{proc_root}/{pid}/task/{tid}"
-    status = _read_status_fields(f"{directory}/status", tid)
-    words = _read_text(f"{directory}/syscall", tid).split()
-    where, nr, numbers = ThreadWhere.RUNNING, -1, (0, 0)
-    args: tuple[int, ...] = ()
-    if words and words[0] != "running":
-        nr = int(words[0])
-        where = ThreadWhere.IN_SYSCALL if nr >= 0 else ThreadWhere.BLOCKED
-        args = tuple(int(word, 16) for word in words[1:-2])
-        numbers = (int(words[-2], 16), int(words[-1], 16))
-    n_voluntary, n_nonvoluntary = _switches(status)
-    return ThreadState(
-        tid=tid,
-        state=status["State"][:1],
-        where=where,
-        syscall_nr=nr,
-        syscall_args=args,
-        sp=Addr(numbers[0]),
-        pc=Addr(numbers[1]),
-        n_voluntary=n_voluntary,
-        n_nonvoluntary=n_nonvoluntary,
-        tracer_pid=int(status["TracerPid"]),
-    )
-
-
-def has_slept_since(pid: int, before: ThreadState, *, proc_root: Path = _PROC) -> bool:
-    """Tell whether a thread has slept all the while since ``read_thread_state``.
-
-    The kernel counts a voluntary switch when a thread *leaves* its CPU: one that woke and
-    still runs has the counters of its sleep. So it must
-
-    1. be asleep again or still (the kernel shows sp and pc of no other), where it was; and
-    2. after that have the counters that it had before the first look. Had it run in between,
-       it would have left its CPU once more to be asleep in 1.
-
-    In the other order it could run between the two, and sleep again in the same call.
-
-    Args:
-        pid: Its process.
-        before: What was read of it when it slept.
-        proc_root: Where procfs is mounted.
-
-    Raises:
-        ProcessGone: if the thread does not exist.
-        PermissionDenied: if we may not trace it.
-    """
-    directory = f"{proc_root}/{pid}/task/{before.tid}"
-    words = _read_text(f"{directory}/syscall", before.tid).split()
-    if not words or words[0] == "running":
-        return False
-    where = (int(words[0]), int(words[-2], 16), int(words[-1], 16))
-    if where != (before.syscall_nr, before.sp, before.pc):
-        return False
-    status = _read_status_fields(f"{directory}/status", before.tid)
-    return _switches(status) == (before.n_voluntary, before.n_nonvoluntary)
-
-
-def _switches(status: dict[str, str]) -> tuple[int, int]:
-    """Return the counters of voluntary and involuntary context switches."""
-    return int(status["voluntary_ctxt_switches"]), int(status["nonvoluntary_ctxt_switches"])
-
-
-def read_kernel_stack(pid: int, tid: int, *, proc_root: Path = _PROC) -> str:
-    """Return the functions of the kernel that a thread is in, off its CPU, innermost first.
-
-    Empty while it is on a CPU, and where we may not look: it takes CAP_SYS_ADMIN, and a
-    kernel with stack traces.
-
-    Raises:
-        ProcessGone: if the thread does not exist.
-    """
-    try:
-        return _read_text(f"{proc_root}/{pid}/task/{tid}/stack", tid)
-    except ProcessGone:
-        raise
-    except OptpolineError:
-        return ""
-
-
 def read_exe_path(pid: int, *, proc_root: Path = _PROC) -> str:
     """Return the path of the executable as the kernel names it, without " (deleted)".
 
@@ -400,7 +273,7 @@ def read_exe_path(pid: int, *, proc_root: Path = _PROC) -> str:
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessGone(pid) from error
     except OSError as error:
-        raise _wrap(error, pid, "exe") from error
+        raise wrap_error(error, pid, "exe") from error
 
 
 def _is_kernel_thread(fields: dict[str, str], directory: str, pid: int) -> bool:
@@ -408,55 +281,4 @@ def _is_kernel_thread(fields: dict[str, str], directory: str, pid: int) -> bool:
     if "Kthread" in fields:
         return fields["Kthread"] == "1"
     pf_kthread = 0x00200000
-    return bool(int(_read_stat_fields(f"{directory}/stat", pid)[6]) & pf_kthread)
-
-
-def _read_status_fields(path: str, pid: int) -> dict[str, str]:
-    """Return the lines of a status file by key."""
-    fields = {}
-    for line in _read_text(path, pid).splitlines():
-        key, _, value = line.partition(":")
-        fields[key] = value.strip()
-    if "State" not in fields:
-        raise ProcessGone(pid)
-    return fields
-
-
-def _read_stat_fields(path: str, pid: int) -> list[str]:
-    """Return the fields of a stat file behind the name, which may contain anything."""
-    text = _read_text(path, pid)
-    fields = text[text.rfind(")") + 2 :].split()
-    if not fields:
-        raise ProcessGone(pid)
-    return fields
-
-
-def _read_text(path: str, pid: int) -> str:
-    """Read a whole file of /proc, in one system call where it is small."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            chunks = []
-            while chunk := os.read(fd, _CHUNK_SIZE):
-                chunks.append(chunk)
-        finally:
-            os.close(fd)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise ProcessGone(pid) from error
-    except OSError as error:
-        raise _wrap(error, pid, path.rpartition("/")[2]) from error
-    return b"".join(chunks).decode(errors="surrogateescape")
-
-
-def _wrap(error: OSError, pid: int, name: str) -> OptpolineError:
-    """Turn an error of a read into one that names the process."""
-    if isinstance(error, PermissionError):
-        return PermissionDenied(f"we may not read {name} of process {pid}")
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return PermissionDenied(f"we may not read {name} of process {pid}: {error.strerror}")
-    return OptpolineError(f"{name} of process {pid} cannot be read: {error.strerror}")
-
-
-def _unescape(text: str) -> str:
-    """Undo the kernel's escape of newlines in names."""
-    return text.replace("\\012", "\n") if "\\" in text else text
+    return bool(int(read_stat_fields(f"{directory}/stat", pid)[6]) & pf_kthread)

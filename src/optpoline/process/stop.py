@@ -28,7 +28,8 @@ from enum import Enum
 
 from optpoline.errors import OptpolineError, ProcessGone
 from optpoline.model import Addr
-from optpoline.process.inject import InjectionCode, find_injection_code
+from optpoline.process.injection_code import InjectionCode, find_injection_code
+from optpoline.process.injector import Injector
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.ptrace import Tracer
 from optpoline.process.rseq import RseqRegistration
@@ -90,8 +91,9 @@ class Stop:
         """Keep what the requests need."""
         self._thread = thread
         self._stopper = stopper
-        self._code = code
-        self._wake = wake
+        self._injector: Injector | None = None
+        if code is not None:
+            self._injector = Injector(stopper, code, may_wake=wake is not Wake.NONE)
         self.duration_ns = 0
         """From first interrupt to last detach; 0 until it is over, or if nobody ran."""
 
@@ -157,7 +159,7 @@ class Stop:
     @property
     def injector_tid(self) -> int | None:
         """The thread that runs injected calls, None before the first."""
-        return self._stopper.injector_tid
+        return self._injector.tid if self._injector is not None else None
 
     def inject(self, nr: int, *args: int | bytes) -> int:
         """Run one system call in the target.
@@ -174,11 +176,10 @@ class Stop:
             UnsupportedTarget: if no thread can run it, or seccomp may forbid it.
             ProcessGone: if the thread was killed.
         """
-        code = self._code
-        if code is None:
+        injector = self._injector
+        if injector is None:
             raise OptpolineError("nothing can be injected into a stop that may wake no thread")
-        may_wake = self._wake is not Wake.NONE
-        return self._thread.call(lambda _: self._stopper.inject(code, may_wake, nr, args))
+        return self._thread.call(lambda _: injector.inject(nr, args))
 
     def _begin(self) -> None:
         """Stop the threads."""
@@ -186,9 +187,15 @@ class Stop:
 
     def _end(self) -> None:
         """Let the threads go."""
-        end_ns = self._thread.call(lambda _: self._stopper.release())
+        end_ns = self._thread.call(self._release)
         if self._stopper.begin_ns:
             self.duration_ns = end_ns - self._stopper.begin_ns
+
+    def _release(self, _: Tracer) -> int:
+        """Do so; on the tracer thread. Return when, as time.monotonic_ns()."""
+        if self._injector is not None:
+            self._injector.leave()
+        return self._stopper.release()
 
 
 @contextmanager

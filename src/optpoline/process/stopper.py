@@ -16,14 +16,7 @@ import os
 import time
 from dataclasses import dataclass, field
 
-from optpoline.errors import (
-    OptpolineError,
-    PermissionDenied,
-    ProcessGone,
-    StopTimeout,
-    TargetFault,
-    UnsupportedTarget,
-)
+from optpoline.errors import OptpolineError, PermissionDenied, ProcessGone, StopTimeout
 from optpoline.process.busy import (
     MAX_LOOKED_AT,
     find_busy,
@@ -31,32 +24,15 @@ from optpoline.process.busy import (
     is_transferring,
     moving_between_cpus,
 )
-from optpoline.process.inject import (
-    InjectionCode,
-    InjectionThread,
-    is_usable_for_injection,
-    wait_for_stop,
-)
-from optpoline.process.leader import is_exiting
+from optpoline.process.inject import wait_for_stop
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.procfs import (
-    ThreadState,
-    ThreadWhere,
-    list_tids,
-    read_state_char,
-    read_thread_state,
-)
+from optpoline.process.procfs import list_tids, read_state_char
 from optpoline.process.ptrace import StopCode, Tracer, reap_thread
 from optpoline.process.sharers import SharerFinder
+from optpoline.process.thread_state import read_thread_state
+from optpoline.process.waking import rank_waking
 from optpoline.x86.registers import Registers
-from optpoline.x86.syscalls import (
-    ERESTART_RESTARTBLOCK,
-    ERESTARTNOHAND,
-    Disturbance,
-    has_temporary_mask,
-    is_restartable_eintr,
-    rank_disturbance,
-)
+from optpoline.x86.syscalls import ERESTARTNOHAND, Disturbance, is_restartable_eintr
 
 __all__ = ["Stopper", "Tracee"]
 
@@ -74,10 +50,6 @@ _MAX_PATIENT_LISTINGS = 32
 _LIST_AGAIN_NS = 10_000_000
 """Without a thread that came to stand, when to look for some that have begun to run; then
 after twice that, and so on."""
-
-_LEAVE_TIMEOUT_NS = 1_000_000_000
-_FIND_INJECTOR_NS = 20_000_000
-"""How long to look for a thread for injection; short, as others may stand meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +102,6 @@ class Stopper:
     _pids: list[int] = field(default_factory=list)
     _pending: dict[int, int] = field(default_factory=dict)
     _left_seized: dict[int, int] = field(default_factory=dict)
-    _injection: InjectionThread | None = None
     _seized: set[int] = field(default_factory=set)
 
     def stop(self) -> None:
@@ -159,38 +130,11 @@ class Stopper:
             if self.begin_ns and time.monotonic_ns() >= self.deadline_ns:
                 raise StopTimeout(self.timeout_ns, tuple(sorted(self._pending)))
 
-    def inject(
-        self, code: InjectionCode, may_wake: bool, nr: int, args: tuple[int | bytes, ...]
-    ) -> int:
-        """Run a system call in a thread of the target.
-
-        Raises:
-            UnsupportedTarget: if no thread can be used.
-            ProcessGone: if the thread is killed.
-        """
-        if self._injection is None:
-            self._injection = self._enter_injection(code, may_wake)
-        deadline_ns = time.monotonic_ns() + max(self.timeout_ns, _LEAVE_TIMEOUT_NS)
-        return self._injection.call(nr, *args, deadline_ns=deadline_ns)
-
-    @property
-    def injector_tid(self) -> int | None:
-        """The thread that runs injected calls, None before the first."""
-        return self._injection.tid if self._injection is not None else None
-
     def release(self) -> int:
         """Let every thread go on; return when, as time.monotonic_ns().
 
-        What cannot be let go here (it is not stopped, or an injected call hangs)
-        goes when the tracer thread ends.
+        What cannot be let go here (it is not stopped) goes when the tracer thread ends.
         """
-        if self._injection is not None:
-            try:
-                self._injection.leave(deadline_ns=time.monotonic_ns() + _LEAVE_TIMEOUT_NS)
-            except OptpolineError:
-                # Detached half-way it would return through its signal frame, and so it
-                # does when this thread ends; a killed one is gone either way.
-                self.tracees.pop(self._injection.tid, None)
         for tid, pid in (*self._pending.items(), *self._left_seized.items()):
             self._try_detach(pid, tid)
         for tracee in self.tracees.values():
@@ -322,7 +266,7 @@ class Stopper:
         if not self.wakes_all and not self.wakes_unnoticed:
             return False
         # It may have begun another call since the stop was decided on.
-        rank = _rank_waking(pid, read_thread_state(pid, tid))
+        rank = rank_waking(pid, read_thread_state(pid, tid))
         return rank < Disturbance.HARMFUL if self.wakes_all else rank in _UNNOTICED
 
     def _interrupt(self, tid: int) -> None:
@@ -419,38 +363,12 @@ class Stopper:
             self.tracer.write_registers(tid, regs)
         return regs
 
-    def _enter_injection(self, code: InjectionCode, may_wake: bool) -> InjectionThread:
-        """Choose a thread and prepare it."""
-        if not code.is_present(self.memory):
-            raise UnsupportedTarget(f"process {self.pid} has unmapped the code that injection uses")
-        end_ns = time.monotonic_ns() + _FIND_INJECTOR_NS
-        while True:
-            for tracee in sorted(self.tracees.values(), key=_rank_stopped):
-                if (injection := self._try_enter(tracee, code)) is not None:
-                    return injection
-            for tid in self._rank_asleep() if may_wake else ():
-                woken = self._wake(tid)
-                # It may have executed another program before it stopped.
-                if not self.memory.is_current() or not code.is_present(self.memory):
-                    raise ProcessGone(self.pid, f"process {self.pid} runs a new program")
-                injection = None if woken is None else self._try_enter(woken, code)
-                if injection is not None:
-                    return injection
-            if not may_wake or time.monotonic_ns() >= end_ns:
-                break
-            # One may come out of its call, or into one that it may be woken from.
-            time.sleep(_MAX_POLL_S)
-            self.sweep()
-        if is_exiting(self.pid):
-            raise ProcessGone(self.pid)
-        raise UnsupportedTarget(
-            f"no thread of process {self.pid} can run a system call for us now",
-            hint="its threads sleep in calls that must not be disturbed (try again later), or "
-            "are under seccomp, on shadow stacks, or on stacks without a guard page below",
-        )
+    def wake(self, tid: int) -> Tracee | None:
+        """Stop a sleeping thread of the target; None if it exits instead.
 
-    def _wake(self, tid: int) -> Tracee | None:
-        """Stop a sleeping thread; None if it exits instead."""
+        Raises:
+            StopTimeout: if it does not stop in time.
+        """
         if not self._seize(self.pid, tid):
             return None
         self._pending[tid] = self.pid
@@ -471,61 +389,6 @@ class Stopper:
             self.asleep.pop(tid, None)
         del self._pending[tid]
         return self.tracees[tid]
-
-    def _try_enter(self, tracee: Tracee, code: InjectionCode) -> InjectionThread | None:
-        """Prepare a thread for injection, or return None if it will not do."""
-        if tracee.pid != self.pid:
-            return None
-        if not is_usable_for_injection(
-            self.tracer, self.memory, tracee.tid, tracee.code, tracee.regs
-        ):
-            return None
-        injection = InjectionThread(
-            self.tracer, self.memory, code, pid=tracee.pid, tid=tracee.tid, regs=tracee.regs
-        )
-        try:
-            injection.enter()
-        except TargetFault:
-            return None  # no room on its stack
-        return injection
-
-    def _rank_asleep(self) -> list[int]:
-        """Return sleeping threads that may be woken, those that notice least first."""
-        ranked = []
-        for tid, pid in self.asleep.items():
-            if pid != self.pid:
-                continue
-            try:
-                with moving_between_cpus():
-                    rank = _rank_waking(pid, read_thread_state(pid, tid))
-            except ProcessGone:
-                continue
-            if rank < Disturbance.HARMFUL:
-                ranked.append((rank, tid))
-        return [tid for _, tid in sorted(ranked)]
-
-
-def _rank_stopped(tracee: Tracee) -> int:
-    """Order stopped threads: in user code, in a restarted call, with a restart block."""
-    if not tracee.regs.in_syscall or tracee.regs.result >= 0:
-        return 0
-    return 2 if tracee.regs.result == -ERESTART_RESTARTBLOCK else 1
-
-
-def _rank_waking(pid: int, state: ThreadState) -> Disturbance:
-    """Say how much a sleeping thread would notice of being woken."""
-    if state.state == "T":
-        # Stopped by job control: it has left its call already.
-        is_masked = state.where is ThreadWhere.IN_SYSCALL and has_temporary_mask(
-            state.syscall_nr, state.syscall_args
-        )
-        return Disturbance.HARMFUL if is_masked else Disturbance.NONE
-    if state.where is ThreadWhere.RUNNING:
-        # It has just woken by itself, or waits for a CPU.
-        return Disturbance.HARMFUL if is_transferring(pid, state.tid) else Disturbance.NONE
-    if state.state != "S" or state.where is not ThreadWhere.IN_SYSCALL:
-        return Disturbance.HARMFUL
-    return rank_disturbance(state.syscall_nr, state.syscall_args)
 
 
 def _is_socket(pid: int, tid: int, fd: int) -> bool:

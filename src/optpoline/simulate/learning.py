@@ -25,7 +25,7 @@ from optpoline.simulate.windows import Window
 __all__ = ["Learner"]
 
 MIN_LEARN_S = 0.1
-"""Time left in a window that is worth linking more sites for, as in ``controller/session.py``."""
+"""Time left in a window that is worth linking more sites for, as in ``first_window.py``."""
 
 
 class Learner:

@@ -36,7 +36,7 @@ __all__ = [
 SAMPLE_OPEN_SLOTS = 8
 MIN_WINDOW_COUNT = 256
 MAX_COUNTED_TARGETS = 128
-"""As in ``controller/learning.py``."""
+"""As in ``learning``, ``window_counts`` and ``growing`` of ``controller/``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

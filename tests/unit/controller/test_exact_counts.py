@@ -5,17 +5,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from optpoline.controller.counting_blocks import first_block
 from optpoline.controller.exact_counts import describe_operation, settle_drained
 from optpoline.controller.exclusion import Way
 from optpoline.controller.executor import OperationEvent
-from optpoline.controller.learning import (
-    begin_window,
-    end_windows,
-    first_block,
-    grow_full,
-    window_counts,
-)
+from optpoline.controller.growing import grow_full
+from optpoline.controller.learning import begin_window, end_windows
 from optpoline.controller.records import SiteRecord
+from optpoline.controller.window_counts import window_counts
 from optpoline.learn.counting import NO_COUNTS, SiteCounts, cells_of, read_counts
 from optpoline.model import Addr, Count
 from optpoline.patch.arena import Arena

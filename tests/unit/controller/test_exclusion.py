@@ -14,7 +14,7 @@ from optpoline.controller import exclusion as module
 from optpoline.controller.address_space import AddressSpace
 from optpoline.controller.exclusion import stopped
 from optpoline.model import Mapping
-from optpoline.process import procfs
+from optpoline.process import thread_state
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.stop import Stop, Wake
 
@@ -51,7 +51,7 @@ def show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str,
     task = tmp_path / str(PID) / "task" / str(TID)
     task.mkdir(parents=True)
     for name in ("read_thread_state", "has_slept_since"):
-        function = partial(getattr(procfs, name), proc_root=tmp_path)
+        function = partial(getattr(thread_state, name), proc_root=tmp_path)
         monkeypatch.setattr(module, name, function, raising=False)
 
     def show_it(state: str, where: str, n_switches: int) -> None:

@@ -8,22 +8,24 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from optpoline.controller.counting_blocks import first_block
+from optpoline.controller.growing import grow_full
 from optpoline.controller.learning import (
-    MIN_WINDOW_COUNT,
     begin_sample,
     begin_window,
     end_sample,
     end_window,
     end_windows,
-    first_block,
-    grow_full,
+)
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import SiteState
+from optpoline.controller.window_counts import (
+    MIN_WINDOW_COUNT,
     is_last_block_telling,
     is_telling_soon,
     telling_counts,
     window_counts,
 )
-from optpoline.controller.records import SiteRecord
-from optpoline.controller.summary import SiteState
 from optpoline.learn.counting import FIRST_OPEN_SLOTS, NO_COUNTS, SiteCounts
 from optpoline.model import (
     SLOT_CLAIMED,

@@ -13,7 +13,7 @@ from optpoline.model import Addr, Mapping
 from optpoline.patch.quiescence import ThreadScan
 from optpoline.patch.ranges import AddressRanges
 from optpoline.patch.stacks import StackMap
-from optpoline.process.perf_event import StackSample
+from optpoline.process.perf_ring import StackSample
 from optpoline.x86.signal_frame import FRAME_SEGMENTS, FRAME_SP_WORDS
 
 START, END = 0x7000_0000, 0x7000_8000

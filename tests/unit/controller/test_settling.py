@@ -399,10 +399,10 @@ def test_killed_at_every_store(arena: Arena, is_bigger: bool) -> None:
     record.active = write(arena, MANY if is_bigger else FEW)
     redirect(record.home, record.active.addr)
     looks: list[bytes] = []
-    view = memoryview(arena._memory)
+    view = memoryview(arena._memory.mapped)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arena, "_memory", Watched(view, looks))
-        patch.setattr(arena, "_words", Watched(view.cast("Q"), looks))
+        patch.setattr(arena._memory, "mapped", Watched(view, looks))
+        patch.setattr(arena._memory, "_words", Watched(view.cast("Q"), looks))
         assert rewrite(record.home, record.active.plan, record.active.addr) is not None
     assert len(looks) > 10
     n_remarks = 0

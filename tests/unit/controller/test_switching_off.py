@@ -230,10 +230,10 @@ def test_killed_at_every_store(arena: Arena) -> None:
     """Whoever looks then finds an arena that is whole, and a site that leads to its thunk."""
     walk = Walk(arena)
     looks: list[bytes] = []
-    view = memoryview(arena._memory)
+    view = memoryview(arena._memory.mapped)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arena, "_memory", Watched(view, looks))
-        patch.setattr(arena, "_words", Watched(view.cast("Q"), looks))
+        patch.setattr(arena._memory, "mapped", Watched(view, looks))
+        patch.setattr(arena._memory, "_words", Watched(view.cast("Q"), looks))
         walk.change()
         n_off = len(looks)
         walk.reclaimer.end()

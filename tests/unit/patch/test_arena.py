@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from optpoline.errors import ArenaError
 from optpoline.model import Addr, Site, SiteKind, Thunk, ThunkFlavour
 from optpoline.patch.arena import Arena
+from optpoline.patch.arena_memory import ArenaMemory
 from optpoline.patch.geometry import JOURNAL_SPARE_ENTRIES, MIN_ROW_SIZE, ArenaGeometry
 from optpoline.patch.layout import (
     BLOCK_ENTRY_SIZE,
@@ -254,16 +254,16 @@ def test_full_journal(arena: Arena, arena_fd: int) -> None:
 def test_entry_is_complete_before_it_is_counted(
     arena: Arena, arena_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original: Callable[[Addr, int], None] = arena.store_u64
+    original = ArenaMemory.store_u64
     seen: list[tuple[int, bytes]] = []
 
-    def spy(_self: Arena, addr: Addr, value: int) -> None:
+    def spy(self: ArenaMemory, addr: Addr, value: int) -> None:
         off = HEADER_SIZE + (value - 1) * ENTRY_SIZE
         seen.append((addr - ARENA_ADDR, os.pread(arena_fd, ENTRY_SIZE, off)))
         assert len(read_journal(arena_fd)) == value - 1
-        original(addr, value)
+        original(self, addr, value)
 
-    monkeypatch.setattr(Arena, "store_u64", spy)
+    monkeypatch.setattr(ArenaMemory, "store_u64", spy)
     entry = arena.journal(SITE)
     assert seen == [(ArenaHeader.N_ENTRIES_OFF, entry.pack())]
     assert len(read_journal(arena_fd)) == 1

@@ -15,6 +15,7 @@ from optpoline.errors import ArenaError
 from optpoline.learn.counting import n_cells, plan_counting
 from optpoline.model import Addr, BlockPlan, Guard, Miss
 from optpoline.patch.arena import Arena
+from optpoline.patch.arena_memory import ArenaMemory
 from optpoline.patch.blocks import add_block, counter_cells, redirect, redirection_of
 from optpoline.patch.layout import (
     BLOCK_ENTRY_SIZE,
@@ -96,17 +97,17 @@ def test_entry_is_complete_before_its_block_is_live(
 ) -> None:
     old = put_code(arena, b"\x90" * 20)
     free(arena, old)
-    original = Arena.store_u64
+    original = ArenaMemory.store_u64
     seen: list[tuple[bytes, bytes]] = []
 
-    def spy(self: Arena, addr: Addr, value: int) -> None:
+    def spy(self: ArenaMemory, addr: Addr, value: int) -> None:
         data = os.pread(arena_fd, BLOCK_ENTRY_SIZE, GEOMETRY.block_off)
         assert addr == self.addr + GEOMETRY.block_off + BlockEntry.STATE_OFF
         assert BlockEntry.unpack(data) is None
         seen.append((data, os.pread(arena_fd, 20, GEOMETRY.code_off)))
         original(self, addr, value)
 
-    monkeypatch.setattr(Arena, "store_u64", spy)
+    monkeypatch.setattr(ArenaMemory, "store_u64", spy)
     put_code(arena, b"\x91" * 20)
     (entry,) = arena.blocks
     # The slot of a freed block is used again: nobody may take the old words for the new block's.

@@ -11,7 +11,7 @@ import pytest
 
 from optpoline.errors import ProcessGone
 from optpoline.process import busy
-from optpoline.process.procfs import read_kernel_stack
+from optpoline.process.thread_state import read_kernel_stack
 
 
 def _call_stack(*names: str) -> str:

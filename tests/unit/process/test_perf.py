@@ -23,13 +23,8 @@ from optpoline.errors import (
 from optpoline.model import Addr
 from optpoline.process import perf, perf_event
 from optpoline.process.perf import MAX_FREQUENCY_HZ, PcSample, PcSampler, share_within
-from optpoline.process.perf_event import (
-    MAX_STACK_WORDS,
-    RECORD_SIZE,
-    SampleRing,
-    StackSample,
-    ThreadClock,
-)
+from optpoline.process.perf_event import MAX_STACK_WORDS, ThreadClock
+from optpoline.process.perf_ring import RECORD_SIZE, SampleRing, StackSample
 
 PAGE = 4096
 USER, KERNEL, GUEST_USER = 2, 1, 5

@@ -11,8 +11,6 @@ import pytest
 
 from optpoline.errors import ProcessGone
 from optpoline.process.procfs import (
-    ThreadWhere,
-    has_slept_since,
     is_kernel_worker,
     list_every_tid,
     list_tids,
@@ -22,8 +20,8 @@ from optpoline.process.procfs import (
     read_start_time,
     read_state_char,
     read_status,
-    read_thread_state,
 )
+from optpoline.process.thread_state import ThreadWhere, has_slept_since, read_thread_state
 
 PID, TID = 1234, 1235
 STATUS = """Name:\todd) (na\\012me

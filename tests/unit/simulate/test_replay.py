@@ -8,7 +8,14 @@ import itertools
 import numpy as np
 import pytest
 
-from optpoline.controller import hot_sites, learning, rediscovery, sampling
+from optpoline.controller import (
+    growing,
+    hot_sites,
+    learning,
+    rediscovery,
+    sampling,
+    window_counts,
+)
 from optpoline.controller.config import Config
 from optpoline.learn.counting import plan_counting
 from optpoline.model import (
@@ -312,8 +319,8 @@ def test_numbers_are_those_of_the_controller() -> None:
     assert engine.thunk_s == rediscovery.MISS_S
     assert simulated_sampling.GOLDEN_RATIO == sampling.GOLDEN_RATIO
     assert windows.SAMPLE_OPEN_SLOTS == learning.SAMPLE_OPEN_SLOTS
-    assert windows.MIN_WINDOW_COUNT == learning.MIN_WINDOW_COUNT
-    assert windows.MAX_COUNTED_TARGETS == learning.MAX_COUNTED_TARGETS
+    assert windows.MIN_WINDOW_COUNT == window_counts.MIN_WINDOW_COUNT
+    assert windows.MAX_COUNTED_TARGETS == growing.MAX_COUNTED_TARGETS
 
 
 class _Literals:
