@@ -35,6 +35,7 @@ __all__ = [
     "next_interval",
     "poll_interval",
     "stretch_factor",
+    "unseen_interval",
 ]
 
 
@@ -54,6 +55,11 @@ an eighth of a second at the latest."""
 KEPT_PER_S = 0.12
 """What is left after a second of a site's judged miss rate when it no longer misses: a level
 of misses that was found to be no reason for a change is taken for normal for so long."""
+
+
+UNSEEN_SHARE = 0.1
+"""Share of what windows may cost that is for sites that have not run since they were promoted:
+intervals of all others are hardly longer for them."""
 
 
 def poll_interval(poll_s: float, since_change_s: float) -> float:
@@ -215,6 +221,23 @@ def next_interval(
         best_s = math.sqrt(2.0 * schedule.window_cpu_s(rate_hz) * calm_s / stake)
     interval_s = min(schedule.sample_every_max_s, max(schedule.sample_every_s, best_s))
     return max(hold_s, interval_s * max(1.0, stretch))
+
+
+def unseen_interval(schedule: WatchSchedule, n_sites: int) -> float:
+    """Return when a site is looked at that has its tree from others and never ran, in seconds.
+
+    All of these together take ``UNSEEN_SHARE`` of what windows may cost, however many there
+    are: nothing is at stake until they run, and if they miss that shows without looking.
+
+    Args:
+        schedule: The policy's.
+        n_sites: How many such sites there are.
+
+    >>> unseen_interval(WatchSchedule(), 10), round(unseen_interval(WatchSchedule(), 2000))
+    (60.0, 2000)
+    """
+    all_s = n_sites * schedule.window_cost_s / (UNSEEN_SHARE * schedule.overhead_ratio)
+    return max(schedule.sample_every_max_s, all_s)
 
 
 def stretch_factor(schedule: WatchSchedule, sites: Iterable[tuple[float, float]]) -> float:
