@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 
 from optpoline.controller.config import Config
 from optpoline.controller.learning import (
@@ -38,13 +39,20 @@ from optpoline.controller.promotion import (
     view_of,
 )
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.summary import SiteState
+from optpoline.controller.summary import BranchSource, SiteState
+from optpoline.controller.tables import Tables
 from optpoline.learn.counting import UNKNOWN_SHARE_TO_GROW, SiteCounts
+from optpoline.learn.pooling import ENOUGH_COUNT
 from optpoline.model import Refusal
 from optpoline.patch.blocks import Block
 from optpoline.promote.cost import CostModel
 from optpoline.promote.policy import Action, Decision
-from optpoline.promote.schedule import next_interval, poll_interval, stretch_factor
+from optpoline.promote.schedule import (
+    next_interval,
+    poll_interval,
+    stretch_factor,
+    unseen_interval,
+)
 from optpoline.promote.tree import stake_cycles
 
 __all__ = ["Sampler"]
@@ -92,6 +100,7 @@ class Sampler:
         config: Settings.
         linker: Links text anew.
         may_guard: Tells which targets a block may branch to.
+        tables: What sites know together.
         change: How sites are promoted anew.
     """
 
@@ -100,6 +109,7 @@ class Sampler:
         config: Config,
         linker: Linker,
         may_guard: TargetFilter,
+        tables: Tables,
         change: PromoteAgain = promote_again,
     ) -> None:
         """Keep what is needed."""
@@ -108,6 +118,9 @@ class Sampler:
         self._schedule = config.schedule
         self._linker = linker
         self._may_guard = may_guard
+        self._tables = tables
+        self._n_unseen = 0
+        """Sites that were promoted by their tables, and have not run enough since."""
         self._spares: dict[int, Block] = {}
         self._watch = MissWatch()
         self._stretch = 1.0
@@ -136,6 +149,7 @@ class Sampler:
             for number, record in enumerate(records)
             if record.state is SiteState.PROMOTED and record.next_sample_s == 0.0
         ]
+        self._n_unseen = sum(record.source is BranchSource.TABLE for record in records)
         for _, record in new:
             record.sample_every_s = self._interval_s(record, now_s)
             self._changed_s = now_s
@@ -150,6 +164,8 @@ class Sampler:
         self, record: SiteRecord, now_s: float, *, action: Action = Action.KEEP, hold_s: float = 0.0
     ) -> float:
         """Return a site's next interval, before stretching."""
+        if record.source is BranchSource.TABLE:
+            return unseen_interval(self._schedule, self._n_unseen)
         stake = 0.0 if record.plan is None else stake_cycles(record.plan.tree, _STAKE_MODEL)
         return next_interval(
             self._schedule,
@@ -330,6 +346,12 @@ class Sampler:
     def _act(self, record: SiteRecord, counts: SiteCounts, now_s: float) -> tuple[int, int]:
         """Ask the policy and do what it says; return (promoted anew, demoted)."""
         history = history_of(record)
+        if record.source is BranchSource.TABLE and counts.total >= ENOUGH_COUNT:
+            # From now on it is known by what it does itself.
+            record.source = BranchSource.SITE
+            history = replace(history, profile=None)
+        if record.source is BranchSource.SITE:
+            self._tables.note(record, counts)
         window_s = counts.total / record.rate_hz if record.rate_hz else self._schedule.sample_s
         view = view_of(record, history, counts, window_s=window_s, now_s=now_s)
         decision = self._config.policy.decide(view)

@@ -54,6 +54,7 @@ from optpoline.controller.summary import (
     SiteState,
     Summary,
 )
+from optpoline.controller.tables import Tables
 from optpoline.controller.takeover import find_left, restore_left
 from optpoline.controller.target import Target
 from optpoline.controller.tracing import RecordPlan, RecordTotals, record_trace
@@ -140,6 +141,7 @@ class Session(DeclaringSession):
         self._hot: HotSites | None = None
         self._rediscovery: Rediscovery | None = None
         self._children: Children | None = None
+        self._tables = Tables()
         self._reclaimer: Reclaimer | None = None
         self._settler: Settler | None = None
         self._counts: ExactCounts | None = None
@@ -189,7 +191,7 @@ class Session(DeclaringSession):
         self._reclaimer = Reclaimer(self.config, target, self._children, self._keep_counts)
         self._settler = Settler(self.config, self._reclaimer)
         change = self._settler.change if self.config.is_switched_off else promote_again
-        self._sampler = Sampler(self.config, self._linker, target.may_guard, change)
+        self._sampler = Sampler(self.config, self._linker, target.may_guard, self._tables, change)
         self._rediscovery = Rediscovery(self._hot, self._sampler.jump_misses_hz, time.monotonic())
         self._perf_map = PerfMap(self.pid, target.symbol_at)
         self._add_modules()
@@ -223,6 +225,7 @@ class Session(DeclaringSession):
         if fresh or gone:
             assert self._hot is not None
             self._hot.use(self.records)
+            self._tables.use(self.records)
         for why in self.target.unread.values():
             if why not in self.notes:
                 self._note(why)
@@ -424,26 +427,30 @@ class Session(DeclaringSession):
         learned = [r for r in linked if r.home is not None and r.active is None and r.off is None]
         waiting, self._first_window.waiting = self._first_window.waiting, []
         learned += [r for r in waiting if r.home is None]
+        idle = self._tables.find_idle(learned)
         begin_s = time.monotonic()
         try:
             n_promoted = promote_first(
-                learned,
+                [*learned, *idle],
                 policy=self.config.policy,
                 linker=self._linker,
                 may_guard=self.target.may_guard,
                 now_s=begin_s,
                 promote_plain=self.config.promote_plain,
                 slack_ratio=NEXT_SLACK_RATIO if self.config.is_switched_off else FIRST_SLACK_RATIO,
+                tables=self._tables,
             )
         finally:
+            by_table = [r for r in idle if r.state is SiteState.PROMOTED]
+            self._first_window.ever_linked.update((r.site.addr, r) for r in by_table)
             for record in learned:
                 if record.state is SiteState.LEARNING:
                     record.state = SiteState.BASELINE
         self.state = SessionState.PROMOTED
         try:
-            self._tell_promoted(n_promoted, learned, time.monotonic() - begin_s)
+            self._tell_promoted(n_promoted, [*learned, *by_table], time.monotonic() - begin_s)
         finally:
-            self._sampler.schedule(linked, time.monotonic())
+            self._sampler.schedule(self._first_window.ever_linked.values(), time.monotonic())
             self._rediscovery.learned(learned, time.monotonic())
             self._name_blocks(at_once=True)
         return n_promoted

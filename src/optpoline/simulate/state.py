@@ -252,6 +252,7 @@ class ReplayState:
         """Lead a site back to its thunk."""
         self.end_tenure(site, now_s)
         site.tree = Miss()
+        site.knows_itself = True  # its table would promote it again
         site.interval_s = 0.0
         self.is_guarded[self.workload.pairs_of(site.number)] = False
         self.is_promoted[site.number] = False
