@@ -57,11 +57,6 @@ KEPT_PER_S = 0.12
 of misses that was found to be no reason for a change is taken for normal for so long."""
 
 
-UNSEEN_SHARE = 0.1
-"""Share of what windows may cost that is for sites that have not run since they were promoted:
-intervals of all others are hardly longer for them."""
-
-
 def poll_interval(poll_s: float, since_change_s: float) -> float:
     """Return the time to the next poll, in seconds.
 
@@ -226,18 +221,18 @@ def next_interval(
 def unseen_interval(schedule: WatchSchedule, n_sites: int) -> float:
     """Return when a site is looked at that has its tree from others and never ran, in seconds.
 
-    All of these together take ``UNSEEN_SHARE`` of what windows may cost, however many there
+    All of these together have as many windows as one site at rest, however many there
     are: nothing is at stake until they run, and if they miss that shows without looking.
+    A first window has a block written as well, which costs more than the window.
 
     Args:
         schedule: The policy's.
         n_sites: How many such sites there are.
 
-    >>> unseen_interval(WatchSchedule(), 10), round(unseen_interval(WatchSchedule(), 2000))
-    (60.0, 2000)
+    >>> unseen_interval(WatchSchedule(), 1), unseen_interval(WatchSchedule(), 2000)
+    (60.0, 120000.0)
     """
-    all_s = n_sites * schedule.window_cost_s / (UNSEEN_SHARE * schedule.overhead_ratio)
-    return max(schedule.sample_every_max_s, all_s)
+    return max(1, n_sites) * schedule.sample_every_max_s
 
 
 def stretch_factor(schedule: WatchSchedule, sites: Iterable[tuple[float, float]]) -> float:
