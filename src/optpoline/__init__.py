@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from optpoline.controller.session import Session, attach
     from optpoline.controller.summaries import SiteReport, find_sites
     from optpoline.controller.summary import (
+        BranchSource,
         ChildSummary,
         DeclaredKind,
         DeclaredSummary,
@@ -72,6 +73,7 @@ __all__ = [
     "ArenaError",
     "AttachError",
     "AuditReport",
+    "BranchSource",
     "ChildSummary",
     "Config",
     "ControllerActive",

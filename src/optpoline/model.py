@@ -33,6 +33,7 @@ __all__ = [
     "Site",
     "SiteKind",
     "Split",
+    "Table",
     "Thunk",
     "ThunkFlavour",
     "TraceRing",
@@ -160,6 +161,21 @@ class Thunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table of dynamic calls, as the program's source declares it: sites share it.
+
+    One name and one type are one table, whichever modules of a process its sites are in.
+
+    Attributes:
+        name: What it is called.
+        type: Result and parameters of what is called through it, as written, or None.
+    """
+
+    name: str
+    type: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
     """One site: a direct branch to a thunk, or a plain indirect branch as long as one.
 
@@ -176,7 +192,7 @@ class Site:
         refusal: Why it must not be promoted, or None.
         max_guards: Guards that its source allows at most, 0 for any number.
         is_plain: Whether the baseline is an indirect branch itself.
-        is_declared: Whether its source says that it is a dynamic call.
+        table: The table of dynamic calls that its source says it is of, or None.
     """
 
     addr: Addr
@@ -190,12 +206,12 @@ class Site:
     refusal: Refusal | None = None
     max_guards: int = 0
     is_plain: bool = False
-    is_declared: bool = False
+    table: Table | None = None
 
     @property
     def is_undeclared_plain(self) -> bool:
         """Whether it is promoted on request only (``Config.promote_plain``)."""
-        return self.is_plain and not self.is_declared
+        return self.is_plain and self.table is None
 
     @property
     def end(self) -> Addr:

@@ -16,6 +16,7 @@ from optpoline.controller.promotion import FIRST_SLACK_RATIO, NEXT_SLACK_RATIO, 
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.standing import Standing
 from optpoline.controller.summary import SessionState, SiteState
+from optpoline.controller.tables import Tables
 from optpoline.controller.target import Target
 from optpoline.controller.upkeep import Upkeep
 from optpoline.controller.wording import count_of
@@ -32,6 +33,7 @@ class FirstPromotion:
         linker: Changes its text.
         window: Has the sites that were learned.
         inventory: Has all.
+        tables: What sites know together.
         upkeep: Looks after the promoted ones from then on.
         standing: Is told what became of them.
     """
@@ -44,6 +46,7 @@ class FirstPromotion:
         linker: Linker,
         window: FirstWindow,
         inventory: Inventory,
+        tables: Tables,
         upkeep: Upkeep,
         standing: Standing,
     ) -> None:
@@ -53,11 +56,14 @@ class FirstPromotion:
         self._linker = linker
         self._window = window
         self._inventory = inventory
+        self._tables = tables
         self._upkeep = upkeep
         self._standing = standing
 
     def promote(self) -> int:
         """Decide on all sites that lead to a first counting block, or wait for it.
+
+        And on those that share a table with them.
 
         Returns:
             How many sites were promoted.
@@ -66,25 +72,29 @@ class FirstPromotion:
         learned = [r for r in linked if r.home is not None and r.active is None and r.off is None]
         waiting, self._window.waiting = self._window.waiting, []
         learned += [r for r in waiting if r.home is None]
+        idle = self._tables.find_idle(learned)
         is_switched_off = self._config.is_switched_off
         begin_s = time.monotonic()
         try:
             n_promoted = promote_first(
-                learned,
+                [*learned, *idle],
                 policy=self._config.policy,
                 linker=self._linker,
                 may_guard=self._target.may_guard,
                 now_s=begin_s,
                 promote_plain=self._config.promote_plain,
                 slack_ratio=NEXT_SLACK_RATIO if is_switched_off else FIRST_SLACK_RATIO,
+                tables=self._tables,
             )
         finally:
+            by_table = [r for r in idle if r.state is SiteState.PROMOTED]
+            self._window.ever_linked.update((r.site.addr, r) for r in by_table)
             for record in learned:
                 if record.state is SiteState.LEARNING:
                     record.state = SiteState.BASELINE
         self._standing.state = SessionState.PROMOTED
         try:
-            self._tell(n_promoted, learned, time.monotonic() - begin_s)
+            self._tell(n_promoted, [*learned, *by_table], time.monotonic() - begin_s)
         finally:
             self._upkeep.decided(learned)
         return n_promoted

@@ -15,6 +15,7 @@ from optpoline.controller.hot_sites import HotSites
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.standing import Standing
 from optpoline.controller.summary import SessionState
+from optpoline.controller.tables import Tables
 from optpoline.controller.target import Target
 from optpoline.errors import ArenaError
 from optpoline.model import Addr, Mapping, Module
@@ -29,6 +30,7 @@ class Inventory:
         target: The target.
         standing: Is told what came and went.
         hot: Is shown the sites whenever others are there.
+        tables: Likewise.
         forget: Called with the range of a module that was unmapped, if it had sites.
     """
 
@@ -37,12 +39,14 @@ class Inventory:
         target: Target,
         standing: Standing,
         hot: HotSites,
+        tables: Tables,
         forget: Callable[[Addr, Addr], None],
     ) -> None:
         """Begin with no site."""
         self._target = target
         self._standing = standing
         self._hot = hot
+        self._tables = tables
         self._forget = forget
         self._code_seen: tuple[Mapping, ...] = ()
         """What could be executed when modules were last looked for."""
@@ -82,6 +86,7 @@ class Inventory:
         self.records += fresh
         if fresh or gone:
             self._hot.use(self.records)
+            self._tables.use(self.records)
         for why in self._target.unread.values():
             self._standing.note_once(why)
         if refused and not self.records and self._standing.state is SessionState.ATTACHED:

@@ -23,6 +23,7 @@ from optpoline.controller.inventory import Inventory
 from optpoline.controller.lifeline import Lifeline
 from optpoline.controller.linker import Linker
 from optpoline.controller.standing import Standing
+from optpoline.controller.tables import Tables
 from optpoline.controller.target import Target
 from optpoline.controller.upkeep import Upkeep
 from optpoline.model import Addr
@@ -67,6 +68,7 @@ def make_parts(config: Config, target: Target, lifeline: Lifeline, standing: Sta
     """Make the parts of a session; nothing is opened, and no site known yet."""
     linker = Linker(target)
     hot = HotSites(target)
+    tables = Tables()
     children = Children(target, follow=config.follow_fork)
     counts = ExactCounts(target, children, lambda event: _tell_operation(standing, event))
     names = BlockNames(target, standing)
@@ -92,6 +94,7 @@ def make_parts(config: Config, target: Target, lifeline: Lifeline, standing: Sta
         children=children,
         window=window,
         hot=hot,
+        tables=tables,
         names=names,
         standing=standing,
         before_free=keep_counts,
@@ -102,13 +105,14 @@ def make_parts(config: Config, target: Target, lifeline: Lifeline, standing: Sta
         window.forget(start, end)
         upkeep.forget(start, end)
 
-    inventory = Inventory(target, standing, hot, forget)
+    inventory = Inventory(target, standing, hot, tables, forget)
     promotion = FirstPromotion(
         config,
         target,
         linker=linker,
         window=window,
         inventory=inventory,
+        tables=tables,
         upkeep=upkeep,
         standing=standing,
     )

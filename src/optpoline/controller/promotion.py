@@ -15,9 +15,11 @@ from dataclasses import replace
 from optpoline.controller.learning import TargetFilter
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.summary import SiteState
+from optpoline.controller.summary import BranchSource, SiteState
+from optpoline.controller.tables import Tables
 from optpoline.errors import ArenaError, EncodeRangeError
 from optpoline.learn.counting import SiteCounts
+from optpoline.learn.pooling import ENOUGH_COUNT
 from optpoline.model import Addr, BlockPlan
 from optpoline.patch.blocks import Block, add_block, redirect
 from optpoline.promote.policy import Action, Decision, Policy, SiteHistory, SiteView
@@ -50,6 +52,10 @@ def fit_counts(record: SiteRecord, counts: SiteCounts, may_guard: TargetFilter) 
 FIRST_SLACK_RATIO = 0.125
 """Room behind a first promoted block, as a share of its size: a later one of the site shall fit
 there (``controller/settling.py``). That of one guard has none: small blocks lie packed."""
+
+MIN_FREE_RATIO = 0.5
+"""Share of an arena's code that must be free for a block that nobody may ever enter: sites that
+run, and change, need theirs."""
 
 NEXT_SLACK_RATIO = 1.5
 """The same of later ones: the site has changed before. Of all where a site can only be changed
@@ -139,8 +145,11 @@ def promote_first(
     now_s: float,
     promote_plain: bool = False,
     slack_ratio: float = FIRST_SLACK_RATIO,
+    tables: Tables | None = None,
 ) -> int:
     """Promote what is worth it after a first window; the rest gets its baseline back.
+
+    Sites may be among them that were not learned, but have a table of others that were.
 
     Args:
         records: The sites.
@@ -150,61 +159,133 @@ def promote_first(
         now_s: CLOCK_MONOTONIC, seconds.
         promote_plain: See ``Config``.
         slack_ratio: Room behind each block, as a share of its size.
+        tables: What sites know together; takes in what these counted.
 
     Returns:
         How many sites were promoted.
     """
+    tables = Tables() if tables is None else tables
+    for record in records:
+        if record.counts is not None:
+            tables.note(record, record.counts)
+    decider = _Decider(policy, may_guard, tables, now_s)
     hottest = sorted(records, key=lambda record: -(record.rate_hz or 0.0))
     all_hz = sum(record.rate_hz or 0.0 for record in hottest)
     hotter_hz = 0.0
     moves: list[Move] = []
-    n_promoted = 0
+    later: list[tuple[SiteRecord, Decision]] = []
     for record in hottest:
         hotter_ratio = hotter_hz / all_hz if all_hz else 0.0
-        block = None
-        if promote_plain or not record.site.is_undeclared_plain:
-            block = _promote_one(record, policy, may_guard, hotter_ratio, slack_ratio, now_s)
-        n_promoted += block is not None
-        moves.append(Move(record=record, block=block))
         hotter_hz += record.rate_hz or 0.0
+        decision = None
+        if promote_plain or not record.site.is_undeclared_plain:
+            decision = decider.decide(record, hotter_ratio)
+        if decision is not None and record.source is BranchSource.TABLE:
+            later.append((record, decision))
+            continue
+        block = None if decision is None else _promote(record, decision, slack_ratio, now_s)
+        moves.append(Move(record=record, block=block))
     linker.link(moves)
-    return n_promoted
+    n_promoted = sum(move.block is not None for move in moves)
+    # Hot sites count no more by now. For these nobody waits: they have hardly run.
+    moves = [
+        Move(record=record, block=_promote(record, decision, slack_ratio, now_s))
+        for record, decision in later
+    ]
+    linker.link(moves)
+    return n_promoted + sum(move.block is not None for move in moves)
 
 
-def _promote_one(
-    record: SiteRecord,
-    policy: Policy,
-    may_guard: TargetFilter,
-    hotter_ratio: float,
-    slack_ratio: float,
-    now_s: float,
+class _Decider:
+    """Decides on sites that lead to their thunks, by their own counts or their tables'.
+
+    Sites of one table that are decided on by that have one decision: it is made once.
+
+    Args:
+        policy: Decides.
+        may_guard: Tells which targets a block may branch to.
+        tables: What sites know together.
+        now_s: CLOCK_MONOTONIC, seconds.
+    """
+
+    def __init__(
+        self, policy: Policy, may_guard: TargetFilter, tables: Tables, now_s: float
+    ) -> None:
+        """Have decided nothing."""
+        self._now_s = now_s
+        self._policy = policy
+        self._may_guard = may_guard
+        self._tables = tables
+        self._by_table: dict[SiteView, Decision] = {}
+
+    def decide(self, record: SiteRecord, hotter_ratio: float) -> Decision | None:
+        """Return the decision to promote a site; None if it is not to be, for now.
+
+        Notes whose counts it was decided on by.
+        """
+        shared = self._tables.share(record)
+        counts = record.counts if shared is None else shared.window
+        if counts is None or record.state is SiteState.REFUSED:
+            return None
+        counts = fit_counts(record, counts, self._may_guard)
+        if record.unsafe_targets:
+            return None
+        is_by_table = shared is not None and shared.is_by_table
+        if is_by_table:
+            record.source = BranchSource.TABLE
+        elif counts.total >= ENOUGH_COUNT:
+            record.source = BranchSource.SITE
+        view = view_of(
+            record,
+            _first_history(record),
+            counts,
+            window_s=record.window_s if shared is None else shared.window_s,
+            now_s=self._now_s,
+            hotter_ratio=hotter_ratio,
+        )
+        decision = self._decide_by_table(record, view) if is_by_table else self._policy.decide(view)
+        if decision is None or decision.action is not Action.PROMOTE or decision.plan is None:
+            return None
+        return decision
+
+    def _decide_by_table(self, record: SiteRecord, view: SiteView) -> Decision | None:
+        """Decide on a site by its table, or not at all where an arena is filling up."""
+        if record.arena.free_code_size < MIN_FREE_RATIO * record.arena.code_size:
+            return None
+        # One that is not known to run comes last, and its own history says nothing of the table.
+        view = replace(view, hotter_ratio=1.0, since_change_s=0.0, n_changes=0)
+        known = self._by_table.get(view)
+        if known is None:
+            known = self._by_table[view] = self._policy.decide(view)
+        return known
+
+
+def _promote(
+    record: SiteRecord, decision: Decision, slack_ratio: float, now_s: float
 ) -> Block | None:
-    """Write the block of one site if its first window says so."""
-    if record.counts is None or record.state is SiteState.REFUSED:
+    """Write the block of one site that is to be promoted; None if there is no room."""
+    try:
+        # Nothing, for a site that has had a block.
+        record.arena.journal(record.site)
+        record.make_thunk()
+    except ArenaError:
         return None
-    counts = fit_counts(record, record.counts, may_guard)
-    if record.unsafe_targets:
-        return None
+    block = None
+    if decision.plan is not None:
+        block = add_promoted_block(record, decision.plan, slack_ratio)
+    if block is not None:
+        _settle(record, block)
+        record.source = record.source or BranchSource.SITE
+        keep_history(record, _first_history(record).after(decision, now_s))
+    return block
+
+
+def _first_history(record: SiteRecord) -> SiteHistory:
+    """Return what a policy goes by of a site that leads to its thunk."""
     history = history_of(record)
     if history.current is not None or history.profile is not None:
         history = replace(history, current=None, profile=None)
-    decision = policy.decide(
-        view_of(
-            record,
-            history,
-            counts,
-            window_s=record.window_s,
-            now_s=now_s,
-            hotter_ratio=hotter_ratio,
-        )
-    )
-    if decision.action is not Action.PROMOTE or decision.plan is None:
-        return None
-    block = add_promoted_block(record, decision.plan, slack_ratio)
-    if block is not None:
-        _settle(record, block)
-        keep_history(record, history.after(decision, now_s))
-    return block
+    return history
 
 
 def _settle(record: SiteRecord, block: Block) -> None:
@@ -246,5 +327,6 @@ def demote(record: SiteRecord, decision: Decision, now_s: float) -> None:
             redirect(block, record.thunk_addr)
     record.active = None
     record.state = SiteState.BASELINE
+    record.source = BranchSource.SITE  # its table would promote it again
     record.next_sample_s = 0.0
     keep_history(record, history_of(record).after(decision, now_s))

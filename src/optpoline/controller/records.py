@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from optpoline.controller.summary import SiteState
+from optpoline.controller.summary import BranchSource, SiteState
 from optpoline.learn.counting import NO_COUNTS, SiteCounts
 from optpoline.model import Addr, Refusal, Site
 from optpoline.patch.arena import Arena
@@ -90,6 +90,8 @@ class SiteRecord:
     watched_targets: int = 0
     """Sum of the targets that a jump's slots held when they were last looked at."""
     plan: PlannedTree | None = None
+    source: BranchSource | None = None
+    """Whose counts it was last decided on by, promoted or not; None as long as by nobody's."""
     counts: SiteCounts | None = None
     """What the last first window counted, as far as it tells shares."""
     window_s: float = 0.0
@@ -156,6 +158,7 @@ class SiteRecord:
         self.home = self.active = self.off = self.counting = self.counts_before = None
         self.earlier.clear()
         self.plan = self.profile = self.counts = self.counted = self.sampled = None
+        self.source = None
         self.n_parts = 0
 
     @property
@@ -168,6 +171,8 @@ class SiteRecord:
         """Share of the branches known that the plan has a guard for."""
         if self.plan is None or self.known is None or not self.known.total:
             return None
+        if self.source is BranchSource.TABLE:
+            return None  # what is known is the table's
         shares = self.known.shares()
         return sum(shares.get(target, 0.0) for target in self.plan.targets)
 

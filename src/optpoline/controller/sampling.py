@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 
 from optpoline.controller.config import Config
 from optpoline.controller.growing import grow_full
@@ -29,13 +30,20 @@ from optpoline.controller.promotion import (
     view_of,
 )
 from optpoline.controller.records import SiteRecord
-from optpoline.controller.summary import SiteState
+from optpoline.controller.summary import BranchSource, SiteState
+from optpoline.controller.tables import Tables
 from optpoline.controller.window_counts import is_last_block_telling, telling_counts, window_counts
 from optpoline.learn.counting import UNKNOWN_SHARE_TO_GROW, SiteCounts
+from optpoline.learn.pooling import ENOUGH_COUNT
 from optpoline.patch.blocks import Block
 from optpoline.promote.cost import CostModel
 from optpoline.promote.policy import Action, Decision
-from optpoline.promote.schedule import next_interval, poll_interval, stretch_factor
+from optpoline.promote.schedule import (
+    next_interval,
+    poll_interval,
+    stretch_factor,
+    unseen_interval,
+)
 from optpoline.promote.tree import stake_cycles
 
 __all__ = ["Sampler"]
@@ -75,6 +83,7 @@ class Sampler:
     Args:
         config: Settings.
         may_guard: Tells which targets a block may branch to.
+        tables: What sites know together.
         change: How sites are promoted anew.
     """
 
@@ -82,6 +91,7 @@ class Sampler:
         self,
         config: Config,
         may_guard: TargetFilter,
+        tables: Tables,
         change: PromoteAgain = promote_again,
     ) -> None:
         """Keep what is needed."""
@@ -89,6 +99,9 @@ class Sampler:
         self._change = change
         self._schedule = config.schedule
         self._may_guard = may_guard
+        self._tables = tables
+        self._n_unseen = 0
+        """Sites that were promoted by their tables, and have not run enough since."""
         self._spares: dict[int, Block] = {}
         self._watch = MissWatch()
         self._stretch = 1.0
@@ -116,6 +129,7 @@ class Sampler:
             for number, record in enumerate(records)
             if record.state is SiteState.PROMOTED and record.next_sample_s == 0.0
         ]
+        self._n_unseen = sum(record.source is BranchSource.TABLE for record in records)
         for _, record in new:
             record.sample_every_s = self._interval_s(record, now_s)
             self._changed_s = now_s
@@ -130,6 +144,8 @@ class Sampler:
         self, record: SiteRecord, now_s: float, *, action: Action = Action.KEEP, hold_s: float = 0.0
     ) -> float:
         """Return a site's next interval, before stretching."""
+        if record.source is BranchSource.TABLE:
+            return unseen_interval(self._schedule, self._n_unseen)
         stake = 0.0 if record.plan is None else stake_cycles(record.plan.tree, _STAKE_MODEL)
         return next_interval(
             self._schedule,
@@ -310,6 +326,12 @@ class Sampler:
     def _act(self, record: SiteRecord, counts: SiteCounts, now_s: float) -> tuple[int, int]:
         """Ask the policy and do what it says; return (promoted anew, demoted)."""
         history = history_of(record)
+        if record.source is BranchSource.TABLE and counts.total >= ENOUGH_COUNT:
+            # From now on it is known by what it does itself.
+            record.source = BranchSource.SITE
+            history = replace(history, profile=None)
+        if record.source is BranchSource.SITE:
+            self._tables.note(record, counts)
         window_s = counts.total / record.rate_hz if record.rate_hz else self._schedule.sample_s
         view = view_of(record, history, counts, window_s=window_s, now_s=now_s)
         decision = self._config.policy.decide(view)

@@ -335,6 +335,9 @@ def _site_summary(
         hit_rate=record.hit_rate if record is not None else None,
         rate_hz=record.rate_hz if record is not None else None,
         targets=_target_shares(record, symbol_at) if record is not None else (),
+        table=site.table.name if site.table is not None else None,
+        max_branches=site.max_guards,
+        source=record.source if record is not None and state is SiteState.PROMOTED else None,
     )
 
 

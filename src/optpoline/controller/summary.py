@@ -12,6 +12,7 @@ from enum import Enum
 from typing import assert_never
 
 __all__ = [
+    "BranchSource",
     "ChildSummary",
     "DeclaredKind",
     "DeclaredSummary",
@@ -72,6 +73,15 @@ class SiteState(Enum):
     REFUSED = "refused"
 
 
+class BranchSource(Enum):
+    """Whose counts a site's branches are made of."""
+
+    SITE = "site"
+    """Its own."""
+    TABLE = "table"
+    """Those of its table of dynamic calls: it has not counted enough itself."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetShare:
     """One target of a site and its share of the site's branches when last sampled.
@@ -79,7 +89,8 @@ class TargetShare:
     Attributes:
         address: Absolute address in the target process.
         function: ``name`` or ``name+0x12``, or None.
-        share: 0..1 of all branches counted at the site in its last window.
+        share: 0..1 of all branches counted at the site in its last window; of those of its
+            table where its branches come from there (``SiteSummary.source``).
         promoted: Whether a guard of the site's block leads to it.
     """
 
@@ -106,6 +117,9 @@ class SiteSummary:
         hit_rate: Share of its branches that took a guard when last sampled, or None.
         rate_hz: Branches a second when last sampled, or None.
         targets: Hottest first.
+        table: Name of the table of dynamic calls that it is of, or None.
+        max_branches: Branches that its source allows at most, 0 for any number.
+        source: Whose counts its branches are made of; None if it is not promoted.
     """
 
     module: str
@@ -120,6 +134,9 @@ class SiteSummary:
     hit_rate: float | None
     rate_hz: float | None
     targets: tuple[TargetShare, ...]
+    table: str | None = None
+    max_branches: int = 0
+    source: BranchSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -264,6 +264,8 @@ class _Tracer:
             function=self._target.symbol_at(site.addr),
             kind=site.kind.value,
             rate_hz=record.rate_hz,
+            table=site.table,
+            max_guards=site.max_guards,
         )
 
     def record(

@@ -28,6 +28,7 @@ from optpoline.controller.sampling import Sampler
 from optpoline.controller.settling import Settler
 from optpoline.controller.standing import Standing
 from optpoline.controller.summary import ReclaimSummary
+from optpoline.controller.tables import Tables
 from optpoline.controller.target import Target
 from optpoline.controller.wording import count_of
 from optpoline.model import Addr
@@ -45,6 +46,7 @@ class Upkeep:
         children: Its forked children.
         window: Knows the sites that were ever linked.
         hot: Finds sites that run.
+        tables: What sites know together.
         names: Are kept up as well.
         standing: Is told what was done.
         before_free: Called with a site and a block of it whose memory is about to be freed.
@@ -59,6 +61,7 @@ class Upkeep:
         children: Children,
         window: FirstWindow,
         hot: HotSites,
+        tables: Tables,
         names: BlockNames,
         standing: Standing,
         before_free: Callable[[Addr, Addr], None],
@@ -70,7 +73,7 @@ class Upkeep:
         self._reclaimer = Reclaimer(config, target, children, before_free)
         self._settler = Settler(config, self._reclaimer)
         change = self._settler.change if config.is_switched_off else promote_again
-        self._sampler = Sampler(config, target.may_guard, change)
+        self._sampler = Sampler(config, target.may_guard, tables, change)
         self._relinker = Relinker(linker, config.relink_after_s)
         self._rediscovery = Rediscovery(hot, self._sampler.jump_misses_hz, time.monotonic())
 

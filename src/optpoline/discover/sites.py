@@ -28,7 +28,7 @@ from optpoline.discover.nearby import DynamicSite, read_marked_sites
 from optpoline.discover.relocations import read_relocations
 from optpoline.discover.text import Text
 from optpoline.errors import NotesError
-from optpoline.model import Addr, Refusal, Site, SiteKind, Thunk, ThunkFlavour
+from optpoline.model import Addr, Refusal, Site, SiteKind, Table, Thunk, ThunkFlavour
 from optpoline.x86.decode import (
     AddrArray,
     Flow,
@@ -144,6 +144,13 @@ def _count_via_plt(image: ModuleImage) -> int:
     return sum(scan_branches(text.array, text.addr, entries).size for text in image.texts)
 
 
+def _table_of(marked: DynamicSite | None) -> Table | None:
+    """Return the table that a site is of by its note, or None."""
+    if marked is None or marked.mark.table is None:
+        return None
+    return Table(name=marked.mark.table, type=marked.mark.type)
+
+
 class _SiteFinder:
     """Finds the sites of one module, text by text."""
 
@@ -238,7 +245,7 @@ class _SiteFinder:
             refusal=refusal,
             max_guards=marked.mark.n_branches if marked is not None else 0,
             is_plain=is_plain,
-            is_declared=marked is not None and marked.mark.table is not None,
+            table=_table_of(marked),
         )
 
     def _refusal(self, insn: Insn, thunk: Thunk) -> Refusal | None:

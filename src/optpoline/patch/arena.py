@@ -118,6 +118,11 @@ class Arena:
         return Addr(self.addr + self._used_code_end)
 
     @property
+    def code_size(self) -> int:
+        """Bytes of code that there are, used or not."""
+        return self.geometry.literal_off - self.geometry.code_off
+
+    @property
     def free_code_size(self) -> int:
         """Bytes of code that can be handed out, in however many pieces."""
         return self._code.free_size

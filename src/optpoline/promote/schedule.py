@@ -35,6 +35,7 @@ __all__ = [
     "next_interval",
     "poll_interval",
     "stretch_factor",
+    "unseen_interval",
 ]
 
 
@@ -215,6 +216,23 @@ def next_interval(
         best_s = math.sqrt(2.0 * schedule.window_cpu_s(rate_hz) * calm_s / stake)
     interval_s = min(schedule.sample_every_max_s, max(schedule.sample_every_s, best_s))
     return max(hold_s, interval_s * max(1.0, stretch))
+
+
+def unseen_interval(schedule: WatchSchedule, n_sites: int) -> float:
+    """Return when a site is looked at that has its tree from others and never ran, in seconds.
+
+    All of these together have as many windows as one site at rest, however many there
+    are: nothing is at stake until they run, and if they miss that shows without looking.
+    A first window has a block written as well, which costs more than the window.
+
+    Args:
+        schedule: The policy's.
+        n_sites: How many such sites there are.
+
+    >>> unseen_interval(WatchSchedule(), 1), unseen_interval(WatchSchedule(), 2000)
+    (60.0, 120000.0)
+    """
+    return max(1, n_sites) * schedule.sample_every_max_s
 
 
 def stretch_factor(schedule: WatchSchedule, sites: Iterable[tuple[float, float]]) -> float:

@@ -308,6 +308,9 @@ def _site_object(site: SiteSummary) -> JsonObject:
         "hit_rate": site.hit_rate,
         "rate_hz": site.rate_hz,
         "targets": [_target_object(target) for target in site.targets],
+        "table": site.table,
+        "max_branches": site.max_branches,
+        "branches_from": None if site.source is None else site.source.value,
     }
 
 

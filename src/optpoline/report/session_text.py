@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optpoline.controller.summary import (
+    BranchSource,
     DetachOutcome,
     DetachResult,
     LeftBehind,
@@ -85,6 +86,10 @@ def format_summary(summary: Summary, style: Style, *, verbose: bool = False) -> 
         f"  stopped {count_of(summary.stops, 'time')}, longest {summary.stop_ms_max:.2f} ms,"
         f" {summary.stop_ms_total:.2f} ms in all"
     )
+    n_by_table = sum(site.source is BranchSource.TABLE for site in summary.sites)
+    if n_by_table:
+        sites = count_of(n_by_table, "site")
+        lines.append(f"  {sites} promoted by what other sites of the same table called")
     lines += _format_reclaim(summary.reclaim, verbose=verbose)
     lines += _format_refusals(summary.sites)
     lines += _format_hottest(summary.sites, style)

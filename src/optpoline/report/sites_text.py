@@ -20,6 +20,9 @@ _COLUMNS = (
     Column(title="promotable", flexible=True),
 )
 
+_TABLE_COLUMN = Column(title="table", flexible=True)
+"""The last, where a site of the module is of a table of dynamic calls."""
+
 
 def format_sites(
     modules: Sequence[ModuleSummary], sites: Sequence[SiteSummary], style: Style
@@ -40,7 +43,11 @@ def format_sites(
         room = max(16, style.width - len(counts) - 2)
         path = shorten_middle(printable(module.path), room)
         lines.append(style.paint(f"{path}: {counts}", Colour.BOLD))
-        lines += format_table(_COLUMNS, [_row(site) for site in own], style)
+        if any(site.table is not None for site in own):
+            rows = [(*_row(site), printable(site.table or "-")) for site in own]
+            lines += format_table((*_COLUMNS, _TABLE_COLUMN), rows, style)
+        else:
+            lines += format_table(_COLUMNS, [_row(site) for site in own], style)
     return lines
 
 

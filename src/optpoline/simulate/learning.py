@@ -9,14 +9,14 @@ often that is is a matter of chance, at the rate at which the site is in its thu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optpoline.learn.counting import FIRST_OPEN_SLOTS
+from optpoline.learn.counting import FIRST_OPEN_SLOTS, NO_COUNTS
 from optpoline.model import Miss
-from optpoline.promote.policy import Action
+from optpoline.promote.policy import Action, Decision
 from optpoline.promote.schedule import look_interval
 from optpoline.promote.tree import balance_tree
 from optpoline.simulate.state import ReplayState, SimulatedSite, Tenure
@@ -130,6 +130,7 @@ class Learner:
                 windows.append((site, window))
         windows.sort(key=lambda item: -item[0].rate_hz)
         promoted = self._decide(windows, end_s)
+        promoted += self._promote_by_tables({id(site.pool) for site, _ in windows}, end_s)
         for site, _ in begins:
             if not site.is_promoted:
                 longest_s = state.engine.last_rest_s
@@ -146,22 +147,56 @@ class Learner:
         hotter_hz = 0.0
         promoted: list[SimulatedSite] = []
         for site, window in windows:
-            view = site.history.view(
-                window.counts,
-                window_s=window.window_s,
+            if site.pool is not None:
+                site.pool.note(site.number, window.counts, site.rate_hz)
+        for site, window in windows:
+            shared = None
+            if site.pool is not None and not site.knows_itself:
+                shared = site.pool.share(window.counts)
+            view = state.view(
+                site,
+                window.counts if shared is None else shared.window,
+                window_s=window.window_s if shared is None else shared.window_s,
                 now_s=now_s,
-                kind=site.kind,
                 hotter_ratio=hotter_hz / all_hz,
             )
             hotter_hz += site.rate_hz
             decision = state.policy.decide(view)
-            if decision.action is Action.PROMOTE and decision.plan is not None:
-                state.promote(site, decision.plan, now_s)
-                state.keep(site, decision, now_s)
-                site.rest_s = 0.0
+            site.knows_itself |= shared is None or not shared.is_by_table
+            if self._carry_out(site, decision, now_s):
                 promoted.append(site)
-        state.replay.n_promoted += len(promoted)
         return promoted
+
+    def _promote_by_tables(self, pools: Set[int], now_s: float) -> list[SimulatedSite]:
+        """Promote the sites that have not run, of tables that something was learned of.
+
+        Args:
+            pools: Identities of these.
+            now_s: The moment.
+        """
+        state = self._state
+        promoted: list[SimulatedSite] = []
+        for site in state.sites:
+            if site.pool is None or id(site.pool) not in pools:
+                continue
+            if site.is_promoted or site.knows_itself:
+                continue
+            shared = site.pool.share(NO_COUNTS)
+            view = state.view(site, shared.window, window_s=shared.window_s, now_s=now_s)
+            if self._carry_out(site, state.policy.decide(view), now_s):
+                promoted.append(site)
+        return promoted
+
+    def _carry_out(self, site: SimulatedSite, decision: Decision, now_s: float) -> bool:
+        """Promote a site if that was decided; tell whether it was."""
+        state = self._state
+        if decision.action is not Action.PROMOTE or decision.plan is None:
+            return False
+        state.promote(site, decision.plan, now_s)
+        state.keep(site, decision, now_s)
+        site.rest_s = 0.0
+        state.replay.n_promoted += 1
+        return True
 
     def _note_stages(self, site: SimulatedSite, window: Window) -> None:
         """Note what a site had during a learning window."""

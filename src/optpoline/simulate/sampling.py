@@ -8,10 +8,13 @@ for a part of a window. The policy's schedule says when that is.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from optpoline.learn.counting import NO_COUNTS, UNKNOWN_SHARE_TO_GROW, SiteCounts, add
+from optpoline.learn.pooling import ENOUGH_COUNT
 from optpoline.promote.cost import CostModel
 from optpoline.promote.policy import Action
 from optpoline.promote.schedule import (
@@ -19,6 +22,7 @@ from optpoline.promote.schedule import (
     next_interval,
     poll_interval,
     stretch_factor,
+    unseen_interval,
 )
 from optpoline.promote.tree import stake_cycles
 from optpoline.simulate.state import ReplayState, SimulatedSite
@@ -49,6 +53,8 @@ class Sampler:
         self._elapsed_s = 0.0
         """Between the last two polls."""
         self._changed_s = 0.0
+        self._n_unseen = 0
+        """Sites that have their table's tree, and have not run enough to know better."""
 
     def next_poll_s(self, now_s: float) -> float:
         """Return when the next poll is."""
@@ -57,6 +63,7 @@ class Sampler:
     def schedule(self, now_s: float) -> None:
         """Put newly promoted sites on the schedule, spread over their first interval."""
         new = [site for site in self._state.sites if site.is_promoted and site.interval_s == 0.0]
+        self._n_unseen = sum(site.is_by_table for site in self._state.sites)
         for site in new:
             site.interval_s = self._interval_s(site, now_s)
             self._changed_s = now_s
@@ -75,6 +82,8 @@ class Sampler:
         hold_s: float = 0.0,
     ) -> float:
         """Return a site's next interval, before stretching."""
+        if site.is_by_table:
+            return unseen_interval(self._schedule, self._n_unseen)
         return next_interval(
             self._schedule,
             rate_hz=site.rate_hz,
@@ -183,9 +192,7 @@ class Sampler:
 
     def _is_surprised(self, site: SimulatedSite, window: Window, now_s: float) -> bool:
         """Ask whether this part alone shows that the tree is wrong."""
-        view = site.history.view(
-            window.counts, window_s=self._schedule.sample_s, now_s=now_s, kind=site.kind
-        )
+        view = self._state.view(site, window.counts, window_s=self._schedule.sample_s, now_s=now_s)
         return self._state.policy.is_surprising(view)
 
     def _decide(self, site: SimulatedSite, now_s: float, miss_hz: NDArray[np.float64]) -> None:
@@ -194,7 +201,13 @@ class Sampler:
         state.replay.n_windows += 1
         counts, site.sampled, site.n_parts = site.sampled, NO_COUNTS, 0
         window_s = counts.total / site.rate_hz if site.rate_hz else self._schedule.sample_s
-        view = site.history.view(counts, window_s=window_s, now_s=now_s, kind=site.kind)
+        if site.is_by_table and counts.total >= ENOUGH_COUNT:
+            # From now on it is known by what it does itself.
+            site.knows_itself = True
+            site.history = replace(site.history, profile=None)
+        if site.pool is not None and not site.is_by_table:
+            site.pool.note(site.number, counts, site.rate_hz)
+        view = state.view(site, counts, window_s=window_s, now_s=now_s)
         decision = state.policy.decide(view)
         state.judged_hz[site.number] = max(state.judged_hz[site.number], miss_hz[site.number])
         match decision.action:

@@ -7,14 +7,16 @@ worked out afterwards (``outcome``), for all slices of a tenure at once.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optpoline.learn.counting import NO_COUNTS, SiteCounts
-from optpoline.model import Count, Miss, SiteKind, TreeNode
-from optpoline.promote.policy import Decision, Policy, SiteHistory
+from optpoline.learn.pooling import TablePool
+from optpoline.model import Count, Miss, SiteKind, Table, TreeNode
+from optpoline.promote.policy import Decision, Policy, SiteHistory, SiteView
 from optpoline.promote.tree import PlannedTree
 from optpoline.simulate.memory import BlockMemory
 from optpoline.simulate.windows import Window, run_window
@@ -48,6 +50,7 @@ class EngineModel:
         last_rest_s: The most that comes to by doubling.
         thunk_s: Seconds that a branch spends in its thunk.
         n_cpus: CPUs that counter rows are for.
+        is_sharing: Whether sites of one table share what they learn (``promote/sharing.py``).
         seed: Of all chance: which targets come first, which sites samples meet.
     """
 
@@ -71,6 +74,7 @@ class EngineModel:
     last_rest_s: float = 600.0
     thunk_s: float = 7e-9
     n_cpus: int = 2
+    is_sharing: bool = True
     seed: int = 1
 
 
@@ -126,6 +130,11 @@ class SimulatedSite:
 
     number: int
     kind: SiteKind
+    max_guards: int = 0
+    pool: TablePool | None = None
+    """Of its table; None where no other site has it."""
+    knows_itself: bool = False
+    """Whether it was ever decided on by what it counted itself: its table is not asked again."""
     history: SiteHistory = field(default_factory=SiteHistory)
     tree: TreeNode = field(default_factory=Miss)
     since_s: float = 0.0
@@ -142,6 +151,17 @@ class SimulatedSite:
     def is_promoted(self) -> bool:
         """Whether it has a tree."""
         return self.history.current is not None
+
+    @property
+    def is_by_table(self) -> bool:
+        """Whether its tree is its table's."""
+        return self.pool is not None and self.is_promoted and not self.knows_itself
+
+
+def _make_pools(workload: Workload) -> dict[Table | None, TablePool]:
+    """Return an empty pool for each table that two sites have."""
+    n_sites = Counter(site.table for site in workload.sites if site.table is not None)
+    return {table: TablePool() for table, n in n_sites.items() if n > 1}
 
 
 class ReplayState:
@@ -161,8 +181,14 @@ class ReplayState:
         self.rng = np.random.default_rng(engine.seed)
         self.memory = BlockMemory(engine.n_cpus)
         self.replay = Replay(policy=policy.name, memory=self.memory)
+        pools = _make_pools(workload)
         self.sites = [
-            SimulatedSite(number=i, kind=SiteKind(site.kind))
+            SimulatedSite(
+                number=i,
+                kind=SiteKind(site.kind),
+                max_guards=site.max_guards,
+                pool=pools.get(site.table) if engine.is_sharing else None,
+            )
             for i, site in enumerate(workload.sites)
         ]
         n_sites = len(self.sites)
@@ -192,6 +218,25 @@ class ReplayState:
             rng=self.rng,
         )
 
+    def view(
+        self,
+        site: SimulatedSite,
+        counts: SiteCounts,
+        *,
+        window_s: float,
+        now_s: float,
+        hotter_ratio: float = 0.0,
+    ) -> SiteView:
+        """Return what the policy is told of a site."""
+        return site.history.view(
+            counts,
+            window_s=window_s,
+            now_s=now_s,
+            kind=site.kind,
+            hotter_ratio=hotter_ratio,
+            max_guards=site.max_guards,
+        )
+
     def promote(self, site: SimulatedSite, plan: PlannedTree, now_s: float) -> None:
         """Give a site a tree."""
         self.end_tenure(site, now_s)
@@ -207,6 +252,7 @@ class ReplayState:
         """Lead a site back to its thunk."""
         self.end_tenure(site, now_s)
         site.tree = Miss()
+        site.knows_itself = True  # its table would promote it again
         site.interval_s = 0.0
         self.is_guarded[self.workload.pairs_of(site.number)] = False
         self.is_promoted[site.number] = False

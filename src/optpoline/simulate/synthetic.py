@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optpoline.errors import UsageError
+from optpoline.model import Table
 from optpoline.simulate.workload import SLICE_S, Workload, WorkloadSite
 
 __all__ = ["SYNTHETIC_NAMES", "Synthetic", "make_synthetic", "parse_synthetic"]
@@ -56,6 +57,9 @@ class Synthetic:
             ``bursts``): if it is 0 only hot ones are taken, and a change is one of targets.
         skew: Exponent of Zipf's law.
         mode: What changes with phases: "targets" or "weights".
+        tables: Tables of dynamic calls that the sites share, in turn, with their targets; 0: each
+            site has its own targets, and no table.
+        branches: Guards that a site shall have at most, 0 for any number.
         seed: Of all chance.
     """
 
@@ -69,6 +73,8 @@ class Synthetic:
     rest: float = 0.0
     skew: float = 1.2
     mode: str = "targets"
+    tables: int = 0
+    branches: int = 0
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -86,8 +92,9 @@ class Synthetic:
             raise UsageError("rest must be from 0 to 1")
         if not 0 <= self.skew <= 10:
             raise UsageError("skew must be from 0 to 10")
-        if self.seed < 0:
-            raise UsageError("seed must not be negative")
+        for name in ("seed", "tables", "branches"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must not be negative")
         if self.mode not in {"targets", "weights"}:
             raise UsageError(f"mode is {self.mode!r}; it can be targets or weights")
         if self.phase < SLICE_S:
@@ -149,6 +156,8 @@ def _with_values(spec: Synthetic, values: Mapping[str, str]) -> Synthetic:
         rest=_number(values, "rest", spec.rest),
         skew=_number(values, "skew", spec.skew),
         mode=values.get("mode", spec.mode),
+        tables=_whole(values, "tables", spec.tables),
+        branches=_whole(values, "branches", spec.branches),
         seed=_whole(values, "seed", spec.seed),
     )
 
@@ -281,11 +290,21 @@ def _build(name: str, spec: Synthetic, phases: _Phases, rng: np.random.Generator
         n_slices = round(seconds / SLICE_S)
         slices.append(known[key] + rng.integers(n_variants, size=n_slices))
     numbers = np.concatenate(slices)
+    # Sites of one table have the same targets.
+    owners = np.arange(spec.sites) % spec.tables if spec.tables else np.arange(spec.sites)
+    target_numbers = spec.targets * owners[:, None] + np.arange(spec.targets)
     return Workload(
         name=name,
-        sites=tuple(WorkloadSite(name=f"site {i}") for i in range(spec.sites)),
+        sites=tuple(
+            WorkloadSite(
+                name=f"site {i}",
+                table=Table(name=f"table {owners[i]}", type=None) if spec.tables else None,
+                max_guards=spec.branches,
+            )
+            for i in range(spec.sites)
+        ),
         pair_sites=np.repeat(np.arange(spec.sites), spec.targets),
-        pair_targets=TEXT_ADDR + TARGET_SPACING * np.arange(spec.sites * spec.targets),
+        pair_targets=TEXT_ADDR + TARGET_SPACING * target_numbers.ravel(),
         contents=np.concatenate(contents),
         slices=numbers,
         factors=np.ones(len(numbers)),

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optpoline.errors import OptpolineError
+from optpoline.model import Table
 
 __all__ = ["Burst", "Trace", "TraceError", "TracePair", "TraceSite", "TraceTarget"]
 
@@ -39,6 +40,8 @@ class TraceSite:
         kind: "call", "jump" or "cond_jump".
         rate_hz: Branches a second when it was counted, before it was traced; None if unknown.
             Tracing slows a program down, counting does so less.
+        table: The table of dynamic calls that it is of, or None.
+        max_guards: Guards that its source allows at most, 0 for any number.
     """
 
     module: str
@@ -47,6 +50,8 @@ class TraceSite:
     function: str | None
     kind: str
     rate_hz: float | None = None
+    table: Table | None = None
+    max_guards: int = 0
 
     @property
     def name(self) -> str:

@@ -39,6 +39,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from optpoline.model import Table
 from optpoline.simulate.trace import (
     Burst,
     Trace,
@@ -329,7 +330,9 @@ def _site(row: object) -> TraceSite:
             "function": str() | None as function,
             "kind": str(kind),
             "rate_hz": int() | float() | None as rate_hz,
+            **rest,
         } if 0 <= address < MAX_ADDR and (rate_hz is None or 0 <= rate_hz < MAX_RATE_HZ):
+            # Traces of earlier releases say nothing of tables.
             return TraceSite(
                 module=module,
                 address=address,
@@ -337,9 +340,41 @@ def _site(row: object) -> TraceSite:
                 function=function,
                 kind=kind,
                 rate_hz=rate_hz,
+                table=_table(rest.get("table")),
+                max_guards=_max_guards(rest.get("max_guards", 0)),
             )
         case _:
             raise ValueError("not a site")
+
+
+def _table(row: object) -> Table | None:
+    """Return a table of dynamic calls from an object of JSON, or None.
+
+    Raises:
+        ValueError: if a field is missing or of another type.
+    """
+    match row:
+        case None:
+            return None
+        case {"name": str(name), "type": str() | None as type_}:
+            return Table(name=name, type=type_)
+        case _:
+            raise ValueError("not a table")
+
+
+def _max_guards(value: object) -> int:
+    """Return a limit of guards from JSON.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    match value:
+        case bool():
+            raise ValueError("not a number of guards")
+        case int(n) if n >= 0:
+            return n
+        case _:
+            raise ValueError("not a number of guards")
 
 
 def _target(row: object) -> TraceTarget:

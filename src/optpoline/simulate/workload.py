@@ -22,6 +22,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from optpoline.model import Table
+
 __all__ = ["SLICE_S", "Workload", "WorkloadSite"]
 
 SLICE_S = 0.0025
@@ -35,10 +37,14 @@ class WorkloadSite:
     Attributes:
         name: For people.
         kind: "call", "jump" or "cond_jump".
+        table: The table of dynamic calls that it shares, or None.
+        max_guards: Guards that its source allows at most, 0 for any number.
     """
 
     name: str
     kind: str = "call"
+    table: Table | None = None
+    max_guards: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

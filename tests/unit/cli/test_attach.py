@@ -326,6 +326,9 @@ def test_json_document(tmp_path: Path) -> None:
             {"address": "0x401200", "function": "luaV_execute", "share": 0.75, "promoted": True},
             {"address": "0x401300", "function": None, "share": 0.25, "promoted": False},
         ],
+        "table": None,
+        "max_branches": 0,
+        "branches_from": None,
     }
     assert list(tmp_path.iterdir()) == [path]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from optpoline.controller.summary import (
+    BranchSource,
     ChildSummary,
     DeclaredKind,
     DeclaredSummary,
@@ -20,6 +21,7 @@ from optpoline.controller.summary import (
     DetachResult,
     LeftBehind,
     ReclaimSummary,
+    Summary,
 )
 from optpoline.errors import OptpolineError
 from optpoline.process.checks import Check, CheckStatus
@@ -39,7 +41,7 @@ from optpoline.report.json_document import (
 )
 from optpoline.toolchain.compiler import Compiler, Family
 from tests.unit.cli.declared_summaries import CODEC, TRACE
-from tests.unit.cli.fakes import make_summary
+from tests.unit.cli.fakes import make_site, make_summary
 
 RESULT = DetachResult(
     outcome=DetachOutcome.CLEAN,
@@ -129,6 +131,22 @@ def test_what_was_promised_is_there() -> None:
     site = sites[0]
     assert isinstance(site, Mapping)
     assert {"module", "address", "function", "kind", "targets"} <= set(site)
+
+
+def shown_sites(summary: Summary) -> list[Mapping[str, object]]:
+    """Return the sites of a session's document."""
+    sites = session_document(summary, None, command="attach")["sites"]
+    assert isinstance(sites, Sequence)
+    assert all(isinstance(site, Mapping) for site in sites)
+    return [site for site in sites if isinstance(site, Mapping)]
+
+
+def test_whose_branches_a_site_has() -> None:
+    site = replace(make_site(), table="handlers", max_branches=2, source=BranchSource.TABLE)
+    (shown,) = shown_sites(replace(make_summary(), sites=(site,)))
+    told = {"table": "handlers", "max_branches": 2, "branches_from": "table"}
+    assert {key: shown[key] for key in told} == told
+    assert [site["branches_from"] for site in shown_sites(make_summary())] == [None, None]
 
 
 def test_declarations_field_by_field() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optpoline.controller.summary import (
+    BranchSource,
     DetachOutcome,
     DetachResult,
     ModuleSummary,
@@ -92,6 +93,24 @@ def test_summary_fits_80_columns() -> None:
     assert "void std" in text
     assert "and 2 more that branched" in text
     assert "note: two?[2J" in text
+
+
+def test_summary_says_how_many_sites_have_their_tables_branches() -> None:
+    summary, words = make_summary(), "promoted by what other sites of the same table called"
+    assert not any(words in line for line in format_summary(summary, PLAIN))
+    sites = [replace(site, table="t", source=BranchSource.TABLE) for site in summary.sites[:1]]
+    lines = format_summary(replace(summary, sites=(*sites, *summary.sites[1:])), PLAIN)
+    assert f"  1 site {words}" in lines
+
+
+def test_sites_name_their_tables() -> None:
+    (module,) = make_summary().modules
+    sites = (make_site(), replace(make_site(0x401150), table="handlers"))
+    _, head, *rows = format_sites((module,), sites, PLAIN)
+    assert head.split()[-1] == "table"
+    assert [row.split()[-1] for row in rows] == ["-", "handlers"]
+    _, head, *_ = format_sites((module,), sites[:1], PLAIN)
+    assert "table" not in head.split()
 
 
 def test_summary_names_why_sites_were_left_out() -> None:

@@ -266,6 +266,37 @@ def test_windows_of_many_sites_cost_what_they_may_from_the_first_on() -> None:
     assert 0.5 * 4.0 * windows_hz <= n_windows <= 1.2 * 4.0 * windows_hz
 
 
+def test_site_that_has_not_run_has_what_its_table_learned() -> None:
+    # Five sites are busy while all learn, and others of the same targets later.
+    workload = synthetic("bursts:tables=1,targets=3,hot=3,phase=1,duty=1,seconds=10")
+    policy = policy_named("adaptive")
+    (shared,) = compare(workload, [policy]).outcomes
+    (alone,) = compare(workload, [policy], engine=EngineModel(is_sharing=False)).outcomes
+    assert shared.hit_ratio > 0.96 > 0.9 > alone.hit_ratio
+    assert shared.replay is not None
+    assert shared.replay.n_promoted == len(workload.sites)
+    assert shared.replay.n_learning == len(workload.sites)  # the first window, and no other
+    for tenure in shared.replay.tenures:
+        if tenure.start_s >= policy.schedule.learn_s:
+            assert tenure.tree != Miss()
+
+
+def test_site_that_knows_itself_has_nothing_of_its_table() -> None:
+    workload = synthetic("zipf:tables=2,sites=6,targets=9,seconds=5")
+    policy = policy_named("adaptive")
+    alone = replay(workload, policy, EngineModel(is_sharing=False))
+    assert replay(workload, policy).tenures == alone.tenures
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_source_says_how_many_branches_a_site_has(name: str) -> None:
+    workload = synthetic("bursts:tables=2,targets=6,hot=3,branches=2,sites=8,seconds=10")
+    replayed = replay(workload, policy_named(name))
+    trees = [tenure.tree for tenure in replayed.tenures if not tenure.is_counting]
+    assert {len([*tree_targets(tree)]) for tree in trees} <= {0, 1, 2}
+    assert replayed.n_promoted or name == "jumpswitch"  # gives up what has more targets than that
+
+
 def test_same_seed_same_replay() -> None:
     workload = synthetic("bursts:seconds=10")
     policy = policy_named("adaptive")

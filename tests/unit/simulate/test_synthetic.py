@@ -67,6 +67,17 @@ def test_phases_of_other_weights() -> None:
     assert shares(workload, 0, 1.0, 2.0) == pytest.approx(turned, rel=0.01)
 
 
+def test_sites_of_a_table_have_the_same_targets() -> None:
+    workload = make("zipf:sites=4,targets=3,tables=2")
+    targets = [[*workload.pair_targets[workload.pairs_of(site)]] for site in range(4)]
+    assert targets[0] == targets[2] != targets[1] == targets[3]
+    tables = [site.table for site in workload.sites]
+    assert tables[0] == tables[2] != tables[1] == tables[3]
+    alone = make("zipf:sites=4,targets=3")
+    assert {site.table for site in alone.sites} == {None}
+    assert len({*alone.pair_targets.tolist()}) == 12
+
+
 def test_bursts_are_idle_between() -> None:
     workload = make("bursts:phase=1,duty=0.25,seconds=2")
     for start_s in (0.0, 1.0):
@@ -91,6 +102,8 @@ def test_bursts_are_idle_between() -> None:
         ("phases:rest=2", "rest"),
         ("phases:skew=-1", "skew"),
         ("phases:seed=-1", "seed"),
+        ("phases:tables=-1", "tables must not be negative"),
+        ("phases:branches=-1", "branches must not be negative"),
         ("phases:sites=1000000,targets=8", "memory"),
         ("phases:seconds=1e9", "memory"),
         ("phases:phase=1e12", "memory"),

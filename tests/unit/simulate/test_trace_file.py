@@ -8,11 +8,13 @@ import json
 import math
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from optpoline.model import Table
 from optpoline.simulate.trace import (
     Burst,
     Trace,
@@ -85,6 +87,15 @@ def test_round_trip(tmp_path: Path, n_pairs: int) -> None:
         assert np.array_equal(one.marks, other.marks)
         assert (one.start_ns, one.end_ns) == (other.start_ns, other.end_ns)
         assert (one.n_dropped, one.n_unknown) == (other.n_dropped, other.n_unknown)
+
+
+@pytest.mark.parametrize(
+    "table", [None, Table(name="handlers", type="int, int"), Table(name="h", type=None)]
+)
+def test_tables_of_dynamic_calls(tmp_path: Path, table: Table | None) -> None:
+    site = replace(make_site(), table=table, max_guards=2)
+    write(tmp_path / "a", replace(make_trace(make_burst([1])), sites=(site,)))
+    assert read_trace(tmp_path / "a").sites == (site,)
 
 
 def test_compact(tmp_path: Path) -> None:
@@ -201,6 +212,10 @@ END = frame(b"TEND", b"")
         ([PROGRAM, tables(targets=[{"address": 1 << 70, "symbol": None}]), END], "not a target"),
         ([PROGRAM, tables(sites=[SITE | {"rate_hz": math.inf}]), END], "not a site"),
         ([PROGRAM, tables(sites=[SITE | {"address": -1}]), END], "not a site"),
+        ([PROGRAM, tables(sites=[SITE | {"table": "t"}]), END], "not a table"),
+        ([PROGRAM, tables(sites=[SITE | {"table": {"name": "t", "type": 1}}]), END], "not a table"),
+        ([PROGRAM, tables(sites=[SITE | {"max_guards": -1}]), END], "not a number of guards"),
+        ([PROGRAM, tables(sites=[SITE | {"max_guards": True}]), END], "not a number of guards"),
         ([PROGRAM, tables(), burst(b"\0", end_ns=1 << 63), END], "times of a burst"),
         ([PROGRAM, tables(), burst(b"\0", end_ns=0), END], "times of a burst"),
         ([PROGRAM, tables(pairs=[[0, 1]]), END], "is no pair"),
@@ -226,3 +241,9 @@ def test_bomb_is_not_unpacked(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(HEAD + b"".join(frames))
     with pytest.raises(TraceError, match="another length"):
         read_trace(tmp_path / "a")
+
+
+def test_traces_of_before_say_nothing_of_tables(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(HEAD + PROGRAM + tables() + END)
+    (site,) = read_trace(tmp_path / "a").sites
+    assert (site.table, site.max_guards) == (None, 0)
