@@ -7,8 +7,8 @@ position-independent, where a guard compares with an immediate. In each round ea
 of them has its turn. What the empty loop of the same process takes is taken away.
 
 In each layout the fastest turn counts: interference only ever adds time, and a neighbour on the
-other thread of the core makes each of these differences twice as large. What bars are about
-is also told for the median turn, neighbours and all.
+other thread of the core makes each of these differences twice as large. So all is
+told for the median turn as well, neighbours and all.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _BARS = (
 
 Samples = Mapping[str, Sequence[int]]
 PerLayout = Mapping[tuple[str, str], Sequence[float]]
-"""State and form to nanoseconds a round in each layout, without the empty loop's."""
+"""State and form to nanoseconds a round in each layout."""
 
 
 def measure_declared_times(*, rounds: int) -> Iterator[Figure]:
@@ -68,18 +68,19 @@ def measure_declared_times(*, rounds: int) -> Iterator[Figure]:
         rounds: Turns of each loop in each layout.
     """
     samples = _measure(rounds)
-    empty = [min(samples[_name_turn(one, _CHANGED, "empty")]) / _N_ROUNDS for one in LAYOUTS]
-    yield _figure("empty loop, nothing taken away: a round", empty, bar=None)
-    fastest = _reduce(samples, min)
-    for name, state, form in _REPORTED:
-        yield _figure(f"{name}: a round", fastest[state, form], bar=None)
-    for name, state, form in _BARS:
-        more = _difference(fastest, state, form)
-        yield _figure(f"{name}: more than a direct call", more, bar=_PROMOTED_BAR_NS)
+    yield from _tell("a round", _reduce(samples, min), bar=_PROMOTED_BAR_NS)
     median = _reduce(samples, lambda turns: statistics.median(turns).value)
+    yield from _tell("a round, median turn", median, bar=None)
+
+
+def _tell(what: str, times: PerLayout, *, bar: float | None) -> Iterator[Figure]:
+    """Tell what forms take, and promoted ones more than a direct call of the same process."""
+    yield _figure("empty loop, nothing taken away: " + what, times[_CHANGED, "empty"], bar=None)
+    for name, state, form in _REPORTED:
+        yield _figure(f"{name}: {what}", _difference(times, state, form, "empty"), bar=None)
     for name, state, form in _BARS:
-        more = _difference(median, state, form)
-        yield _figure(f"{name}: more than a direct call, median turn", more, bar=None)
+        more = _difference(times, state, form, "direct")
+        yield _figure(f"{name}, more than a direct call: {what}", more, bar=bar)
 
 
 def _measure(rounds: int) -> Samples:
@@ -99,23 +100,19 @@ def _measure(rounds: int) -> Samples:
 
 
 def _reduce(samples: Samples, reduce: Callable[[Sequence[int]], float]) -> PerLayout:
-    """Make one number of each loop's turns, and take the empty loop away."""
-
-    def per_round(layout: Layout, state: str, form: str) -> float:
-        return reduce(samples[_name_turn(layout, state, form)]) / _N_ROUNDS
-
+    """Make one number of each loop's turns."""
     return {
         (state, form): [
-            per_round(layout, state, form) - per_round(layout, state, "empty") for layout in LAYOUTS
+            reduce(samples[_name_turn(layout, state, form)]) / _N_ROUNDS for layout in LAYOUTS
         ]
         for state in _STATES
         for form in FORMS
     }
 
 
-def _difference(times: PerLayout, state: str, form: str) -> list[float]:
-    """Return what a form takes more than a direct call of its own process."""
-    return [a - b for a, b in zip(times[state, form], times[state, "direct"], strict=True)]
+def _difference(times: PerLayout, state: str, form: str, without: str) -> list[float]:
+    """Return what a form takes more than another in the same process."""
+    return [a - b for a, b in zip(times[state, form], times[state, without], strict=True)]
 
 
 def _figure(name: str, values: Sequence[float], *, bar: float | None) -> Figure:
