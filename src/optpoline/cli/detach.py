@@ -30,6 +30,9 @@ def detach_command(invocation: Invocation, pid: int, settings: bool) -> None:
     invocation.sink.validate_writable()
     console = invocation.console()
     if invocation.api.read_status(pid) is None:
+        if settings:
+            # What notes that cannot be read declare may be set all the same: then it says so.
+            invocation.api.declared(pid).close()
         console.say(f"process {pid}: nothing of optpoline is in it, nothing to undo")
         invocation.sink.write(detach_document(pid, None))
         return

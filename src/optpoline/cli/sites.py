@@ -35,6 +35,7 @@ def sites_command(invocation: Invocation, target: str) -> None:
     if not listing.sites and not listing.declared:
         name = target if pid is None else f"process {pid}"
         instead = format_no_sites(listing.modules, is_file=pid is None)
+        invocation.console().say_all(f"note: {note}" for note in listing.notes)
         raise NoSites(f"{name} has no retpoline site: {instead}")
     modules, sites, declared = listing.modules, listing.sites, listing.declared
     invocation.sink.write(sites_document(target, modules, sites, listing.notes, declared))

@@ -87,7 +87,10 @@ def _find(
             hint=f"declare it there: STATIC_CALL_TARGET({call.call.name}, {function})",
         )
     if is_any:
-        raise UsageError(f"no module has a function {function}")
+        raise UsageError(
+            f"no module of the program has a function {function}",
+            hint="a stripped module does not name all it has: declare it with STATIC_CALL_TARGET",
+        )
     names = [call.default_name, *(target.name for target in call.targets)]
     raise UsageError(
         f"{function} is no declared target of the static call {call.call.name} of {path}, which "

@@ -207,6 +207,8 @@ def restore(pid: int, *, stop_timeout_s: float = 2.0, settings: bool = False) ->
         StopTimeout: if its threads could not be stopped.
         SiteChanged: if somebody else's bytes are at a branch on a key, or a static call.
         TransactionTimeout: if keys or calls have to be changed, and threads were in the way.
+        NotesError: if they are to be put back, and a module's notes cannot be read; all else is
+            undone.
     """
     check_attachable(validate_pid(pid))
     lock = ControllerLock(pid)
@@ -225,6 +227,7 @@ def _with_settings(
     Raises:
         SiteChanged: if somebody else's bytes are at a site.
         TransactionTimeout: if threads were in the way all the time.
+        NotesError: if they are to be put back, and a module's notes cannot be read.
     """
     target = Target(pid, stop_timeout_s=stop_timeout_s)
     program = DeclaredProgram(target)
@@ -233,6 +236,8 @@ def _with_settings(
         n_reset = program.reset() if is_reset else 0
         settings = read_settings(target.memory)
     except NotesError as error:
+        if is_reset:
+            raise
         return replace(result, notes=(*result.notes, str(error)))
     finally:
         target.close()

@@ -46,6 +46,10 @@ _WORD_SIZE = 8
 """Also the alignment of a key, whose count is changed with one write."""
 
 _JMP = b"\xe9"
+
+_RENAME = "give one of them another name, and build it again: names are global to a module"
+_REBUILD = "it is damaged, or somebody has written over its code: build it, or start it, again"
+
 _BRANCHES = (Flow.CALL, Flow.JUMP, Flow.COND_JUMP, Flow.INDIRECT_CALL, Flow.INDIRECT_JUMP)
 
 
@@ -101,8 +105,10 @@ def _validate(found: Declarations, image: ModuleImage) -> None:
         TargetFault: if the text cannot be read.
     """
     path = image.module.path
-    for problem in (*_name_problems(found), *_owner_problems(found), *_text_problems(found, image)):
-        raise NotesError(f"{path} declares {problem}")
+    for problem in _name_problems(found):
+        raise NotesError(f"{path} declares {problem}", hint=_RENAME)
+    for problem in (*_owner_problems(found), *_text_problems(found, image)):
+        raise NotesError(f"{path} declares {problem}", hint=_REBUILD)
 
 
 def _of(notes: Iterable[Note], *kinds: NoteKind) -> Iterator[Note]:

@@ -30,6 +30,7 @@ _FLAGS = ("-std=gnu++14", "-O1", "-fPIC", "-shared", "-fno-rtti", "-fno-exceptio
 
 _BUILD_TIMEOUT_S = 300.0
 _PROBE = "gcc-plugin.h"
+_WITHOUT = "name such a compiler with --cc, or build with the flags that `optpoline cflags` prints"
 
 
 def find_plugin_headers(compiler: Compiler) -> Path:
@@ -41,12 +42,12 @@ def find_plugin_headers(compiler: Compiler) -> Path:
     if compiler.family is not Family.GCC:
         raise ToolchainError(
             f"the plugin is for GCC, and this is {compiler.name}",
-            hint="leave out --plugin for flags that need none",
+            hint=_WITHOUT,
         )
     if not OLDEST_MAJOR <= compiler.major <= NEWEST_MAJOR:
         raise ToolchainError(
             f"the plugin is for GCC {OLDEST_MAJOR} to {NEWEST_MAJOR}, and this is {compiler.name}",
-            hint="name another compiler with --cc, or leave out --plugin",
+            hint=_WITHOUT,
         )
     argv = [*compiler.command, "-print-file-name=plugin"]
     answer = run_compiler(argv, timeout_s=_BUILD_TIMEOUT_S).stdout.strip()

@@ -57,7 +57,7 @@ NOINLINE int dynamic(struct shape *shape, int value)
 
 NOINLINE int nested(handler *outer, handler *inner, int value)
 {
-    return dynamic_call(handle, outer,              /* @dynamic_call handle */
+    return dynamic_call(handle, outer,              /* @dynamic_call handle clang+2 */
                         /* its argument, made first */
                         dynamic_call(handle, inner, value)) - 1; /* @dynamic_call handle */
 }

@@ -40,6 +40,8 @@ BUILDS: dict[str, tuple[str, ...]] = {
     "c++ -O2 gc-sections": (*CXX, "-O2", *GC),
     "c++ -O3 lto": (*CXX, "-O3", "-flto", "-fno-exceptions"),
     "c++ -O1 gold": (*CXX, "-O1", "-fuse-ld=gold"),
+    "clang c -O2 shared": ("clang", *C[1:], "-O2", "-fPIC", "-shared"),
+    "clang c++ -O1 lld gc-sections": ("clang++", *CXX[1:], "-O1", *GC, "-fuse-ld=lld"),
 }
 
 Built = Callable[[str], Path]
@@ -82,7 +84,9 @@ def marked(build: str) -> Iterator[Row]:
             if is_dropped or ("C++" in words and "c++" not in build):
                 continue
             state = next(iter(words & {"on", "off", "nop", "jump"}), "")
-            yield path.name, number, found[1], found[2], state
+            # Clang says where a macro's arguments end, GCC where its name is.
+            later = 2 if "clang" in build and "clang+2" in words else 0
+            yield path.name, number + later, found[1], found[2], state
 
 
 def row_of(one: DeclaredSummary) -> Row:

@@ -77,6 +77,29 @@ def test_types_are_checked(
     assert any(part in done.stderr for part in message.split("|"))
 
 
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize("flags", [(), ("-DOPTPOLINE_DISABLE",)], ids=["enabled", "disabled"])
+def test_a_static_call_may_be_given_what_throws_nothing(
+    compiler: str, flags: tuple[str, ...]
+) -> None:
+    head = """
+    #include "optpoline.h"
+    int throwing(int);
+    int silent(int) noexcept;
+    long other(long) noexcept;
+    """
+    good = "DECLARE_STATIC_CALL(codec, throwing); STATIC_CALL_TARGET(codec, silent);"
+    for text, is_good in (
+        (good, True),
+        (good.replace("silent", "other"), False),
+        ("DECLARE_STATIC_CALL(codec, silent); STATIC_CALL_TARGET(codec, throwing);", False),
+    ):
+        command = [compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", *flags, f"-I{INCLUDE}"]
+        done = subprocess.run([*command, "-"], input=head + text, capture_output=True, text=True)
+        assert (done.returncode == 0) == is_good, done.stderr
+        assert is_good or "has another type than the static call codec" in done.stderr
+
+
 @each_language
 def test_disabled_the_program_is_the_same_and_has_no_notes(language: str, tmp_path: Path) -> None:
     path = tmp_path / "program"

@@ -57,6 +57,31 @@ def test_printed_for_a_shell(
     ]
 
 
+@pytest.mark.parametrize("verb", [("plugin", "build"), ("cflags", "--plugin")])
+@pytest.mark.parametrize(
+    ("version", "family", "said"),
+    [
+        ("11.4.0", "gcc", "the plugin is for GCC 12 to 14, and this is"),
+        ("14.0.6", "clang", "the plugin is for GCC, and this is"),
+        ("12.2.0", "gcc", "install the Debian package gcc-12-plugin-dev"),
+    ],
+)
+def test_a_plugin_that_cannot_be_built(
+    fake_compiler: FakeCompiler,
+    capsys: pytest.CaptureFixture[str],
+    verb: tuple[str, ...],
+    version: str,
+    family: str,
+    said: str,
+) -> None:
+    compiler = fake_compiler(version=version, family=family, plugin_dir="plugin")
+    assert main([*verb, "--cc", str(compiler)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert str(compiler) in err
+
+
 def test_compiler_from_the_environment(
     fake_compiler: FakeCompiler,
     capsys: pytest.CaptureFixture[str],

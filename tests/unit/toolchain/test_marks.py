@@ -199,6 +199,23 @@ def test_notes_that_cannot_be_read_may_exclude_anything(make: Make, tmp_path: Pa
     assert {site.refusal for site in sites} == {Refusal.DAMAGED_NOTES}
 
 
+def test_a_plugin_of_another_compiler_is_not_loaded(plugin: Path, tmp_path: Path) -> None:
+    def load() -> subprocess.CompletedProcess[str]:
+        argv = ["gcc", "-c", f"-fplugin={other}", "-x", "c", "/dev/null", "-o", "/dev/null"]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=60)
+
+    version = subprocess.run(["gcc", "-dumpfullversion"], capture_output=True).stdout.strip()
+    other = tmp_path / plugin.name
+    other.write_bytes(plugin.read_bytes())
+    assert load().returncode == 0
+    nines = b"9" * len(version)
+    other.write_bytes(plugin.read_bytes().replace(b"\0%b\0" % version, b"\0%b\0" % nines))
+    done = load()
+    assert done.returncode != 0
+    assert f"the plugin was built for GCC {nines.decode()} " in done.stderr
+    assert "optpoline plugin build" in done.stderr
+
+
 def test_a_dynamic_call_of_the_header_that_is_marked_too(plugin: Path, tmp_path: Path) -> None:
     source = tmp_path / "twice.c"
     source.write_text(

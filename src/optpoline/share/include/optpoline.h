@@ -48,14 +48,21 @@
 #ifdef __cplusplus
 #define OPTPOLINE_BOOL_ bool
 #define OPTPOLINE_ASSERT_ static_assert
-#define OPTPOLINE_SAME_TYPE_(a, b) __is_same(__typeof__(a), __typeof__(b))
+/* Whether a call may lead to a function: of its type, or of that and noexcept as well. */
+template <typename Call> struct optpoline_takes_ {
+    static char function(Call *);
+    static long function(...);
+};
+#define OPTPOLINE_TAKES_(call, target)                                                             \
+    (sizeof(optpoline_takes_<__typeof__(call)>::function(&(target))) == sizeof(char))
 template <typename Type> using optpoline_type_ = Type; /* so that "type name" declares any type */
 #define OPTPOLINE_TYPE_(type) optpoline_type_<type>
 #define OPTPOLINE_PASS_(type, name) static_cast<optpoline_type_<type> &&>(name)
 #else
 #define OPTPOLINE_BOOL_ _Bool
 #define OPTPOLINE_ASSERT_ _Static_assert
-#define OPTPOLINE_SAME_TYPE_(a, b) __builtin_types_compatible_p(__typeof__(a), __typeof__(b))
+#define OPTPOLINE_TAKES_(call, target)                                                             \
+    __builtin_types_compatible_p(__typeof__(call), __typeof__(target))
 #define OPTPOLINE_TYPE_(type) __typeof__(type)
 #define OPTPOLINE_PASS_(type, name) (name)
 #endif
@@ -213,9 +220,10 @@ struct optpoline_key_true {
     __attribute__((used, noinline, cold)) static void OPTPOLINE_PASTE_(optpoline_outside_, id)(void)
 
 /* An operand that is the name of a function, wherever that is, and how to write it without @PLT.
- * GCC's "i" and %c refuse functions of other modules in position-independent code. */
+ * "i" refuses functions of other units or modules in position-independent code, and so does GCC's
+ * "s" and its %c. */
 #ifdef __clang__
-#define OPTPOLINE_FUNCTION_ "i"
+#define OPTPOLINE_FUNCTION_ "s"
 #define OPTPOLINE_BARE_ "%c"
 #else
 #define OPTPOLINE_FUNCTION_ "X"
@@ -287,29 +295,39 @@ struct optpoline_key_true {
 /* Whether a key is enabled. Unlikely: the code for "enabled" is moved out of the way, and a key
  * that is off costs one nop. Likely: the same for "disabled". Not for keys in arrays, structures
  * or behind pointers: which key it is must be known when the code is linked. */
-#define static_branch_unlikely(key)                                                                \
-    __builtin_expect(__extension__({                                                               \
-        __label__ optpoline_on, optpoline_done;                                                    \
-        OPTPOLINE_BOOL_ optpoline_is_on = 0;                                                       \
-        OPTPOLINE_BRANCH_(key, 0, optpoline_on);                                                   \
-        goto optpoline_done;                                                                       \
-    optpoline_on:                                                                                  \
-        optpoline_is_on = 1;                                                                       \
-    optpoline_done:                                                                                \
-        optpoline_is_on;                                                                           \
-    }), 0)
+#define static_branch_unlikely(key) __builtin_expect(OPTPOLINE_IS_ENABLED_(key, 0), 0)
+#define static_branch_likely(key) __builtin_expect(OPTPOLINE_IS_ENABLED_(key, 1), 1)
 
-#define static_branch_likely(key)                                                                  \
-    __builtin_expect(__extension__({                                                               \
-        __label__ optpoline_off, optpoline_done;                                                   \
-        OPTPOLINE_BOOL_ optpoline_is_on = 1;                                                       \
-        OPTPOLINE_BRANCH_(key, 1, optpoline_off);                                                  \
+#if defined(__clang__) && defined(__cplusplus)
+/* Clang before 17 holds every label of a function for a target of every asm goto in it, and refuses
+ * what then jumps over an initialization. So each is in a function of its own; not in a lambda,
+ * whose labels count among those around it. */
+#define OPTPOLINE_IS_ENABLED_(key, inverted)                                                       \
+    __extension__({                                                                                \
+        struct optpoline_branch {                                                                  \
+            __attribute__((always_inline)) static bool is_enabled()                                \
+            {                                                                                      \
+                OPTPOLINE_BRANCH_(key, inverted, optpoline_jumped);                                \
+                return inverted;                                                                   \
+            optpoline_jumped:                                                                      \
+                return !inverted;                                                                  \
+            }                                                                                      \
+        };                                                                                         \
+        optpoline_branch::is_enabled();                                                            \
+    })
+#else
+#define OPTPOLINE_IS_ENABLED_(key, inverted)                                                       \
+    __extension__({                                                                                \
+        __label__ optpoline_jumped, optpoline_done;                                                \
+        OPTPOLINE_BOOL_ optpoline_is_on = inverted;                                                \
+        OPTPOLINE_BRANCH_(key, inverted, optpoline_jumped);                                        \
         goto optpoline_done;                                                                       \
-    optpoline_off:                                                                                 \
-        optpoline_is_on = 0;                                                                       \
+    optpoline_jumped:                                                                              \
+        optpoline_is_on = !inverted;                                                               \
     optpoline_done:                                                                                \
         optpoline_is_on;                                                                           \
-    }), 1)
+    })
+#endif
 
 /* ---- static calls -------------------------------------------------------------------------- */
 
@@ -319,12 +337,15 @@ struct optpoline_key_true {
 #define OPTPOLINE_FORM_ 0
 #endif
 
-/* Declare a static call that another unit of the module defines; `function` is any of its type.
- * The second symbol is one that link-time optimisation sees: calls name it, so that the unit that
- * defines the static call is taken from an archive. */
-#define DECLARE_STATIC_CALL(name, function)                                                        \
+/* A symbol that link-time optimisation sees: calls name it, so that the unit that defines the
+ * static call is taken from an archive. */
+#define OPTPOLINE_DECLARE_DEFINED_(name)                                                           \
     extern const char optpoline_defined_##name __asm__("optpoline.defined." #name)                 \
-        OPTPOLINE_HIDDEN_;                                                                         \
+        OPTPOLINE_HIDDEN_
+
+/* Declare a static call that another unit of the module defines; `function` is any of its type. */
+#define DECLARE_STATIC_CALL(name, function)                                                        \
+    OPTPOLINE_DECLARE_DEFINED_(name);                                                              \
     extern __typeof__(function) optpoline_call_##name __asm__("optpoline.call." #name)             \
         OPTPOLINE_HIDDEN_
 
@@ -377,15 +398,15 @@ struct optpoline_key_true {
 #define DEFINE_STATIC_CALL(name, function)                                                         \
     OPTPOLINE_DEFINE_CALL_(name, function, "", "%P[first]", , [first] OPTPOLINE_FUNCTION_(function))
 #define DEFINE_STATIC_CALL_NULL(name, type)                                                        \
-    OPTPOLINE_DEFINE_CALL_(name, type, OPTPOLINE_SHARED_("nothing", "ret"), "optpoline.nothing")
+    OPTPOLINE_DEFINE_CALL_(name, type, OPTPOLINE_SHARED_("nothing", "ret"), "optpoline.nothing", )
 #define DEFINE_STATIC_CALL_RET0(name, type)                                                        \
     OPTPOLINE_DEFINE_CALL_(                                                                        \
-        name, type, OPTPOLINE_SHARED_("zero", "xorl %%eax, %%eax\n\tret"), "optpoline.zero")
+        name, type, OPTPOLINE_SHARED_("zero", "xorl %%eax, %%eax\n\tret"), "optpoline.zero", )
 
 /* Say that a static call may be given `function`; of another type it does not compile. At file or
  * namespace scope, once for each pair. A controller can always use what was said here. */
 #define STATIC_CALL_TARGET(name, function)                                                         \
-    OPTPOLINE_ASSERT_(OPTPOLINE_SAME_TYPE_(optpoline_call_##name, function),                       \
+    OPTPOLINE_ASSERT_(OPTPOLINE_TAKES_(optpoline_call_##name, function),                           \
                       #function " has another type than the static call " #name);                  \
     OPTPOLINE_OUTSIDE_(target_##name##_##function)                                                 \
     {                                                                                              \
@@ -398,7 +419,7 @@ struct optpoline_key_true {
             : : [name_] "i"(#function), [target] OPTPOLINE_FUNCTION_(function),                    \
               OPTPOLINE_PLACE_(0));                                                                \
     }                                                                                              \
-    DECLARE_STATIC_CALL(name, function)
+    OPTPOLINE_DECLARE_DEFINED_(name)
 
 /* The function to call: static_call(name)(arguments). Its result is that of the target. */
 #define static_call(name)                                                                          \
@@ -498,7 +519,7 @@ __attribute__((unused)) static long optpoline_zero(void) { return 0; }
 #define DEFINE_STATIC_CALL_RET0(name, type)                                                        \
     __typeof__(&*(type)) optpoline_call_##name = (__typeof__(&*(type)))(void *)optpoline_zero
 #define STATIC_CALL_TARGET(name, function)                                                         \
-    OPTPOLINE_ASSERT_(OPTPOLINE_SAME_TYPE_(*optpoline_call_##name, function),                      \
+    OPTPOLINE_ASSERT_(OPTPOLINE_TAKES_(*optpoline_call_##name, function),                          \
                       #function " has another type than the static call " #name)
 #define static_call(name) (*optpoline_call_##name)
 
