@@ -19,6 +19,8 @@ from bench.adapting import (
 )
 from bench.build import Variant
 from bench.changing import measure_changes
+from bench.declared.instructions import measure_declared_instructions
+from bench.declared.times import measure_declared_times
 from bench.errors import BenchError
 from bench.figures import Figure, measure_quiet, measure_sites
 from bench.many_sites import measure_many_sites
@@ -40,6 +42,7 @@ _FEWEST_ROUNDS = 5
 _FIGURES = "figures"
 _ADAPTING = "adapting"
 _PLUGIN = "plugin"
+_DECLARED = "declared"
 _SITES = (50, 2000)
 
 
@@ -83,7 +86,7 @@ _GROUPS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks; returns the exit status: 1 if something could not be measured."""
     options = _parse(arguments)
-    chosen: list[str] = options.only or [*_GROUPS, _FIGURES, _ADAPTING, _PLUGIN]
+    chosen: list[str] = options.only or [*_GROUPS, _FIGURES, _ADAPTING, _PLUGIN, _DECLARED]
     status = 0
     for name in chosen:
         begin = time.monotonic()
@@ -94,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _run_adapting()
             elif name == _PLUGIN:
                 _run_plugin(rounds=options.rounds)
+            elif name == _DECLARED:
+                _run_declared(rounds=options.rounds)
             else:
                 _run_group(name, rounds=options.rounds, promote=not options.no_promote)
         except BenchError as error:
@@ -168,10 +173,20 @@ def _run_plugin(*, rounds: int) -> None:
     print_figures(_PLUGIN, figures)
 
 
+def _run_declared(*, rounds: int) -> None:
+    """Measure what declared calls and branches cost; print and write the results."""
+    console.print(f"{_DECLARED}: instructions")
+    figures = [*measure_declared_instructions()]
+    console.print(f"{_DECLARED}: times")
+    figures += measure_declared_times(rounds=rounds)
+    write_group(RESULTS, _DECLARED, figures_document(figures))
+    print_figures(_DECLARED, figures)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="bench", description="Measure the workloads.")
-    names = [*_GROUPS, _FIGURES, _ADAPTING, _PLUGIN]
+    names = [*_GROUPS, _FIGURES, _ADAPTING, _PLUGIN, _DECLARED]
     parser.add_argument(
         "--only",
         type=_names_of(names),

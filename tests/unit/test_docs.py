@@ -29,7 +29,7 @@ MODULES = {
 
 CONTEXT = click.Context(command_group)
 VERBS = command_group.list_commands(CONTEXT)
-PAGE_OF = {"ldflags": "cflags"}
+PAGE_OF = {"key": "static-key", "ldflags": "cflags"}
 """Verbs that are told of on another's page."""
 
 

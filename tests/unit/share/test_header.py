@@ -116,7 +116,7 @@ def test_disabled_the_program_is_the_same_and_has_no_notes(language: str, tmp_pa
 @each_language
 def test_the_program_of_the_manual(language: str, tmp_path: Path) -> None:
     manual = (ROOT / "docs" / "declared.md").read_text()
-    after = manual.split("## A complete program\n\n", 1)[1]
+    after = manual.split("## A program with all three\n\n", 1)[1]
     block = re.match(r"(?:    .*\n|\n)+", after)
     assert block is not None
     path = tmp_path / "program"

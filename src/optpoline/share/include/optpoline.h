@@ -17,7 +17,8 @@
  *   optpoline_read_begin(); ... optpoline_read_end();     one view over several of these
  *
  * Names of keys, static calls and tables are global to a module (program or shared library), in
- * C++ whatever their namespace. docs/declared.md says what each compiles to and what it costs.
+ * C++ whatever their namespace. docs/dynamic-call.md, static-call.md and static-key.md say what each
+ * compiles to and what it costs, docs/declared.md what they have in common.
  *
  * Define before including it, or with -D:
  *   OPTPOLINE_OUT_OF_LINE   static calls are changed at their trampoline, not at each call
