@@ -207,6 +207,7 @@ class _Tracer:
                 trace=replace(
                     ring, ids=tuple((target, first_id + i) for i, target in enumerate(targets))
                 ),
+                load=record.site.load,
             )
             block = add_block(record.arena, plan, site_addr=record.site.addr)
         except (ArenaError, EncodeRangeError):
