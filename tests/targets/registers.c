@@ -95,6 +95,36 @@ end:
     return a + 3 * b + 5 * c + 7 * d + 11 * e + 13 * f + 17 * g;
 }
 
+// What it calls leaves most registers alone, and the compiler knows: it keeps values in them.
+static __attribute__((noinline)) long leaf(const unsigned char *codes)
+{
+    static void *labels[] = {&&one, &&two, &&end};
+    long a = 1;
+    __asm__ volatile("" : "+r"(a), "+r"(codes)::"memory");
+    goto *labels[*codes++];
+one:
+    a = a * 2;
+    __asm__ volatile("" : "+r"(a), "+r"(codes)::"memory");
+    goto *labels[*codes++];
+two:
+    a = a + 3;
+    __asm__ volatile("" : "+r"(a), "+r"(codes)::"memory");
+    goto *labels[*codes++];
+end:
+    return a;
+}
+OWN long keep(const unsigned char *codes, const long *from)
+{
+    long a = from[0], b = from[1], c = from[2], d = from[3], e = from[4], f = from[5], g = from[6];
+    long h = from[7], i = from[8], j = from[9], k = from[10];
+    __asm__ volatile("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d), "+r"(e), "+r"(f), "+r"(g));
+    __asm__ volatile("" : "+r"(h), "+r"(i), "+r"(j), "+r"(k));
+    long found = leaf(codes);
+    __asm__ volatile("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d), "+r"(e), "+r"(f), "+r"(g));
+    __asm__ volatile("" : "+r"(h), "+r"(i), "+r"(j), "+r"(k));
+    return found + a + b * 2 + c * 3 + d * 4 + e * 5 + f * 6 + g * 7 + h * 8 + i * 9 + j * 10 + k * 11;
+}
+
 int main(void)
 {
     struct operations o = {six, nine, variadic, both, in_memory, chained, saving};
@@ -103,5 +133,8 @@ int main(void)
     total = 3 * total + call_both(&o, 9) + call_in_memory(&o, 11) + tail_six(&o, 5);
     total = 3 * total + call_chained(&o, 7, (void *)100) + call_saving(&o, 12);
     total = 3 * total + few_free(codes, 1, 2, 3, 4, 5);
-    return total != 27324;
+    const unsigned char few[] = {0, 1, 1, 0, 2};
+    const long from[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
+    total = 3 * total + keep(few, from);
+    return total != 82494;
 }

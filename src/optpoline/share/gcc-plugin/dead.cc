@@ -4,7 +4,9 @@
 // Who puts a direct branch in its place has to compare the target with others, so it loads it into
 // a register first, which must be one that nobody needs: not the code behind a call or at a label,
 // not the callee. The last is what the calling convention says: a register that it lets the callee
-// overwrite, and that this call does not use to hand something over.
+// overwrite, and that this call does not use to hand something over. Who calls a function of the same
+// unit may know better which registers it leaves alone (-fipa-ra); so for a goto it must be one that
+// the function writes somewhere. A call counts as writing all that its callee may.
 //
 // The flow of control is known up to "*free_cfg"; passes behind that move instructions at most, and
 // make no register live that was dead. A branch that one of them made anew has no promise.
@@ -53,14 +55,32 @@ is_handed_over (rtx_insn *insn, unsigned int regno)
   return CALL_P (insn) && find_regno_fusage (insn, USE, regno);
 }
 
+// Return the registers that a function writes, or may by what it calls.
+static HARD_REG_SET
+find_written (function *fun)
+{
+  HARD_REG_SET written;
+  CLEAR_HARD_REG_SET (written);
+  basic_block block;
+  rtx_insn *insn;
+  df_ref definition;
+  FOR_EACH_BB_FN (block, fun)
+    FOR_BB_INSNS (block, insn)
+      if (NONDEBUG_INSN_P (insn))
+	FOR_EACH_INSN_DEF (definition, insn)
+	  SET_HARD_REG_BIT (written, DF_REF_REGNO (definition));
+  return written;
+}
+
 // Return a register that nobody needs; -1 if there is none.
 static int
-find_dead_register (rtx_insn *insn, const_bitmap live_behind)
+find_dead_register (rtx_insn *insn, const_bitmap live_behind, const HARD_REG_SET &written)
 {
   function_abi abi = CALL_P (insn) ? insn_callee_abi (insn) : function_abi (*crtl->abi);
   for (int regno = FIRST_PSEUDO_REGISTER - 1; regno >= 0; regno--)
     if (TEST_HARD_REG_BIT (reg_class_contents[GENERAL_REGS], regno) && !fixed_regs[regno]
 	&& !global_regs[regno] && abi.clobbers_full_reg_p (regno)
+	&& TEST_HARD_REG_BIT (written, regno)
 	&& !bitmap_bit_p (live_behind, regno) && !is_handed_over (insn, regno))
       return regno;
   return -1;
@@ -85,6 +105,7 @@ dead_pass::execute (function *fun)
   if (fun->can_throw_non_call_exceptions)
     return 0;
   df_analyze ();
+  HARD_REG_SET written = find_written (fun);
   auto_bitmap live;
   basic_block block;
   FOR_EACH_BB_FN (block, fun)
@@ -97,7 +118,7 @@ dead_pass::execute (function *fun)
 	  if (!NONDEBUG_INSN_P (insn))
 	    continue;
 	  if (is_through_memory (insn))
-	    dead_by_uid[INSN_UID (insn)] = find_dead_register (insn, live);
+	    dead_by_uid[INSN_UID (insn)] = find_dead_register (insn, live, written);
 	  df_simulate_one_insn_backwards (block, insn, live);
 	}
     }
