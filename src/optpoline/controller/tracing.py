@@ -265,6 +265,7 @@ class _Tracer:
             function=self._target.symbol_at(site.addr),
             kind=site.kind.value,
             rate_hz=record.rate_hz,
+            is_plain=site.is_plain,
         )
 
     def record(

@@ -64,7 +64,10 @@ def workload_of_trace(trace: Trace, name: str, slice_s: float = SLICE_S) -> Work
         n_rows += n_pieces
     return Workload(
         name=name,
-        sites=tuple(WorkloadSite(name=site.name, kind=site.kind) for site in trace.sites),
+        sites=tuple(
+            WorkloadSite(name=site.name, kind=site.kind, is_plain=site.is_plain)
+            for site in trace.sites
+        ),
         pair_sites=np.array([trace.pairs[i].site for i in order], np.int64),
         pair_targets=np.array(
             [trace.targets[trace.pairs[i].target].address for i in order], np.int64

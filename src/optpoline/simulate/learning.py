@@ -151,6 +151,7 @@ class Learner:
                 window_s=window.window_s,
                 now_s=now_s,
                 kind=site.kind,
+                is_plain=site.is_plain,
                 hotter_ratio=hotter_hz / all_hz,
             )
             hotter_hz += site.rate_hz

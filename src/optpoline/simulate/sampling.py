@@ -184,7 +184,11 @@ class Sampler:
     def _is_surprised(self, site: SimulatedSite, window: Window, now_s: float) -> bool:
         """Ask whether this part alone shows that the tree is wrong."""
         view = site.history.view(
-            window.counts, window_s=self._schedule.sample_s, now_s=now_s, kind=site.kind
+            window.counts,
+            window_s=self._schedule.sample_s,
+            now_s=now_s,
+            kind=site.kind,
+            is_plain=site.is_plain,
         )
         return self._state.policy.is_surprising(view)
 
@@ -194,7 +198,9 @@ class Sampler:
         state.replay.n_windows += 1
         counts, site.sampled, site.n_parts = site.sampled, NO_COUNTS, 0
         window_s = counts.total / site.rate_hz if site.rate_hz else self._schedule.sample_s
-        view = site.history.view(counts, window_s=window_s, now_s=now_s, kind=site.kind)
+        view = site.history.view(
+            counts, window_s=window_s, now_s=now_s, kind=site.kind, is_plain=site.is_plain
+        )
         decision = state.policy.decide(view)
         state.judged_hz[site.number] = max(state.judged_hz[site.number], miss_hz[site.number])
         match decision.action:

@@ -126,6 +126,7 @@ class SimulatedSite:
 
     number: int
     kind: SiteKind
+    is_plain: bool = False
     history: SiteHistory = field(default_factory=SiteHistory)
     tree: TreeNode = field(default_factory=Miss)
     since_s: float = 0.0
@@ -162,7 +163,7 @@ class ReplayState:
         self.memory = BlockMemory(engine.n_cpus)
         self.replay = Replay(policy=policy.name, memory=self.memory)
         self.sites = [
-            SimulatedSite(number=i, kind=SiteKind(site.kind))
+            SimulatedSite(number=i, kind=SiteKind(site.kind), is_plain=site.is_plain)
             for i, site in enumerate(workload.sites)
         ]
         n_sites = len(self.sites)

@@ -39,6 +39,7 @@ class TraceSite:
         kind: "call", "jump" or "cond_jump".
         rate_hz: Branches a second when it was counted, before it was traced; None if unknown.
             Tracing slows a program down, counting does so less.
+        is_plain: Whether its baseline is a plain indirect branch, not a retpoline.
     """
 
     module: str
@@ -47,6 +48,7 @@ class TraceSite:
     function: str | None
     kind: str
     rate_hz: float | None = None
+    is_plain: bool = False
 
     @property
     def name(self) -> str:

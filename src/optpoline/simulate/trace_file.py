@@ -329,7 +329,12 @@ def _site(row: object) -> TraceSite:
             "function": str() | None as function,
             "kind": str(kind),
             "rate_hz": int() | float() | None as rate_hz,
+            **others,
         } if 0 <= address < MAX_ADDR and (rate_hz is None or 0 <= rate_hz < MAX_RATE_HZ):
+            # Files of before there were any say nothing of it.
+            is_plain = others.get("is_plain", False)
+            if not isinstance(is_plain, bool):
+                raise ValueError("not a site")
             return TraceSite(
                 module=module,
                 address=address,
@@ -337,6 +342,7 @@ def _site(row: object) -> TraceSite:
                 function=function,
                 kind=kind,
                 rate_hz=rate_hz,
+                is_plain=is_plain,
             )
         case _:
             raise ValueError("not a site")

@@ -22,6 +22,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from optpoline.promote.cost import CostModel
+
 __all__ = ["SLICE_S", "Workload", "WorkloadSite"]
 
 SLICE_S = 0.0025
@@ -35,10 +37,16 @@ class WorkloadSite:
     Attributes:
         name: For people.
         kind: "call", "jump" or "cond_jump".
+        is_plain: Whether a miss is a plain indirect branch, not a retpoline.
     """
 
     name: str
     kind: str = "call"
+    is_plain: bool = False
+
+    def model(self, model: CostModel) -> CostModel:
+        """Return what things cost at this site, given what they cost at others."""
+        return replace(model, retpoline_cycles=model.plain_cycles) if self.is_plain else model
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -87,6 +87,15 @@ def test_round_trip(tmp_path: Path, n_pairs: int) -> None:
         assert (one.n_dropped, one.n_unknown) == (other.n_dropped, other.n_unknown)
 
 
+@pytest.mark.parametrize(("said", "is_plain"), [({}, False), ({"is_plain": True}, True)])
+def test_whether_a_site_is_plain(tmp_path: Path, said: dict[str, object], is_plain: bool) -> None:
+    (tmp_path / "a").write_bytes(HEAD + PROGRAM + tables(sites=[SITE | said]) + END)
+    trace = read_trace(tmp_path / "a")
+    assert trace.sites[0].is_plain is is_plain
+    write(tmp_path / "b", trace)
+    assert read_trace(tmp_path / "b").sites == trace.sites
+
+
 def test_compact(tmp_path: Path) -> None:
     code = write(tmp_path / "a", make_trace(make_burst([0, 1] * 50_000)))
     assert len(code) < 2_000
@@ -201,6 +210,7 @@ END = frame(b"TEND", b"")
         ([PROGRAM, tables(targets=[{"address": 1 << 70, "symbol": None}]), END], "not a target"),
         ([PROGRAM, tables(sites=[SITE | {"rate_hz": math.inf}]), END], "not a site"),
         ([PROGRAM, tables(sites=[SITE | {"address": -1}]), END], "not a site"),
+        ([PROGRAM, tables(sites=[SITE | {"is_plain": 1}]), END], "not a site"),
         ([PROGRAM, tables(), burst(b"\0", end_ns=1 << 63), END], "times of a burst"),
         ([PROGRAM, tables(), burst(b"\0", end_ns=0), END], "times of a burst"),
         ([PROGRAM, tables(pairs=[[0, 1]]), END], "is no pair"),
