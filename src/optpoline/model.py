@@ -28,6 +28,7 @@ __all__ = [
     "Miss",
     "Module",
     "OpenSlot",
+    "OperandLoad",
     "Refusal",
     "RseqAbi",
     "Site",
@@ -149,7 +150,8 @@ class Thunk:
 
     Attributes:
         addr: Its first instruction; 0 for PLAIN, where each site gets one when it is learned.
-        operand: Name of the register that holds the target, such as "rax".
+        operand: Name of the register that holds the target, such as "rax"; of a plain site whose
+            target is in memory, the register that its blocks load it into.
         flavour: Whose it is.
         symbol: Its symbol, or None where only the body told.
     """
@@ -176,6 +178,24 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OperandLoad:
+    """The instruction that loads an operand which is in memory into a register.
+
+    Attributes:
+        code: Its bytes; where it is relative to where it is, its last four are 0.
+        data_addr: What it reads, if it is relative to where it is, else None.
+    """
+
+    code: bytes
+    data_addr: Addr | None = None
+
+    @property
+    def size(self) -> int:
+        """Its length in bytes."""
+        return len(self.code)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
     """One site: a direct branch to a thunk, or a plain indirect branch as long as one.
 
@@ -193,6 +213,8 @@ class Site:
         max_guards: Guards that its source allows at most, 0 for any number.
         is_plain: Whether the baseline is an indirect branch itself.
         table: The table of dynamic calls that its source says it is of, or None.
+        load: Of a plain site whose target is in memory: what loads it into the thunk's operand, a
+            register that is dead there and at each of its targets. Else None.
     """
 
     addr: Addr
@@ -207,6 +229,7 @@ class Site:
     max_guards: int = 0
     is_plain: bool = False
     table: Table | None = None
+    load: OperandLoad | None = None
 
     @property
     def is_undeclared_plain(self) -> bool:
@@ -401,7 +424,8 @@ class BlockPlan:
     Attributes:
         operand: Register holding the target.
         tree: What to compare, in which order.
-        thunk_addr: The site's own thunk, where every miss goes.
+        thunk_addr: The site's own thunk, where every miss goes; where the operand is loaded, a
+            thunk that begins with the same load.
         hit_count_addrs: (target, counter cell) for each target to be counted.
         miss_count_addr: Counter cell of misses that found no slot, or None. In a learning
             block the cell before it holds the last target that found none.
@@ -416,6 +440,7 @@ class BlockPlan:
         thunk_targets: Targets in the tree that are counted but led to the thunk: too far
             for a direct branch, or not to be guarded.
         trace: Where hits are written instead of being counted, or None.
+        load: What loads the operand first, where it is in memory, else None.
     """
 
     operand: str
@@ -429,6 +454,12 @@ class BlockPlan:
     is_below_stack_free: bool = False
     thunk_targets: frozenset[Addr] = frozenset()
     trace: TraceRing | None = None
+    load: OperandLoad | None = None
+
+    @property
+    def miss_addr(self) -> Addr:
+        """Where a miss goes: the thunk, behind the load that was done already."""
+        return Addr(self.thunk_addr + (0 if self.load is None else self.load.size))
 
     def __post_init__(self) -> None:
         """Refuse what no block does.

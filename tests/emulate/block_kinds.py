@@ -161,9 +161,9 @@ class Image:
     literals: LiteralTable
 
 
-def encode_image(plan: BlockPlan, layout: Layout) -> Image:
-    """Encode a plan at its layout's block address."""
-    literals = LiteralTable(layout.literal_addr)
+def encode_image(plan: BlockPlan, layout: Layout, literals: LiteralTable | None = None) -> Image:
+    """Encode a plan at its layout's block address; there may be literals already."""
+    literals = LiteralTable(layout.literal_addr) if literals is None else literals
     block = encode_block(plan, layout.block_addr, literals)
     text = block.code[: block.text_size]
     return Image(plan=plan, layout=layout, code=block.code, text=text, literals=literals)

@@ -40,7 +40,7 @@ def run_plan(plan: BlockPlan, operand: int, cells: MutableMapping[int, int], cpu
     rows = plan.rows
     if target is not None:
         _note_hit(plan, target, cells, cpu)
-        return plan.thunk_addr if target in plan.thunk_targets else target
+        return plan.miss_addr if target in plan.thunk_targets else target
     if rows is None:
         if plan.miss_count_addr is not None:
             _increment(cells, plan.miss_count_addr)
@@ -48,7 +48,7 @@ def run_plan(plan: BlockPlan, operand: int, cells: MutableMapping[int, int], cpu
         claim_own(plan, operand, cells, cpu)
     else:
         _claim_shared(plan, operand, cells)
-    return plan.thunk_addr
+    return plan.miss_addr
 
 
 def _note_hit(plan: BlockPlan, target: Addr, cells: MutableMapping[int, int], cpu: int) -> None:

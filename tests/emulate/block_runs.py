@@ -86,7 +86,7 @@ def expected_registers(plan: BlockPlan, pc: int, registers: tuple[int, ...]) -> 
     Relative to a base the operand is changed on the way to a target that is not counted,
     where it is dead.
     """
-    if plan.base is None or pc == plan.thunk_addr or plan.rows is not None:
+    if plan.base is None or pc == plan.miss_addr or plan.rows is not None:
         return registers
     after = list(registers)
     number = REGISTER_NUMBERS[plan.operand]
@@ -129,14 +129,24 @@ def expected_stack(plan: BlockPlan, state: State) -> bytes:
     return state.stack[:off] + scratch.to_bytes(8, "little") + state.stack[off + 8 :]
 
 
-def check_run(machine: Machine, plan: BlockPlan, layout: Layout, state: State) -> None:
-    """Run a block once and compare all there is with the model."""
+def check_run(
+    machine: Machine, plan: BlockPlan, layout: Layout, state: State, before: State | None = None
+) -> None:
+    """Run a block once and compare all there is with the model.
+
+    Args:
+        machine: Has the block.
+        plan: Its plan.
+        layout: Where.
+        state: A program's, the target in the block's operand.
+        before: The same before the block has loaded its operand, if it does.
+    """
     operand = state.registers[REGISTER_NUMBERS[plan.operand]]
     cells = unpack_cells(state.counters, layout)
     expected_pc = run_plan(plan, operand, cells, seen_cpu(plan, state.cpu))
-    after = machine.run(state)
+    after = machine.run(state if before is None else before)
     assert after.pc == expected_pc, f"operand {operand:#x}"
-    assert after.pc in (operand, plan.thunk_addr)
+    assert after.pc in (operand, plan.miss_addr)
     assert after.registers == expected_registers(plan, after.pc, state.registers)
     assert after.vectors == state.vectors
     assert after.flags & ~ARITHMETIC_FLAGS == state.flags & ~ARITHMETIC_FLAGS

@@ -23,7 +23,15 @@ from unicorn.unicorn_py3.unicorn import Uc, UcError
 from optpoline.x86.assembler import REGISTER_NUMBERS
 from tests.emulate.block_kinds import COUNTERS_SIZE, N_CPUS, RSEQ, Image
 
-__all__ = ["ARITHMETIC_FLAGS", "NO_CPU", "STACK_ADDR", "Machine", "State", "random_state"]
+__all__ = [
+    "ARITHMETIC_FLAGS",
+    "FS_BASE",
+    "NO_CPU",
+    "STACK_ADDR",
+    "Machine",
+    "State",
+    "random_state",
+]
 
 ARITHMETIC_FLAGS = 0x8D5
 """CF, PF, AF, ZF, SF and OF."""
@@ -36,7 +44,7 @@ STACK_ADDR = 0x7FFC_1234_0000
 _STACK_SIZE = 2 * _PAGE_SIZE
 _UNTIL = 0x10  # never reached; unmapped
 _THREAD_ADDR = 0x7F77_0000_0000
-_FS_BASE = _THREAD_ADDR + 0x800
+FS_BASE = _THREAD_ADDR + 0x800
 _GDT_ADDR = 0x7F78_0000_0000
 _GDT_SIZE = 16 * 8
 _CPU_SEGMENT = 15
@@ -95,7 +103,7 @@ class State:
         return replace(self, thread=bytes(thread))
 
 
-_RSEQ_OFF = _FS_BASE + RSEQ.offset - _THREAD_ADDR
+_RSEQ_OFF = FS_BASE + RSEQ.offset - _THREAD_ADDR
 """Of struct rseq in that page."""
 
 
@@ -148,7 +156,7 @@ class Machine:
         self._cpu.mem_map(STACK_ADDR, _STACK_SIZE, rw)
         self._cpu.mem_map(_THREAD_ADDR, _PAGE_SIZE, rw)
         self._cpu.mem_map(_GDT_ADDR, _PAGE_SIZE, unicorn.UC_PROT_READ)
-        self._cpu.reg_write(x86.UC_X86_REG_FS_BASE, _FS_BASE)
+        self._cpu.reg_write(x86.UC_X86_REG_FS_BASE, FS_BASE)
         self._cpu.mem_write(layout.block_addr, self._code)
         for value, addr in image.literals.values.items():
             self._cpu.mem_write(addr, value.to_bytes(8, "little"))
@@ -265,7 +273,7 @@ class Machine:
         After rseq_ip_fixup and rseq_get_rseq_cs of kernel/rseq.c, where a failed check would
         kill the program.
         """
-        area = _FS_BASE + RSEQ.offset
+        area = FS_BASE + RSEQ.offset
         at = int.from_bytes(self._cpu.mem_read(area + 8, 8), "little")
         is_inside = False
         if at:

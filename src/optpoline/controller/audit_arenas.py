@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
@@ -24,8 +25,8 @@ from optpoline.controller.audit_scene import (
     read_table,
 )
 from optpoline.controller.left_arenas import LeftArena, is_controller_alive
-from optpoline.errors import TargetFault
-from optpoline.model import Addr
+from optpoline.errors import EncodeRangeError, TargetFault
+from optpoline.model import Addr, OperandLoad
 from optpoline.patch.layout import (
     ArenaHeader,
     BlockEntry,
@@ -99,9 +100,9 @@ class ArenaJudge:
         self._thunks: dict[Addr, set[Addr]] = defaultdict(set)
         self._jumps: set[Addr] = set()
         """Sites that are no call in at least one of their baselines."""
-        self._plain: dict[Addr, set[str]] = defaultdict(set)
-        """Operands of plain sites, whose thunks are blocks of their own; several where one module
-        after the other was loaded there."""
+        self._plain: dict[Addr, set[tuple[str, OperandLoad | None]]] = defaultdict(set)
+        """Operands of plain sites and what loads them; several where one module after the other was
+        loaded there. Their thunks are blocks of their own."""
         self._blocks: dict[Addr, list[BlockEntry]] = defaultdict(list)
         self._literals: dict[int, int] = {}
         self._operands: dict[Addr, str | None] = {}
@@ -120,9 +121,10 @@ class ArenaJudge:
     def _add_plain(self, entry: JournalEntry) -> None:
         """Note a plain site, if its baseline is one."""
         branch = decode_plain_branch(entry.code)
-        if branch is None:
+        operand = None if branch is None else branch.find_operand(entry.loaded, entry.end)
+        if branch is None or operand is None:
             return
-        self._plain[entry.addr].add(branch.operand)
+        self._plain[entry.addr].add(operand)
         if not branch.is_call:
             self._jumps.add(entry.addr)
 
@@ -192,7 +194,7 @@ class ArenaJudge:
             return
         if block.kind is BlockKind.THUNK:
             operands = self._plain.get(block.site_addr, ())
-            if now[: block.size] not in [encode_plain_thunk(one).code for one in operands]:
+            if now[: block.size] not in _plain_thunks(operands, block.addr):
                 sentence = f"{name} is its thunk, and not the indirect jump that the site was"
                 yield _finding(FaultKind.BLOCK, block.addr, sentence, slot.raw)
             return
@@ -268,7 +270,7 @@ class ArenaJudge:
 
         scene = BlockScene(
             thunk_addrs=frozenset(thunks),
-            operand=self._operand_of(block.site_addr, thunks),
+            operand=None,
             literals=(start + header.literal_off, start + header.counter_off),
             counters=(start + header.counter_off, start + header.size),
             rows=header.rows_at(start) if block.kind is BlockKind.COUNTING else None,
@@ -278,7 +280,12 @@ class ArenaJudge:
             is_code=self._code_map.is_code,
             is_arena=self._code_map.is_arena,
         )
-        return judge_block(code, block.addr, scene), len(literals)
+        verdicts = [
+            judge_block(code, block.addr, replace(scene, operand=operand, load=load))
+            for operand, load in self._operands_of(block.site_addr, thunks)
+        ]
+        sound = next((verdict for verdict in verdicts if not verdict.faults), verdicts[-1])
+        return sound, len(literals)
 
     def _read_literal(self, addr: int) -> int:
         """Read a literal, once a look."""
@@ -287,14 +294,18 @@ class ArenaJudge:
             self._literals[addr] = int.from_bytes(data, "little")
         return self._literals[addr]
 
-    def _operand_of(self, site_addr: Addr, thunks: set[Addr]) -> str | None:
-        """Return the register that a site's thunk branches to, None if that cannot be told."""
-        if len(thunks) != 1:
-            return None
-        operands = self._plain.get(site_addr)
-        if operands:
-            return next(iter(operands)) if len(operands) == 1 else None
-        return self._read_operand(next(iter(thunks)))
+    def _operands_of(
+        self, site_addr: Addr, thunks: set[Addr]
+    ) -> list[tuple[str | None, OperandLoad | None]]:
+        """Return the register that a site's thunk branches to, and what loads it there.
+
+        None for a register that cannot be told. Several pairs, of which a block must fit one,
+        where one module after the other was loaded there.
+        """
+        plain = self._plain.get(site_addr, set())
+        if len(thunks) == 1 and len(plain) <= 1:
+            return [*plain] or [(self._read_operand(next(iter(thunks))), None)]
+        return [*(pair for pair in plain if pair[1] is not None), (None, None)]
 
     def _read_operand(self, thunk_addr: Addr) -> str | None:
         """Return the register that a thunk branches to, None if its body does not tell."""
@@ -336,6 +347,15 @@ class ArenaJudge:
             sentence = f"free code memory at {start:#x} to {end:#x} is neither int3 nor zero"
             evidence = contents.code[first : last + 1]
             yield _finding(FaultKind.FREE_MEMORY, start, sentence, evidence)
+
+
+def _plain_thunks(
+    operands: Iterable[tuple[str, OperandLoad | None]], addr: Addr
+) -> Iterator[bytes]:
+    """Yield what the thunk of a plain site may be at an address."""
+    for operand, load in operands:
+        with suppress(EncodeRangeError):
+            yield encode_plain_thunk(operand, load, addr).code
 
 
 def _is_being_freed(contents: ArenaContents, block: BlockEntry, now: bytes) -> bool:

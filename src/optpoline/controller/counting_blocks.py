@@ -38,6 +38,7 @@ def add_counting_block(record: SiteRecord, tree: TreeNode, n_open: int) -> Block
         # A jump leaves the red zone of the function that it is in as it is.
         is_below_stack_free=record.site.kind is SiteKind.CALL,
         thunk_targets=frozenset(tree_targets(tree)) & record.far_targets,
+        load=record.site.load,
     )
     block = add_block(record.arena, plan, site_addr=record.site.addr)
     record.tables[block.addr] = block

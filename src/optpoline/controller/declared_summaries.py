@@ -16,7 +16,7 @@ from optpoline.discover import (
 from optpoline.discover.declarations import Place, StaticCall
 from optpoline.discover.nearby import CallSite, DynamicSite
 from optpoline.model import Refusal
-from optpoline.x86.plain_branches import decode_plain_branch
+from optpoline.x86.plain_branches import decode_plain_branch, find_register
 
 __all__ = ["summarise_declared"]
 
@@ -168,6 +168,10 @@ def _dynamic_problem(site: DynamicSite, image: ModuleImage) -> str | None:
         return "its instruction is too short: build with retpolines or with the plugin"
     text = image.text_at(site.insn.addr)
     code = text.code_at(site.insn.addr, site.insn.size) if text is not None else b""
-    if decode_plain_branch(code) is None:
-        return "plain indirect calls through memory are not changed"
+    branch = decode_plain_branch(code)
+    if branch is None:
+        return "its instruction has no room for another form: build with the plugin"
+    register = None if site.mark.register is None else find_register(site.mark.register)
+    if branch.find_operand(register, site.insn.end) is None:
+        return "its target is in memory, and no register is known to be free there"
     return None

@@ -77,6 +77,7 @@ def plan_block(record: SiteRecord, plan: PlannedTree, miss_count_addr: Addr | No
         thunk_addr=record.thunk_addr,
         miss_count_addr=miss_count_addr,
         base=choose_base(plan.targets) if is_operand_dead else None,
+        load=record.site.load,
     )
 
 

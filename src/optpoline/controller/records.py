@@ -132,10 +132,13 @@ class SiteRecord:
 
         Raises:
             ArenaError: if the arena is used up.
+            EncodeRangeError: if its target is in memory, and out of reach.
         """
         if self.site.is_plain and self.plain_thunk is None:
-            operand, site_addr = self.site.thunk.operand, self.site.addr
-            self.plain_thunk = add_plain_thunk(self.arena, operand, site_addr=site_addr)
+            site = self.site
+            self.plain_thunk = add_plain_thunk(
+                self.arena, site.thunk.operand, site.load, site_addr=site.addr
+            )
 
     def refuse(self, reason: Refusal) -> None:
         """Give the site up at once: whoever enters its blocks goes to the thunk.

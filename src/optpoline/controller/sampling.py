@@ -387,6 +387,7 @@ def _is_for(spare: Block, record: SiteRecord) -> bool:
         record.plan is not None
         and plan.tree == record.plan.tree
         and plan.operand == record.site.thunk.operand
+        and plan.load == record.site.load
         and plan.thunk_addr == record.thunk_addr
         and spare.arena is record.arena
     )

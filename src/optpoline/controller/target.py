@@ -289,14 +289,21 @@ class Target:
             record.far_targets.add(target)
             return False
         # Where site and target are unloaded together no verdict on the target outlives it.
-        is_near = self.image_at(target) is self.image_at(record.site.addr)
-        if not is_near or not self._is_operand_dead(target, record.site.thunk.operand):
+        if not self._is_operand_free(record.site, target):
             record.operand_targets.add(target)
         if record.site.kind is SiteKind.CALL or self._is_flags_dead(target):
             return True
         record.unsafe_targets.add(target)
         record.refuse(Refusal.FLAGS_LIVE)
         return False
+
+    def _is_operand_free(self, site: Site, target: Addr) -> bool:
+        """Tell whether a site's block may leave anything in its operand's register at a target."""
+        if site.load is not None:
+            return True  # a register that the program does not use there, says its compiler
+        # Where site and target are unloaded together no verdict on the target outlives it.
+        is_near = self.image_at(target) is self.image_at(site.addr)
+        return is_near and self._is_operand_dead(target, site.thunk.operand)
 
     def _is_flags_dead(self, target: Addr) -> bool:
         """Tell whether flags are dead at a jump's target; each is decoded once."""

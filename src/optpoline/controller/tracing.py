@@ -207,6 +207,7 @@ class _Tracer:
                 trace=replace(
                     ring, ids=tuple((target, first_id + i) for i, target in enumerate(targets))
                 ),
+                load=record.site.load,
             )
             block = add_block(record.arena, plan, site_addr=record.site.addr)
         except (ArenaError, EncodeRangeError):
@@ -266,6 +267,7 @@ class _Tracer:
             rate_hz=record.rate_hz,
             table=site.table,
             max_guards=site.max_guards,
+            is_plain=site.is_plain,
         )
 
     def record(

@@ -128,6 +128,7 @@ class DynamicMark:
         n_branches: Branches at most, 0 for any.
         place: Where it is in the source.
         is_excluded: Whether its programmer wants it left as it is.
+        register: One that is dead there and wherever it leads, as the compiler calls it, or None.
     """
 
     addr: Addr
@@ -138,6 +139,7 @@ class DynamicMark:
     n_branches: int
     place: Place
     is_excluded: bool = False
+    register: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -189,6 +189,7 @@ def _dynamic(note: Note) -> DynamicMark:
         n_branches=note.argument,
         place=_place(note),
         is_excluded=NoteFlag.EXCLUDED in note.flags,
+        register=note.register,
     )
 
 

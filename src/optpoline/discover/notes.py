@@ -65,7 +65,9 @@ class NoteKind(IntEnum):
     READERS = 7
     """Site: the load of the offset of the count of open brackets from the thread pointer."""
     INDIRECT_SITE = 8
-    """Site: an indirect branch that a compiler plugin marked; else as DYNAMIC_SITE."""
+    """Site: an indirect branch that a compiler plugin marked; else as DYNAMIC_SITE. In the place of
+    the object is the name of a register that is dead there and wherever it leads, or nothing:
+    releases that know nothing of it take no notice."""
 
 
 class NoteFlag(IntFlag):
@@ -128,6 +130,7 @@ class Note:
         file: Source file, or None.
         line: Line in it, 0 if not known.
         argument: A number whose meaning depends on the kind.
+        register: As the compiler calls it, of an INDIRECT_SITE, or None.
     """
 
     addr: Addr
@@ -142,6 +145,7 @@ class Note:
     file: str | None
     line: int
     argument: int
+    register: str | None = None
 
 
 def read_notes(image: ModuleImage) -> tuple[Note, ...]:
@@ -249,19 +253,21 @@ class _Reader:
         for place in (site, owner, target):
             if place is not None and not self._is_inside(place):
                 raise self.damaged(addr, f"points to {place:#x}, outside of it")
+        is_named = kind is NoteKind.INDIRECT_SITE  # the object, by a text
         return Note(
             addr=addr,
             kind=kind,
             flags=NoteFlag(raw_flags),
             size=size,
             site=site,
-            object=owner,
+            object=None if is_named else owner,
             target=target,
             name=self._text(addr, name),
             type=self._text(addr, type_),
             file=self._text(addr, file),
             line=line,
             argument=argument,
+            register=self._text(addr, owner) if is_named else None,
         )
 
     def _is_inside(self, addr: Addr) -> bool:

@@ -15,7 +15,7 @@ another module's thunk by way of the PLT; the last two are counted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +28,32 @@ from optpoline.discover.nearby import DynamicSite, read_marked_sites
 from optpoline.discover.relocations import read_relocations
 from optpoline.discover.text import Text
 from optpoline.errors import NotesError
-from optpoline.model import Addr, Refusal, Site, SiteKind, Table, Thunk, ThunkFlavour
+from optpoline.model import (
+    Addr,
+    OperandLoad,
+    Refusal,
+    Site,
+    SiteKind,
+    Table,
+    Thunk,
+    ThunkFlavour,
+)
 from optpoline.x86.decode import (
     AddrArray,
     Flow,
     Insn,
     count_indirect_branches,
     is_redirectable,
+    name_operand,
     plt_entries_before,
     scan_branches,
     scan_slot_jumps,
 )
-from optpoline.x86.plain_branches import decode_plain_branch
+from optpoline.x86.plain_branches import (
+    PlainBranch,
+    decode_plain_branch,
+    find_register,
+)
 from optpoline.x86.thunks import STACK_OPERAND, THUNK_NAME_MARKS
 
 __all__ = ["SiteScan", "count_plain_indirect", "find_sites"]
@@ -54,8 +68,6 @@ _KINDS: dict[Flow, SiteKind] = {
 
 _PAGE_SIZE = 4096
 _DISP_SIZE = 4
-_OPCODE_SIZE = 1
-"""Bytes before the displacement that change too, at a plain site."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +199,7 @@ class _SiteFinder:
         branches = {
             end: branch
             for end, insn in marked.items()
-            if (branch := decode_plain_branch(text.code_at(insn.addr, insn.size))) is not None
+            if (branch := self._plain_branch(insn, text)) is not None
         }
         self.n_unverified += len(branches)
         # A wrong note must not have us write into the middle of an instruction.
@@ -195,11 +207,26 @@ class _SiteFinder:
             if insn.addr != marked[insn.end].addr:
                 continue
             self.n_unverified -= 1
-            operand = branches[insn.end].operand
+            plain, operand, load = branches[insn.end]
             thunk = Thunk(
-                addr=Addr(0), operand=operand, flavour=ThunkFlavour.PLAIN, symbol=f"*%{operand}"
+                addr=Addr(0),
+                operand=operand,
+                flavour=ThunkFlavour.PLAIN,
+                symbol=name_operand(text.code_at(insn.addr, insn.size), insn.addr),
             )
-            yield self._site(insn, thunk, text)
+            site = self._site(insn, thunk, text, opcode_size=plain.opcode_size)
+            yield replace(site, load=load)
+
+    def _plain_branch(
+        self, insn: Insn, text: Text
+    ) -> tuple[PlainBranch, str, OperandLoad | None] | None:
+        """Return a branch that can be a plain site, its operand and what loads that, or None."""
+        branch = decode_plain_branch(text.code_at(insn.addr, insn.size))
+        if branch is None:
+            return None
+        name = self._marked[insn.addr].mark.register
+        operand = branch.find_operand(None if name is None else find_register(name), insn.end)
+        return None if operand is None else (branch, *operand)
 
     def _is_excluded(self, addrs: AddrArray) -> NDArray[np.bool_]:
         """Say of each address whether it is in a thunk's own code, or in the PLT's."""
@@ -215,8 +242,8 @@ class _SiteFinder:
             return None
         return self._thunks.get(insn.target)
 
-    def _site(self, insn: Insn, thunk: Thunk, text: Text) -> Site:
-        """Describe one site."""
+    def _site(self, insn: Insn, thunk: Thunk, text: Text, *, opcode_size: int = 0) -> Site:
+        """Describe one site, of whose opcode so many bytes change too."""
         off = insn.addr - text.addr
         code = text.baseline[off : off + insn.size]
         name = self._image.symbols.name_at(insn.addr)
@@ -232,7 +259,7 @@ class _SiteFinder:
         elif marked is not None and marked.mark.is_excluded:
             refusal = Refusal.EXCLUDED
         else:
-            refusal = self._refusal(insn, thunk)
+            refusal = self._refusal(insn, thunk, opcode_size)
         return Site(
             addr=insn.addr,
             code=code,
@@ -248,7 +275,7 @@ class _SiteFinder:
             table=_table_of(marked),
         )
 
-    def _refusal(self, insn: Insn, thunk: Thunk) -> Refusal | None:
+    def _refusal(self, insn: Insn, thunk: Thunk, opcode_size: int) -> Refusal | None:
         """Say why a site whose bytes are its own must not be promoted, or None."""
         if self._refused is not None:
             return self._refused
@@ -256,8 +283,7 @@ class _SiteFinder:
             return Refusal.UNKNOWN_OPERAND
         if any(insn.addr in span for span in self._critical):
             return Refusal.CRITICAL_SECTION
-        is_plain = thunk.flavour is ThunkFlavour.PLAIN
-        changed_size = _DISP_SIZE + (_OPCODE_SIZE if is_plain else 0)
+        changed_size = _DISP_SIZE + opcode_size
         if (insn.end - changed_size) % _PAGE_SIZE > _PAGE_SIZE - changed_size:
             return Refusal.PAGE_CROSSING
         if insn.flow in (Flow.CALL, Flow.INDIRECT_CALL):

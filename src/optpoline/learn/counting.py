@@ -35,6 +35,7 @@ from optpoline.model import (
     Count,
     CounterRows,
     OpenSlot,
+    OperandLoad,
     TreeNode,
     tree_targets,
 )
@@ -122,6 +123,7 @@ def plan_counting(
     rows: CounterRows,
     is_below_stack_free: bool = False,
     thunk_targets: frozenset[Addr] = frozenset(),
+    load: OperandLoad | None = None,
 ) -> BlockPlan:
     """Return the plan of a block that counts all targets of ``tree`` and new ones.
 
@@ -134,6 +136,7 @@ def plan_counting(
         rows: What they are part of.
         is_below_stack_free: Whether memory below the stack pointer is dead at the site.
         thunk_targets: Targets of the tree that are counted but led to the thunk.
+        load: What loads the target, where it is in memory.
     """
     known = tuple(tree_targets(tree))
     hits_addr = cells_addr + 2 * CELL_SIZE
@@ -156,6 +159,7 @@ def plan_counting(
         rows=rows,
         is_below_stack_free=is_below_stack_free,
         thunk_targets=thunk_targets,
+        load=load,
     )
 
 

@@ -77,7 +77,7 @@ class Arena:
         self._literals: dict[int, Addr] = {}
         self._extents: dict[Addr, Extent] = {}
         self._cells: dict[Addr, tuple[Addr, int]] = {}
-        self._thunks: dict[tuple[Addr, bytes], Addr] = {}
+        self._thunks: dict[Addr, list[tuple[Addr, bytes]]] = {}
         self.templates = BlockTemplates(self)
         """Encodes the blocks that are put here."""
         self.n_put = 0
@@ -224,15 +224,15 @@ class Arena:
         self._memory.write(room.at, padded)
         self._table.put_state(entry)
         if kind is BlockKind.THUNK:
-            self._thunks[site_addr, code.code] = addr
+            self._thunks.setdefault(site_addr, []).append((addr, code.code))
         return addr
 
-    def find_thunk(self, site_addr: Addr, code: BlockCode) -> Addr | None:
-        """Return the thunk of a plain site, None if none was put here.
+    def thunks_of(self, site_addr: Addr) -> tuple[tuple[Addr, bytes], ...]:
+        """Return the thunks of a plain site that were put here, each with its bytes.
 
-        It stays: a module that is loaded again where it was must not take another each time.
+        They stay: a module that is loaded again where it was must not take another each time.
         """
-        return self._thunks.get((site_addr, code.code))
+        return tuple(self._thunks.get(site_addr, ()))
 
     def is_thunk(self, addr: Addr) -> bool:
         """Tell whether the thunk of a plain site begins at an address."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from optpoline.errors import ArenaError, EncodeRangeError
-from optpoline.model import CELL_SIZE, Addr, BlockPlan
+from optpoline.model import CELL_SIZE, Addr, BlockPlan, OperandLoad
 from optpoline.patch.arena import Arena
 from optpoline.patch.extents import Extent
 from optpoline.patch.layout import BlockKind
@@ -95,20 +95,30 @@ def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr, slack_ratio: floa
     return Block(arena=arena, addr=addr, size=size, plan=plan, head=arena.head_of(addr))
 
 
-def add_plain_thunk(arena: Arena, operand: str, *, site_addr: Addr) -> Addr:
+def add_plain_thunk(
+    arena: Arena, operand: str, load: OperandLoad | None = None, *, site_addr: Addr
+) -> Addr:
     """Write what a plain site's blocks end at, unless it is there, and return its address.
 
     Each site has its own, as it had its own branch: predictors tell branches apart by
     their addresses, too.
 
+    Args:
+        arena: Where to.
+        operand: Register that holds the target.
+        load: What loads it first, or None.
+        site_addr: The site.
+
     Raises:
         ArenaError: if the arena is used up.
+        EncodeRangeError: if what is to be loaded is out of reach.
     """
-    code = encode_plain_thunk(operand)
-    known = arena.find_thunk(site_addr, code)
-    if known is not None:
-        return known
-    room = _find_room(arena, len(code.code), is_counting=False)
+    for addr, known in arena.thunks_of(site_addr):
+        if encode_plain_thunk(operand, load, addr).code == known:
+            return addr
+    size = len(encode_plain_thunk(operand, load, arena.addr).code)
+    room = _find_room(arena, size, is_counting=False)
+    code = encode_plain_thunk(operand, load, arena.addr + room.at)
     none = (Addr(0), 0)
     return arena.put_block(room, code, site_addr=site_addr, kind=BlockKind.THUNK, cells=none)
 

@@ -40,6 +40,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from optpoline.model import Addr, CounterRows, RseqAbi, Site
+from optpoline.x86.assembler import REGISTER_NUMBERS
+from optpoline.x86.plain_branches import decode_plain_branch
 
 __all__ = [
     "ARENA_NAME",
@@ -73,8 +75,10 @@ MIN_ROW_SHIFT, MAX_ROW_SHIFT = 12, 40
 """A row is whole pages; more than a TiB of them is damage."""
 
 _HEADER = struct.Struct("<8sIIQQQQQQQQQQIIiII4x")
-_ENTRY = struct.Struct("<QBBB5x16s")
+_ENTRY = struct.Struct("<QBBBB4x16s")
 _BLOCK = struct.Struct("<QIIQ8sBB2xI")
+_LOADED = {1 + number: name for name, number in REGISTER_NUMBERS.items()}
+"""Registers as journal entries name them; 0 is none, as in arenas of releases that knew none."""
 _HAS_RSEQ = 1
 """In the header's flags: blocks use the program's restartable sequences."""
 
@@ -201,28 +205,34 @@ class JournalEntry:
 
     A change writes the 32-bit displacement of a direct branch. Where one of the two forms is no
     such branch (a nop, an indirect call), it writes the opcode as well: ``opcode_size`` bytes
-    more, right before it. Prefixes stay, so both forms have the same length.
+    more, right before it, prefixes among them where the other form has a longer opcode. Both
+    forms have the same length, and the prefixes before that stay.
 
     Attributes:
         addr: First byte of the instruction.
         code: Its baseline bytes, at most 16.
         disp_off: Offset of the 32-bit displacement in them.
         opcode_size: Bytes before the displacement that a change writes too.
+        loaded: Register that its blocks load its target into, where that is in memory; else None.
+            Of no use for undoing: it tells what the blocks must be.
     """
 
     addr: Addr
     code: bytes
     disp_off: int
     opcode_size: int = 0
+    loaded: str | None = None
 
     @classmethod
     def of(cls, site: Site) -> JournalEntry:
         """Return the entry of a site."""
+        plain = decode_plain_branch(site.code) if site.is_plain else None
         return cls(
             addr=site.addr,
             code=site.code,
             disp_off=site.disp_addr - site.addr,
-            opcode_size=1 if site.is_plain else 0,
+            opcode_size=0 if plain is None else plain.opcode_size,
+            loaded=None if site.load is None else site.thunk.operand,
         )
 
     @property
@@ -267,13 +277,20 @@ class JournalEntry:
     def pack(self) -> bytes:
         """Return the entry's bytes."""
         code = self.code.ljust(16, b"\0")
-        return _ENTRY.pack(self.addr, len(self.code), self.disp_off, self.opcode_size, code)
+        loaded = 0 if self.loaded is None else 1 + REGISTER_NUMBERS[self.loaded]
+        return _ENTRY.pack(self.addr, len(self.code), self.disp_off, self.opcode_size, loaded, code)
 
     @classmethod
     def unpack(cls, data: bytes) -> JournalEntry:
         """Return the entry in ``data`` (``ENTRY_SIZE`` bytes)."""
-        addr, size, disp_off, opcode_size, code = _ENTRY.unpack(data)
-        return cls(addr=Addr(addr), code=code[:size], disp_off=disp_off, opcode_size=opcode_size)
+        addr, size, disp_off, opcode_size, loaded, code = _ENTRY.unpack(data)
+        return cls(
+            addr=Addr(addr),
+            code=code[:size],
+            disp_off=disp_off,
+            opcode_size=opcode_size,
+            loaded=_LOADED.get(loaded),
+        )
 
 
 class BlockKind(IntEnum):
@@ -284,8 +301,8 @@ class BlockKind(IntEnum):
     PROMOTED = 2
     """The fast path: counts misses only."""
     THUNK = 3
-    """The indirect jump at which the other blocks of a plain site end. It is never redirected,
-    and stays as long as the arena."""
+    """The indirect jump at which the other blocks of a plain site end; before it the load of its
+    target, where that is in memory. It is never redirected, and stays as long as the arena."""
 
 
 class BlockState(IntEnum):

@@ -66,7 +66,11 @@ def workload_of_trace(trace: Trace, name: str, slice_s: float = SLICE_S) -> Work
         name=name,
         sites=tuple(
             WorkloadSite(
-                name=site.name, kind=site.kind, table=site.table, max_guards=site.max_guards
+                name=site.name,
+                kind=site.kind,
+                table=site.table,
+                max_guards=site.max_guards,
+                is_plain=site.is_plain,
             )
             for site in trace.sites
         ),

@@ -187,7 +187,8 @@ def _sum_tenure(
     targets = workload.pair_targets[workload.pairs_of(tenure.site)]
     factors = workload.factors[first:last]
     hits = hits_of_slices(tenure.tree, rows, targets)
-    cycles = tree_cycles(tenure.tree, rows, targets, model)
+    own_model = workload.sites[tenure.site].model(model)
+    cycles = tree_cycles(tenure.tree, rows, targets, own_model)
     if tenure.is_counting:
         cycles = cycles + rows.sum(axis=1) * counting_cycles
     return hits[inverse] * factors, cycles[inverse] * factors
@@ -206,7 +207,8 @@ def _adaptation(
         own = by_site[change.site][change.first : change.last]
         rows = workload.site_rows(change.site, change.first, change.last)
         targets = workload.pair_targets[workload.pairs_of(change.site)]
-        best = tree_cycles(_plan(rows, targets, model).tree, rows, targets, model)
+        own_model = workload.sites[change.site].model(model)
+        best = tree_cycles(_plan(rows, targets, own_model).tree, rows, targets, own_model)
         width = max(1, round(HORIZON_S / workload.slice_s))
         kernel = np.ones(width)
         # Each slice with the few after it: "from now on it fits".
@@ -249,8 +251,9 @@ def ideal_tenures(workload: Workload, changes: Sequence[Change], model: CostMode
         for first, last in itertools.pairwise(edges):
             start_s, end_s = first * workload.slice_s, last * workload.slice_s
             taken = workload.site_counts(site, start_s, end_s)
-            plan = _plan(taken[None, :], workload.pair_targets[pairs], model)
-            is_worth_it = plan.cycles < model.retpoline_cycles
+            own_model = workload.sites[site].model(model)
+            plan = _plan(taken[None, :], workload.pair_targets[pairs], own_model)
+            is_worth_it = plan.cycles < own_model.retpoline_cycles
             tree = plan.tree if is_worth_it else Miss()
             tenures.append(Tenure(site=site, start_s=start_s, end_s=end_s, tree=tree))
     return tenures

@@ -135,6 +135,7 @@ class SimulatedSite:
     """Of its table; None where no other site has it."""
     knows_itself: bool = False
     """Whether it was ever decided on by what it counted itself: its table is not asked again."""
+    is_plain: bool = False
     history: SiteHistory = field(default_factory=SiteHistory)
     tree: TreeNode = field(default_factory=Miss)
     since_s: float = 0.0
@@ -186,6 +187,7 @@ class ReplayState:
             SimulatedSite(
                 number=i,
                 kind=SiteKind(site.kind),
+                is_plain=site.is_plain,
                 max_guards=site.max_guards,
                 pool=pools.get(site.table) if engine.is_sharing else None,
             )
@@ -235,6 +237,7 @@ class ReplayState:
             kind=site.kind,
             hotter_ratio=hotter_ratio,
             max_guards=site.max_guards,
+            is_plain=site.is_plain,
         )
 
     def promote(self, site: SimulatedSite, plan: PlannedTree, now_s: float) -> None:

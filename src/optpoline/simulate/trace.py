@@ -42,6 +42,7 @@ class TraceSite:
             Tracing slows a program down, counting does so less.
         table: The table of dynamic calls that it is of, or None.
         max_guards: Guards that its source allows at most, 0 for any number.
+        is_plain: Whether its baseline is a plain indirect branch, not a retpoline.
     """
 
     module: str
@@ -52,6 +53,7 @@ class TraceSite:
     rate_hz: float | None = None
     table: Table | None = None
     max_guards: int = 0
+    is_plain: bool = False
 
     @property
     def name(self) -> str:

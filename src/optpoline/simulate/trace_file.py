@@ -332,7 +332,10 @@ def _site(row: object) -> TraceSite:
             "rate_hz": int() | float() | None as rate_hz,
             **rest,
         } if 0 <= address < MAX_ADDR and (rate_hz is None or 0 <= rate_hz < MAX_RATE_HZ):
-            # Traces of earlier releases say nothing of tables.
+            # Traces of earlier releases say nothing of tables and plain sites.
+            is_plain = rest.get("is_plain", False)
+            if not isinstance(is_plain, bool):
+                raise ValueError("not a site")
             return TraceSite(
                 module=module,
                 address=address,
@@ -342,6 +345,7 @@ def _site(row: object) -> TraceSite:
                 rate_hz=rate_hz,
                 table=_table(rest.get("table")),
                 max_guards=_max_guards(rest.get("max_guards", 0)),
+                is_plain=is_plain,
             )
         case _:
             raise ValueError("not a site")

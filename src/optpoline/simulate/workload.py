@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optpoline.model import Table
+from optpoline.promote.cost import CostModel
 
 __all__ = ["SLICE_S", "Workload", "WorkloadSite"]
 
@@ -39,12 +40,18 @@ class WorkloadSite:
         kind: "call", "jump" or "cond_jump".
         table: The table of dynamic calls that it shares, or None.
         max_guards: Guards that its source allows at most, 0 for any number.
+        is_plain: Whether a miss is a plain indirect branch, not a retpoline.
     """
 
     name: str
     kind: str = "call"
     table: Table | None = None
     max_guards: int = 0
+    is_plain: bool = False
+
+    def model(self, model: CostModel) -> CostModel:
+        """Return what things cost at this site, given what they cost at others."""
+        return replace(model, retpoline_cycles=model.plain_cycles) if self.is_plain else model
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -28,7 +28,7 @@ from enum import Enum, IntEnum
 from typing import NamedTuple
 
 from optpoline.errors import EncodeRangeError
-from optpoline.model import Addr
+from optpoline.model import Addr, OperandLoad
 
 __all__ = [
     "CALL32_OPCODE",
@@ -305,6 +305,13 @@ class Assembler:
         """Add one to the u64 at ``data_addr``; not atomic between CPUs."""
         # incq disp32(%rip)        REX.W ff /0
         self.emit_relative(b"\x48\xff\x05" + bytes(4), 3, data_addr)
+
+    def load(self, load: OperandLoad) -> None:
+        """Load an operand that is in memory."""
+        if load.data_addr is None:
+            self.emit(load.code)
+        else:
+            self.emit_relative(load.code, load.size - DISP32_SIZE, load.data_addr)
 
     def relative(self, register: str, opcode: int, data: int | Label) -> None:
         """Add an instruction of one opcode byte with a 64-bit register and disp32(%rip)."""

@@ -53,14 +53,14 @@ class DataRules:
     """Follows the instructions of one block that do not branch.
 
     Attributes:
-        addr: The block.
+        start: Where the block finds the operand in its register.
         scene: What is around it.
         operand: Register that its thunk branches to, None until one is seen.
         armable: Section by the address it starts at.
         fault: Notes a rule broken at an address.
     """
 
-    addr: int
+    start: int
     scene: BlockScene
     operand: str | None
     armable: Mapping[int, Section]
@@ -99,7 +99,7 @@ class DataRules:
                 self._judge_operand(insn, 1, state)
                 self._judge_counter(insn)
                 return state  # flags are as they were
-            case Code.SUB_R64_RM64 if _is_rip_relative(insn) and insn.ip == self.addr:
+            case Code.SUB_R64_RM64 if _is_rip_relative(insn) and insn.ip == self.start:
                 self._judge_operand(insn, 0, state)
                 self._judge_literal(insn)
                 based = Entry(insn.ip_rel_memory_address)

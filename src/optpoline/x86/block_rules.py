@@ -7,6 +7,9 @@ followed, branch by branch, with what each way proves about the operand::
     cmp reg, K ; je X       the operand is K where the branch is taken: X must be K
     anything else           may stay inside the block, or end at the site's own thunk
 
+Where a site's target is in memory, a block must begin with the very load that the site's
+bytes say, and is followed from behind it; the register is taken to be the operand on entry.
+
 So a block without a fault goes where the operand points or to the thunk, whatever it
 is given: no promise of the controller is needed for that but the literals, which are
 read as well. Branches inside a block only lead forward, which makes one pass enough.
@@ -37,6 +40,7 @@ from iced_x86 import (
     OpKind,
 )
 
+from optpoline.errors import EncodeRangeError
 from optpoline.model import Addr
 from optpoline.x86.assembler import JMP32_SIZE, LINE_SIZE, REGISTER_NUMBERS
 from optpoline.x86.block_data_rules import DataRules
@@ -44,6 +48,7 @@ from optpoline.x86.block_sections import Section, is_mark, read_sections
 from optpoline.x86.block_state import ENTRY, Constant, Entry, Number, State, Value, join
 from optpoline.x86.block_verdict import BlockFault, BlockRule, BlockScene, BlockVerdict
 from optpoline.x86.blocks import BLOCK_ALIGNMENT
+from optpoline.x86.memory_operands import encode_load
 
 __all__ = ["judge_block"]
 
@@ -74,10 +79,14 @@ class _Judge:
         self._faults: list[BlockFault] = []
         self._stale: list[Addr] = []
         self._starts = {insn.ip for insn in self._insns}
-        self._ways: dict[int, State] = {addr: State()}
+        load_size = 0 if scene.load is None else scene.load.size
+        self._start = addr + load_size
+        """Where the operand is in its register."""
+        self._loaded = code[:load_size]
+        self._ways: dict[int, State] = {self._start: State()}
         self._sections = self._read_sections(code[text_size:], text_size <= len(code))
         self._data = DataRules(
-            addr=addr,
+            start=self._start,
             scene=scene,
             operand=scene.operand,
             armable={section.start: section for section in self._sections},
@@ -96,7 +105,10 @@ class _Judge:
     def judge(self) -> BlockVerdict:
         """Look at each instruction once, in address order."""
         self._judge_head()
+        self._judge_load()
         for number, insn in enumerate(self._insns):
+            if insn.next_ip <= self._start:
+                continue
             state = self._ways.get(insn.ip)
             if insn.code == Code.INT3:
                 self._judge_int3(number, is_reached=state is not None)
@@ -126,6 +138,18 @@ class _Judge:
             inside.discard(self._addr + JMP32_SIZE)  # its int3, as the redirection has it
         if inside or self._addr % BLOCK_ALIGNMENT:
             self._fault(BlockRule.HEAD, self._addr)
+
+    def _judge_load(self) -> None:
+        """Check that a target in memory is loaded as the site says."""
+        load = self._scene.load
+        if load is None:
+            return
+        try:
+            is_same = encode_load(load, self._addr) == self._loaded
+        except EncodeRangeError:
+            is_same = False
+        if not is_same or self._start not in self._starts:
+            self._fault(BlockRule.LOAD, self._addr)
 
     def _judge_int3(self, number: int, *, is_reached: bool) -> None:
         """Check that an int3 stands behind a jump, or fills a line there; nothing comes to it."""
@@ -255,7 +279,7 @@ class _Judge:
     def _leave_to_thunk(self, insn: Instruction, state: State) -> None:
         """Check a jump that proves nothing about the operand."""
         dst = insn.near_branch_target
-        if dst not in self._scene.thunk_addrs:
+        if dst not in self._scene.miss_addrs:
             self._fault(BlockRule.EXIT, insn.ip)
         elif self._base_of(state) is not None:
             self._fault(BlockRule.REBASE, insn.ip)
@@ -273,7 +297,7 @@ class _Judge:
         if state.armed is not None:
             self._fault(BlockRule.RESTORE, insn.ip)
         if self._scene.is_arena(dst):
-            if dst not in self._scene.thunk_addrs:
+            if dst not in self._scene.miss_addrs:
                 self._fault(BlockRule.ARENA, insn.ip)
         elif not self._scene.is_code(dst):
             self._stale.append(Addr(dst))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from optpoline.model import Addr, CounterRows
+from optpoline.model import Addr, CounterRows, OperandLoad
 from optpoline.x86.assembler import INT3, JMP32_OPCODE, JMP32_SIZE
 from optpoline.x86.blocks import HEAD_SIZE
 
@@ -39,6 +39,7 @@ class BlockRule(Enum):
     DESCRIPTOR = "what is behind its code is no descriptor of a restartable sequence in it"
     SECTION = "it is not disturbed only where its restartable sequences say"
     RESTORE = "it leaves a register or rseq_cs changed"
+    LOAD = "it does not begin by loading what its site branches to"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,7 @@ class BlockScene:
         thunk_addrs: The thunk of the site it is for; several if a journal has several
             baselines of that site, because its module was replaced.
         operand: The register that thunk branches to; None if its body does not tell.
+        load: What the site's blocks and its thunk begin with, where its target is in memory.
         literals: First address of the literals, and the address after them.
         counters: Likewise for the counters.
         read_literal: Returns the u64 at an aligned address of the literals.
@@ -79,6 +81,13 @@ class BlockScene:
     text_size: int | None = None
     rows: CounterRows | None = None
     is_below_stack_free: bool = False
+    load: OperandLoad | None = None
+
+    @property
+    def miss_addrs(self) -> frozenset[int]:
+        """Where a block may leave that knows nothing about the operand: behind the thunk's load."""
+        size = 0 if self.load is None else self.load.size
+        return frozenset(addr + size for addr in self.thunk_addrs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,14 +4,15 @@
 One encoder serves every kind of block; kinds differ only in what the plan asks
 to count. A promoted block::
 
-    head    [sub reg, base]
+    head    [mov memory, reg]
+            [sub reg, base]
             cmp reg, target1 ; je target1        guards: hottest first
             cmp reg, target2 ; je target2 ; jb or ja other half
             ...                                  weighted binary tree; halves that fit
                                                  a line lie in one, behind int3
     miss    [add reg, base]
             [inc miss_count]
-            jmp thunk ; int3                     the site's own thunk
+            jmp thunk ; int3                     the site's own thunk, behind its load
 
 A learning block has the same tree, but a guard leads to a *hit* behind it that counts
 before it branches on, and the miss counts too (``counting_code``)::
@@ -27,6 +28,9 @@ Invariants:
     arithmetic flags change, and the operand where the plan says that it is dead
     at every target; the thunk gets it as it was. Learning blocks give back what they
     use: the operand, a scratch register, the thread's ``rseq_cs`` (as 0).
+  * A target in memory is read once on each way, by the first instruction, into a register
+    that is dead. All blocks of a site begin with that load, and so does its thunk, which
+    heads are redirected to; who misses enters it behind the load.
   * No indirect branch, ``int3`` after each unconditional jump (rule 3).
   * A target is compared whole: with an immediate where it fits one, as it does
     relative to a base, else with a literal. A split only chooses a way, so the
@@ -193,6 +197,8 @@ class _BlockEncoder:
 
     def encode(self, relocations: list[Relocation] | None) -> BlockCode:
         """Write the tree, then the one miss path, then the counted hits."""
+        if self._plan.load is not None:
+            self._asm.load(self._plan.load)
         base = self._plan.base
         if base is not None:
             self._asm.sub_mem(self._plan.operand, self._literals.addr_of(base))
@@ -214,7 +220,7 @@ class _BlockEncoder:
         """Write the miss of a promoted block."""
         if self._plan.miss_count_addr is not None:
             self._asm.inc_mem(self._plan.miss_count_addr)
-        self._asm.jump(self._plan.thunk_addr)
+        self._asm.jump(self._plan.miss_addr)
 
     def _node(self, node: TreeNode) -> None:
         """Write a subtree; control falls into it."""

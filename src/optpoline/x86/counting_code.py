@@ -89,7 +89,7 @@ class CountingCode:
         """Give the operand back, and go where it points, or to the thunk that does."""
         if target in self._plan.thunk_targets:
             self._asm.mov_from_literal(self._plan.operand, self._literals.addr_of(target))
-            self._asm.jump(self._plan.thunk_addr)
+            self._asm.jump(self._plan.miss_addr)
         else:
             self._asm.lea(self._plan.operand, target)
             self._asm.jump(target)
@@ -183,7 +183,7 @@ class CountingCode:
         section.commit_increment(CELL_SIZE)
         section.end()
         asm.mov_from(scratch, "rsp", _SAVED_OFF)
-        asm.jump(self._plan.thunk_addr)
+        asm.jump(self._plan.miss_addr)
         section.abort()
         asm.mov_from(scratch, "rsp", _SAVED_OFF)
 
@@ -209,7 +209,7 @@ class CountingCode:
     def _count_shared(self, slot: OpenSlot) -> None:
         """Count in row 0, and go to the thunk."""
         self._asm.lock_inc_mem(slot.count_addr)
-        self._asm.jump(self._plan.thunk_addr)
+        self._asm.jump(self._plan.miss_addr)
 
     def _offset(self, cell: Addr) -> RowOffset:
         """Return where in its row a cell is."""

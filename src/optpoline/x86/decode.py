@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
-from iced_x86 import Decoder, FlowControl, Instruction
+from iced_x86 import Decoder, FlowControl, Formatter, FormatterSyntax, Instruction
 from numpy.typing import NDArray
 
 from optpoline.model import Addr
@@ -30,6 +30,7 @@ __all__ = [
     "decode_range",
     "find_boundaries",
     "is_redirectable",
+    "name_operand",
     "plt_entries_before",
     "scan_branches",
     "scan_call_targets",
@@ -138,6 +139,18 @@ def decode_ending_at(code: bytes, addr: Addr, ends: Set[int]) -> list[Insn]:
         return []
     raws = [raw for raw in Decoder(64, code[: max(ends) - addr], ip=addr) if raw.next_ip in ends]
     return [_insn(raw) for raw in raws if not raw.is_invalid]
+
+
+def name_operand(code: bytes, addr: Addr) -> str:
+    """Return the operand of an indirect branch as an assembler writes it.
+
+    >>> name_operand(bytes.fromhex("2e2eff5310"), Addr(0x1000))
+    '*0x10(%rbx)'
+    """
+    formatter = Formatter(FormatterSyntax.GAS)
+    formatter.rip_relative_addresses = True
+    formatter.uppercase_hex = False
+    return formatter.format_operand(Decoder(64, code, ip=addr).decode(), 0)
 
 
 def is_redirectable(code: bytes) -> bool:

@@ -7,7 +7,8 @@ The first block of a shape is encoded and kept as a *template*: constant bytes, 
 them the fields that follow from addresses, each a constant plus one of a handful of sums::
 
     own address               descriptors of restartable sequences
-    cells, thunk, - own       displacements to them; a literal that all share does not move
+    cells, thunk, loaded operand, - own
+                              displacements to them; a literal that all share does not move
     cells - shared row        offsets in a row
     target, - own; target     branches to it; immediates that are compared with it
     its literal, - own
@@ -48,7 +49,7 @@ MAX_GUARDS = 8
 MAX_TEMPLATES = 512
 """Templates kept, of one to four KiB; a program uses a few dozen."""
 
-_OWN, _CELLS, _THUNK, _FIXED, _ROW, _N_SHARED_SUMS = range(6)
+_OWN, _CELLS, _THUNK, _LOADED, _FIXED, _ROW, _N_SHARED_SUMS = range(7)
 """What is added to a field, as places in ``_sums``: then three sums for each target."""
 _TO_TARGET, _VALUE, _TO_LITERAL, _N_TARGET_SUMS = range(4)
 _UNKNOWN = -1
@@ -68,6 +69,7 @@ class _Shape(NamedTuple):
         to_thunk: Which targets are led to the thunk.
         rows: What is counted in.
         is_below_stack_free: As in the plan.
+        load: Bytes of what loads the operand.
         addr_rest: Where the block starts, as far as the alignment of records depends on it.
     """
 
@@ -78,6 +80,7 @@ class _Shape(NamedTuple):
     to_thunk: tuple[bool, ...]
     rows: CounterRows | None
     is_below_stack_free: bool
+    load: bytes
     addr_rest: int
 
 
@@ -204,7 +207,8 @@ class BlockTemplates:
         """Return what may be added to fields."""
         cells = plan.miss_count_addr or 0
         shared = 0 if plan.rows is None else plan.rows.shared_addr
-        sums = [addr, cells - addr, plan.thunk_addr - addr, -addr, cells - shared]
+        loaded = (plan.load.data_addr or 0) if plan.load is not None else 0
+        sums = [addr, cells - addr, plan.miss_addr - addr, loaded - addr, -addr, cells - shared]
         for target, reads in zip(targets, has_literal, strict=True):
             literal = self._literals.addr_of(target) - addr if reads else 0
             sums += (target - addr, target, literal)
@@ -229,7 +233,9 @@ def _name_values(
     plan: BlockPlan, targets: Sequence[Addr], literals: dict[int, Addr]
 ) -> dict[int, int]:
     """Return for each address that a block names which sum has it."""
-    names: list[tuple[int, int]] = [(plan.thunk_addr, _THUNK)]
+    names: list[tuple[int, int]] = [(plan.miss_addr, _THUNK)]
+    if plan.load is not None and plan.load.data_addr is not None:
+        names.append((plan.load.data_addr, _LOADED))
     names += [(cell, _CELLS) for cell in _cells_of(plan)]
     of_target: dict[int, int] = {}
     for number, target in enumerate(targets):
@@ -290,6 +296,7 @@ def _shape_of(plan: BlockPlan, addr: Addr, targets: Sequence[Addr], tree: list[i
         tuple(target in plan.thunk_targets for target in targets),
         plan.rows,
         plan.is_below_stack_free,
+        b"" if plan.load is None else plan.load.code,
         addr % RECORD_ALIGNMENT,
     )
 

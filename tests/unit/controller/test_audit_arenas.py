@@ -15,7 +15,7 @@ from optpoline.controller.audit_report import Fault, FaultKind
 from optpoline.controller.audit_scene import ArenaContents, BlockSlot, CodeMap, Finding
 from optpoline.controller.left_arenas import LeftArena
 from optpoline.errors import TargetFault
-from optpoline.model import Addr, BlockPlan, Mapping, Miss
+from optpoline.model import Addr, BlockPlan, Mapping, Miss, OperandLoad
 from optpoline.patch.layout import (
     ARENA_PATH,
     ArenaHeader,
@@ -194,7 +194,9 @@ PLAIN_CODE = encode_block(
 ).code
 
 
-def judge_plain(site: JournalEntry, thunk: bytes, *before: JournalEntry) -> list[FaultKind]:
+def judge_plain(
+    site: JournalEntry, thunk: bytes, *before: JournalEntry, plain_code: bytes = PLAIN_CODE
+) -> list[FaultKind]:
     """Judge a block and the thunk that it ends at; return the kinds of the faults."""
     block, own = (
         BlockEntry(
@@ -207,9 +209,9 @@ def judge_plain(site: JournalEntry, thunk: bytes, *before: JournalEntry) -> list
             kind=kind,
             state=BlockState.LIVE,
         )
-        for off, code, kind in ((0, PLAIN_CODE, BlockKind.PROMOTED), (64, thunk, BlockKind.THUNK))
+        for off, code, kind in ((0, plain_code, BlockKind.PROMOTED), (64, thunk, BlockKind.THUNK))
     )
-    code = PLAIN_CODE.ljust(64, bytes((POISON,))) + thunk.ljust(16, bytes((POISON,)))
+    code = plain_code.ljust(64, bytes((POISON,))) + thunk.ljust(16, bytes((POISON,)))
     return judge_blocks(code, HEADER, (*before, site), block, own)[0]
 
 
@@ -232,6 +234,46 @@ def test_thunks_of_modules_that_were_loaded_at_one_place_in_turn() -> None:
 def test_no_indirect_jump_for_a_site_that_has_a_thunk_of_the_program() -> None:
     # Its block does not end at the program's, either.
     assert judge_plain(SITE, bytes.fromhex("ff e0 cc")) == [FaultKind.BLOCK, FaultKind.BLOCK]
+
+
+# --- plain sites whose target is in memory
+
+LOADED = JournalEntry(
+    addr=SITE.addr,
+    code=bytes.fromhex("2e 2e ff 53 10"),
+    disp_off=1,
+    opcode_size=1,
+    loaded="r11",
+)
+LOAD = bytes.fromhex("4c 8b 9b 10 00 00 00")
+"""mov 0x10(%rbx), %r11."""
+LOADED_CODE = encode_block(
+    replace(PLAN, operand="r11", thunk_addr=Addr(BLOCK_ADDR + 64), load=OperandLoad(code=LOAD)),
+    BLOCK_ADDR,
+    LiteralTable(Addr(START + HEADER.literal_off)),
+).code
+LOADED_THUNK = LOAD + bytes.fromhex("41 ff e3 cc")
+
+
+def judge_loaded(*before: JournalEntry, thunk: bytes = LOADED_THUNK) -> list[FaultKind]:
+    return judge_plain(LOADED, thunk, *before, plain_code=LOADED_CODE)
+
+
+def test_a_plain_site_through_memory() -> None:
+    assert judge_loaded() == []
+    assert judge_loaded(thunk=LOAD + bytes.fromhex("ff e0 cc")) == [FaultKind.BLOCK]
+    assert judge_loaded(thunk=bytes.fromhex("41 ff e3 cc")) == [FaultKind.BLOCK]
+    wrong = replace(LOADED, code=bytes.fromhex("2e 2e ff 53 18"))
+    found = judge_plain(wrong, LOADED_THUNK, plain_code=LOADED_CODE)
+    assert found == [FaultKind.BLOCK, FaultKind.BLOCK]
+    # Without its load the block is none of the site's, though it is of one through a register.
+    assert judge_plain(LOADED, LOADED_THUNK) == [FaultKind.BLOCK]
+
+
+def test_modules_of_which_one_has_its_target_in_memory() -> None:
+    assert judge_loaded(PLAIN) == []
+    assert judge_loaded(replace(LOADED, code=bytes.fromhex("2e 2e ff 53 18"))) == []
+    assert judge_loaded(PLAIN, thunk=bytes.fromhex("ff e1 cc")) == [FaultKind.BLOCK]
 
 
 def test_plain_site_whose_baseline_is_none() -> None:

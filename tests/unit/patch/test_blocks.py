@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from optpoline.errors import ArenaError, EncodeRangeError
-from optpoline.model import Addr, BlockPlan, Guard, Miss
+from optpoline.model import Addr, BlockPlan, Guard, Miss, OperandLoad
 from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, add_block, add_plain_thunk, point_back, redirect
 from optpoline.x86.blocks import LINE_SIZE, POISON, encode_block
@@ -65,6 +65,18 @@ def test_a_plain_site_has_one_thunk_however_often_its_module_comes(arena: Arena)
     others.append(add_plain_thunk(arena, "r8", site_addr=Addr(SITE_ADDR + 16)))
     assert len({thunk, *others}) == 3
     assert all(arena.is_thunk(addr) for addr in (thunk, *others))
+
+
+def test_a_thunk_that_loads_what_is_relative_to_it_is_found_again(arena: Arena) -> None:
+    # mov disp32(%rip), %r8
+    load = OperandLoad(code=bytes.fromhex("4c 8b 05 00 00 00 00"), data_addr=Addr(arena.addr))
+    other = OperandLoad(code=load.code, data_addr=Addr(arena.addr + 8))
+    thunk = add_plain_thunk(arena, "r8", load, site_addr=SITE_ADDR)
+    loaded = disassemble(arena.read(thunk, load.size), thunk)
+    assert loaded[0].memory_addr == arena.addr
+    assert add_plain_thunk(arena, "r8", load, site_addr=SITE_ADDR) == thunk
+    assert add_plain_thunk(arena, "r8", other, site_addr=SITE_ADDR) != thunk
+    assert add_plain_thunk(arena, "r8", site_addr=SITE_ADDR) != thunk
 
 
 def test_full_arena_is_an_error_and_keeps_its_blocks(arena: Arena) -> None:

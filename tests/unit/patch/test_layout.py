@@ -23,6 +23,8 @@ from optpoline.patch.layout import (
     BlockState,
     JournalEntry,
 )
+from optpoline.x86.assembler import REGISTER_NUMBERS
+from optpoline.x86.plain_branches import decode_plain_branch
 
 u64 = st.integers(0, (1 << 64) - 1)
 
@@ -148,10 +150,15 @@ def test_any_bytes_are_a_header_or_none(data: bytes) -> None:
     addr=u64,
     code=st.binary(min_size=5, max_size=15),
     off=st.integers(1, 11),
-    opcode_size=st.integers(0, 1),
+    opcode_size=st.integers(0, 5),
+    loaded=st.sampled_from((None, *REGISTER_NUMBERS)),
 )
-def test_entry_round_trip(addr: int, code: bytes, off: int, opcode_size: int) -> None:
-    entry = JournalEntry(addr=Addr(addr), code=code, disp_off=off, opcode_size=opcode_size)
+def test_entry_round_trip(
+    addr: int, code: bytes, off: int, opcode_size: int, loaded: str | None
+) -> None:
+    entry = JournalEntry(
+        addr=Addr(addr), code=code, disp_off=off, opcode_size=opcode_size, loaded=loaded
+    )
     data = entry.pack()
     assert len(data) == ENTRY_SIZE
     assert JournalEntry.unpack(data) == entry
@@ -165,7 +172,7 @@ def test_entry_addresses() -> None:
 def test_entry_of_an_arena_from_before_opcodes_were_changed() -> None:
     data = struct.pack("<QBB6x16s", 0x1000, 5, 1, b"\xe8\1\2\3\4")
     entry = JournalEntry.unpack(data)
-    assert entry.opcode_size == 0
+    assert (entry.opcode_size, entry.loaded) == (0, None)
     assert entry.changed_of(entry.code) == entry.disp == b"\1\2\3\4"
 
 
@@ -257,3 +264,26 @@ def test_any_kind_and_state_are_an_entry_or_none(entry: BlockEntry, kind: int, s
 def test_block_entries_lie_in_words() -> None:
     # Their state is stored in one aligned word.
     assert BLOCK_ENTRY_SIZE % 8 == BlockEntry.STATE_OFF % 8 == 0
+
+
+def test_entry_of_a_plain_site_whose_target_is_in_memory() -> None:
+    code = bytes.fromhex("2e 42 ff 24 ed 10 00 00 00")
+    operand = decode_plain_branch(code)
+    assert operand is not None
+    _, load = operand.find_operand("r11", Addr(0x1009)) or ("", None)
+    site = Site(
+        addr=Addr(0x1000),
+        code=code,
+        kind=SiteKind.JUMP,
+        disp_addr=Addr(0x1005),
+        thunk=Thunk(addr=Addr(0), operand="r11", flavour=ThunkFlavour.PLAIN, symbol="*16(,%r13,8)"),
+        module="/bin/program",
+        function=None,
+        function_addr=None,
+        is_plain=True,
+        load=load,
+    )
+    entry = JournalEntry.of(site)
+    assert (entry.changed_addr, entry.changed_size, entry.loaded) == (0x1001, 8, "r11")
+    assert entry.with_changed(bytes.fromhex("2e 2e 2e e9 01 02 03 04"))[:1] == code[:1]
+    assert JournalEntry.unpack(entry.pack()) == entry

@@ -310,6 +310,24 @@ def test_forms_of_a_plain_indirect_call() -> None:
     assert (direct_opcodes(entry), direct_opcodes(jump)) == ((b"\xe8",), (b"\xe9",))
 
 
+def test_forms_of_a_call_through_memory() -> None:
+    code = bytes.fromhex("2e ff 15 00 01 00 00")
+    entry = JournalEntry(addr=Addr(BASE), code=code, disp_off=3, opcode_size=2)
+    direct = b"\x2e\x2e\xe8" + NEW
+    assert direct_opcodes(entry) == (b"\x2e\xe8",)
+    assert is_same_but_disp(entry, code)
+    assert is_same_but_disp(entry, direct)
+    assert not is_same_but_disp(entry, b"\x2e\xff\xe8" + NEW)
+    assert not is_same_but_disp(entry, b"\xcc\x2e\xe8" + NEW)
+    text = FakeText()
+    text.data[: len(code)] = code
+    there = Poke(entry=entry, expected=code[1:], new=direct[1:])
+    assert poke_batch(text, [there]).done == (there,)
+    assert text.writes == [(BASE + 1, direct[1:])]
+    poke_all(text, [Poke(entry=entry, expected=direct[1:], new=entry.original)])
+    assert text.read(BASE, len(code)) == code
+
+
 def test_inside_is_behind_the_first_byte() -> None:
     entry = JournalEntry(addr=Addr(BASE), code=NOP, disp_off=1, opcode_size=1)
     assert [off for off in range(-1, 7) if is_inside(entry, Addr(BASE + off))] == [1, 2, 3, 4]

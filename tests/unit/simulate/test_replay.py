@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,14 @@ def test_cycles_are_those_of_the_cost_model() -> None:
         for row, found in zip(rows, cycles, strict=True):
             shares = {Addr(int(t)): n / row.sum() for t, n in zip(targets, row, strict=True)}
             assert found / row.sum() == pytest.approx(tree_cost(tree, shares, MODEL))
+
+
+def test_a_miss_costs_what_it_does_at_its_site() -> None:
+    # Too rare to be promoted.
+    rare = flip(1.0, 2.0, n_a_second=20)
+    plain = replace(rare, sites=(replace(rare.sites[0], is_plain=True),))
+    costs = [one(workload).outcomes[0].cycles for workload in (rare, plain)]
+    assert costs[0] - costs[1] == pytest.approx(MODEL.retpoline_cycles - MODEL.plain_cycles)
 
 
 def test_hits() -> None:

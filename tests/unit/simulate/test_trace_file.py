@@ -98,6 +98,15 @@ def test_tables_of_dynamic_calls(tmp_path: Path, table: Table | None) -> None:
     assert read_trace(tmp_path / "a").sites == (site,)
 
 
+@pytest.mark.parametrize(("said", "is_plain"), [({}, False), ({"is_plain": True}, True)])
+def test_whether_a_site_is_plain(tmp_path: Path, said: dict[str, object], is_plain: bool) -> None:
+    (tmp_path / "a").write_bytes(HEAD + PROGRAM + tables(sites=[SITE | said]) + END)
+    trace = read_trace(tmp_path / "a")
+    assert trace.sites[0].is_plain is is_plain
+    write(tmp_path / "b", trace)
+    assert read_trace(tmp_path / "b").sites == trace.sites
+
+
 def test_compact(tmp_path: Path) -> None:
     code = write(tmp_path / "a", make_trace(make_burst([0, 1] * 50_000)))
     assert len(code) < 2_000
@@ -216,6 +225,7 @@ END = frame(b"TEND", b"")
         ([PROGRAM, tables(sites=[SITE | {"table": {"name": "t", "type": 1}}]), END], "not a table"),
         ([PROGRAM, tables(sites=[SITE | {"max_guards": -1}]), END], "not a number of guards"),
         ([PROGRAM, tables(sites=[SITE | {"max_guards": True}]), END], "not a number of guards"),
+        ([PROGRAM, tables(sites=[SITE | {"is_plain": 1}]), END], "not a site"),
         ([PROGRAM, tables(), burst(b"\0", end_ns=1 << 63), END], "times of a burst"),
         ([PROGRAM, tables(), burst(b"\0", end_ns=0), END], "times of a burst"),
         ([PROGRAM, tables(pairs=[[0, 1]]), END], "is no pair"),

@@ -32,6 +32,7 @@ class Note:
     file: str
     line: int
     n_branches: int
+    register: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +135,7 @@ def _read_notes(elf: ELFFile, image: _Image) -> dict[int, Note]:
         assert (version, kind) == (1, _INDIRECT_SITE)
         body = start + off + _HEAD_SIZE
         site, linked, target, name, type_off, file_off, line, n_branches = fields[8:]
-        assert (linked, target, name) == (0, 0, 0)
+        assert (target, name) == (0, 0)
         note = Note(
             site=body + 4 + site,
             flags=flags,
@@ -143,6 +144,7 @@ def _read_notes(elf: ELFFile, image: _Image) -> dict[int, Note]:
             file=image.string_at(body + 24, file_off),
             line=line,
             n_branches=n_branches,
+            register=image.string_at(body + 8, linked),
         )
         assert note.site not in notes
         notes[note.site] = note

@@ -79,8 +79,12 @@ def check_marks(code: Code) -> None:
         assert note.length == insn.size
         if not note.flags & (EXCLUDED | COLD):
             assert insn.size >= SITE_SIZE
+        is_in_memory = "(" in insn.op_str or "[" in insn.op_str
+        assert bool(note.register) <= is_in_memory
         if insn.bytes[0] == CS:
-            assert insn.size == SITE_SIZE, "more prefixes than needed"
+            n_prefixes = len(insn.bytes) - len(bytes(insn.bytes).lstrip(bytes((CS,))))
+            is_one = n_prefixes == 1 and bool(note.register)
+            assert insn.size == SITE_SIZE or is_one, "more prefixes than needed"
             assert not note.flags & (EXCLUDED | COLD), "padded for nothing"
 
 

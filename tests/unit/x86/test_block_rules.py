@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from optpoline.model import Addr, BlockPlan
+from optpoline.model import Addr, BlockPlan, OperandLoad
 from optpoline.x86.assembler import INT3, LINE_SIZE, REGISTER_NUMBERS
 from optpoline.x86.block_rules import judge_block
 from optpoline.x86.block_verdict import BlockRule, BlockScene, decode_redirect
-from optpoline.x86.blocks import HEAD_SIZE, encode_redirect
+from optpoline.x86.blocks import HEAD_SIZE, encode_block, encode_redirect
 from tests.emulate.block_kinds import (
     COUNTERS_SIZE,
     KINDS,
@@ -20,6 +20,7 @@ from tests.emulate.block_kinds import (
     OPERANDS,
     Image,
     Layout,
+    LiteralTable,
     encode_image,
 )
 from tests.emulate.block_runs import interesting_values, random_counters
@@ -54,6 +55,7 @@ def scene_of(image: Image) -> BlockScene:
         text_size=len(image.text) if image.text != image.code else None,
         rows=image.plan.rows,
         is_below_stack_free=image.plan.is_below_stack_free,
+        load=image.plan.load,
     )
 
 
@@ -288,6 +290,64 @@ def test_what_passes_goes_where_it_should(kind: str) -> None:
             assert after.rseq_cs == 0
             if after.pc == layout.thunk_addr or plan.base is None:
                 assert after.registers == before.registers
+
+
+# --- operands in memory
+
+FROM_BASE = OperandLoad(code=bytes.fromhex("4c 8b 9b 10 00 00 00"))
+"""mov 0x10(%rbx), %r11."""
+FROM_DATA = OperandLoad(
+    code=bytes.fromhex("4c 8b 1d 00 00 00 00"), data_addr=Addr(0x5555_2000_0000)
+)
+"""mov disp32(%rip), %r11."""
+
+
+def loaded(kind: str, load: OperandLoad, layout: Layout = PIE) -> Image:
+    """Return a block of some kind that begins with a load."""
+    return encode_image(replace(KINDS[kind](layout, "r11"), load=load), layout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_block_that_loads_its_operand_is_sound(kind: str) -> None:
+    for load in (FROM_BASE, FROM_DATA):
+        assert rules_of(loaded(kind, load)) == set()
+
+
+def test_what_a_block_loads_is_what_its_site_reads() -> None:
+    image = loaded("one-counted", FROM_BASE)
+    scene = scene_of(image)
+    for other in (
+        "4c 8b 9b 18 00 00 00",  # of another place
+        "48 8b 8b 10 00 00 00",  # into another register
+        "4c 8d 9b 10 00 00 00",  # lea
+        "4c 8b 1d 10 00 00 00",  # relative to %rip
+    ):
+        assert BlockRule.LOAD in rules_of(image, put(image.code, 0, other))
+    bare = encode_image(KINDS["one-counted"](PIE, "r11"), PIE)
+    assert BlockRule.LOAD in rules_of(bare, scene=scene)
+    assert rules_of(image, scene=replace(scene, load=None)) != set()
+    relative = loaded("one-counted", FROM_DATA)
+    moved = replace(FROM_DATA, data_addr=Addr(0x5555_2000_0008))
+    assert rules_of(relative, scene=replace(scene_of(relative), load=moved)) == {BlockRule.LOAD}
+    far = replace(FROM_DATA, data_addr=Addr(0x7FFF_2000_0000))
+    assert rules_of(relative, scene=replace(scene_of(relative), load=far)) == {BlockRule.LOAD}
+
+
+def test_a_miss_goes_behind_the_load_of_the_thunk() -> None:
+    image = loaded("one", FROM_BASE)
+    twice = replace(image.plan, load=None, thunk_addr=image.plan.thunk_addr)
+    code = (
+        FROM_BASE.code
+        + encode_block(
+            twice, Addr(PIE.block_addr + FROM_BASE.size), LiteralTable(PIE.literal_addr)
+        ).code
+    )
+    assert len(code) == len(image.code)
+    assert rules_of(image, code) == {BlockRule.EXIT}
+    # A thunk that does not load is entered at its begin.
+    scene = scene_of(image)
+    elsewhere = replace(scene, thunk_addrs=frozenset({Addr(PIE.thunk_addr + 1)}))
+    assert rules_of(image, scene=elsewhere) == {BlockRule.EXIT}
 
 
 def outside_frame(state: State, plan: BlockPlan) -> bytes:

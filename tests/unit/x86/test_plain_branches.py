@@ -38,6 +38,10 @@ def test_what_a_disassembler_says(prefixes: str) -> None:
                 direct = read_with_capstone(found.direct_opcode + bytes(4))
                 assert [name for name, _ in direct] == [mnemonic]
                 seen.add(operand)
+            elif mnemonic in ("call", "jmp") and operand.startswith("qword ptr "):
+                assert found is not None, code.hex(" ")
+                assert (found.operand, found.is_call) == (None, mnemonic == "call")
+                assert found.memory is not None
             else:
                 assert found is None, code.hex(" ")
     assert seen == set(OPERANDS)
@@ -46,11 +50,37 @@ def test_what_a_disassembler_says(prefixes: str) -> None:
 @pytest.mark.parametrize(
     "code",
     ["ff d0", "2e 2e ff d0", "f2 f2 f2 ff d0", "2e 2e f2 ff d0", "66 2e 2e ff d0",
-     "2e ff 53 10 90", "2e 2e ff 53 10",
-     "2e 2e 2e ff d4", "41 2e 2e ff d0", "2e 2e 2e ff 10", "e8 00 00 00 00", "2e 2e 2e ff d0 90"],
+     "2e ff 53 10 90", "2e ff 53 10", "ff 15 00 00 00 00", "2e 67 ff 53 10", "2e 2e 2e ff 18",
+     "64 2e 2e ff 53 10", "2e 64 64 ff 53 10", "2e 2e 2e ff 50", "2e 2e 2e ff 14",
+     "2e 2e 2e ff d4", "41 2e 2e ff d0", "e8 00 00 00 00", "2e 2e 2e ff d0 90"],
 )  # fmt: skip
 def test_what_is_none(code: str) -> None:
     assert decode_plain_branch(bytes.fromhex(code)) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "direct"),
+    [
+        ("2e 2e 2e ff d0", "e8"),
+        ("2e 2e ff 53 10", "e8"),
+        ("2e 41 ff 53 10", "e8"),
+        ("2e ff 54 24 78", "e8"),
+        ("2e 41 ff 54 24 78", "e8"),
+        ("2e ff 15 00 00 00 00", "2e e8"),
+        ("3e 42 ff 24 ed 00 00 00 00", "2e 2e 2e e9"),
+        ("2e 64 ff 14 25 00 00 00 00", "2e 2e 2e e8"),
+    ],
+)
+def test_a_direct_branch_of_its_length(code: str, direct: str) -> None:
+    site = bytes.fromhex(code)
+    branch = decode_plain_branch(site)
+    assert branch is not None
+    assert branch.direct_opcode == bytes.fromhex(direct)
+    written = site[: -4 - branch.opcode_size] + branch.direct_opcode + b"\x01\x02\x03\x04"
+    assert len(written) == len(site)
+    assert written[:1] == site[:1] or len(site) == 5
+    insns = read_with_capstone(written)
+    assert [name.split()[-1] for name, _ in insns] == ["call" if branch.is_call else "jmp"]
 
 
 @pytest.mark.parametrize("operand", OPERANDS)

@@ -10,7 +10,16 @@ import pytest
 
 from optpoline.errors import EncodeRangeError
 from optpoline.learn.counting import n_cells, plan_counting
-from optpoline.model import Addr, BlockPlan, Guard, Miss, OpenSlot, TreeNode, tree_targets
+from optpoline.model import (
+    Addr,
+    BlockPlan,
+    Guard,
+    Miss,
+    OpenSlot,
+    OperandLoad,
+    TreeNode,
+    tree_targets,
+)
 from optpoline.x86 import templates
 from optpoline.x86.assembler import BlockCode, Relocation
 from optpoline.x86.blocks import encode_block
@@ -55,6 +64,18 @@ def moved(layout: Layout, step: int) -> Layout:
     )
 
 
+def load_of(operand: str, layout: Layout, step: int) -> OperandLoad | None:
+    """Return what loads an operand: nothing, or what depends on where it is, or does not."""
+    if operand == "rax":
+        return None
+    if operand == "rsi":
+        # mov disp32(%rip), %rsi
+        data_addr = Addr(layout.counter_addr + 0x8000 + 0x17 * step)
+        return OperandLoad(code=bytes.fromhex("48 8b 35 00 00 00 00"), data_addr=data_addr)
+    # mov 0x10(%rbx), %r12
+    return OperandLoad(code=bytes.fromhex("4c 8b a3 10 00 00 00"))
+
+
 class Encoded:
     """Counts how often the encoder is asked."""
 
@@ -87,6 +108,7 @@ def test_every_kind_is_relocated(
         for step in range(4):
             there = moved(layout, step)
             plan = moved_cells(KINDS[kind](there, operand), 0x48 * step)
+            plan = replace(plan, load=load_of(operand, there, step))
             wanted = encode_block(plan, there.block_addr, literals)
             assert made.encode(plan, there.block_addr) == wanted
         if layout in (FIXED, PIE):
@@ -114,10 +136,13 @@ def random_plan(random: Random, layout: Layout) -> BlockPlan:
     targets = sorted(Addr(random.choice(pair)) for pair in zip(near, far, strict=True))
     tree = random_tree(random, targets)
     operand = random.choice(("rax", "rcx", "r11"))
+    load = load_of(random.choice(("rax", "rsi", "r12")), layout, random.randrange(9))
     thunk = Addr(random.choice((0x40_0000, 0x60_0000)))
     cells = Addr(layout.counter_addr + 8 * random.randrange(400))
     if random.random() < 0.4:
-        return BlockPlan(operand=operand, tree=tree, thunk_addr=thunk, miss_count_addr=cells)
+        return BlockPlan(
+            operand=operand, tree=tree, thunk_addr=thunk, miss_count_addr=cells, load=load
+        )
     n_open = random.choice((0, 2, 2, 3))
     assert n_cells(n_targets, n_open) < 112
     return plan_counting(
@@ -129,6 +154,7 @@ def random_plan(random: Random, layout: Layout) -> BlockPlan:
         rows=rows_of(layout, random.choice((Way.CALL, Way.SEGMENT))),
         is_below_stack_free=random.random() < 0.5,
         thunk_targets=frozenset(t for t in tree_targets(tree) if random.random() < 0.1),
+        load=load,
     )
 
 

@@ -3,7 +3,8 @@
 // assembly. Before it:
 //
 //   .Loptpoline_plugin_site7:
-//           .skip N, 0x2e              as many prefixes as make it 5 bytes long; often none
+//           .skip N, 0x2e              as many prefixes as make it 5 bytes long; one at least
+//                                      where its target is in memory, and a register is free
 //   .Loptpoline_plugin_insn7:
 //           call *%rax                 (the compiler's own, thunk or not)
 //
@@ -110,6 +111,7 @@ struct site
   int flags;
   int n_branches;
   std::string type;
+  std::string dead; // a register, where the target is in memory; "" where none is known
   expanded_location place;
   section *text;
 
@@ -125,7 +127,9 @@ describe (const rtx_insn *insn, bool is_cold)
   bool is_out = tag.choice.what == wish::OUT || (options.opt_in && tag.choice.what == wish::NONE);
   int flags = (is_out ? FLAG_EXCLUDED : 0) | (is_cold ? FLAG_COLD : 0)
 	      | (is_goto (insn) ? FLAG_GOTO : 0);
-  return { flags, tag.choice.n_branches, tag.type, locate (insn), current_function_section () };
+  const char *dead = find_dead_name (insn);
+  return { flags, tag.choice.n_branches, tag.type, dead ? dead : "", locate (insn),
+	   current_function_section () };
 }
 
 static std::string
@@ -137,10 +141,14 @@ write_before (const site &made, int number)
   text += format (".Loptpoline_plugin_site%d:\n", number);
   if (made.is_padded ())
     {
-      std::string missing
-	= format ("(%d-(.Loptpoline_plugin_end%d-.Loptpoline_plugin_insn%d))", SITE_SIZE, number, number);
+      // One prefix at least tells probes of other tools to stay away; where the target is in a
+      // register, there always is one.
+      int n_least = made.dead.empty () ? 0 : 1;
+      std::string missing = format ("(%d-(.Loptpoline_plugin_end%d-.Loptpoline_plugin_insn%d))",
+				    SITE_SIZE - n_least, number, number);
       // To an assembler, true is -1.
-      text += "\t.skip -(" + missing + ">0)*" + missing + format (",%#x\n", PREFIX);
+      text += format ("\t.skip %d-(", n_least) + missing + ">0)*" + missing
+	      + format (",%#x\n", PREFIX);
     }
   return text + format (".Loptpoline_plugin_insn%d:", number);
 }
@@ -160,7 +168,8 @@ write_behind (const site &made, int number)
   text += format ("\t.byte %d,%d,%d,.Loptpoline_plugin_end%d-.Loptpoline_plugin_site%d\n", VERSION,
 		  KIND_INDIRECT_SITE, made.flags, number, number);
   text += format ("\t.long .Loptpoline_plugin_site%d-.\n", number);
-  text += "\t.long 0,0,0\n"; // object, target, name
+  text += "\t.long " + refer_to (made.dead) + "\n"; // in the place of the object
+  text += "\t.long 0,0\n";			   // target, name
   text += "\t.long " + refer_to (made.type) + "\n";
   text += "\t.long " + refer_to (file) + "\n";
   text += format ("\t.long %d,%d\n", made.place.line, made.n_branches);

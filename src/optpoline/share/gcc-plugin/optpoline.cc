@@ -84,6 +84,7 @@ plugin_init (plugin_name_args *name, plugin_gcc_version *version)
   add_pass (name->base_name, make_before_expand_pass (g), "*warn_function_noreturn",
 	    PASS_POS_INSERT_AFTER);
   add_pass (name->base_name, make_after_expand_pass (g), "vregs", PASS_POS_INSERT_BEFORE);
+  add_pass (name->base_name, make_dead_pass (g), "*free_cfg", PASS_POS_INSERT_BEFORE);
   // Before "final" nothing can come between a mark and its call any more.
   add_pass (name->base_name, make_mark_pass (g), "final", PASS_POS_INSERT_BEFORE);
   register_callback (name->base_name, PLUGIN_FINISH_UNIT, write_strings, NULL);

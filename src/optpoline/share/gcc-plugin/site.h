@@ -5,6 +5,7 @@
 //            carried as an attribute of the call's function type: it survives inlining, cloning, LTO
 //   carry  (around the step to RTL)         statement -> instruction
 //            carried as a USE in the call's register usage: it survives all passes on instructions
+//   dead   (while the flow is still known)  instruction -> a register that is dead there
 //   mark   (just before assembly is written) instruction -> label, padding, note
 
 #ifndef OPTPOLINE_SITE_H
@@ -64,6 +65,10 @@ bool read_tag (const gcall *call, site_tag *tag);
 opt_pass *make_before_expand_pass (gcc::context *ctxt);
 opt_pass *make_after_expand_pass (gcc::context *ctxt);
 bool carried_tag (const rtx_insn *call, site_tag *tag);
+
+// dead.cc
+opt_pass *make_dead_pass (gcc::context *ctxt);
+const char *find_dead_name (const rtx_insn *insn); // NULL if none is known, or needed
 
 // mark.cc
 opt_pass *make_mark_pass (gcc::context *ctxt);
