@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from optpoline.process.ptrace import Tracer
+from optpoline.process.timer_slack import end_sleeps_on_time
 
 __all__ = ["TracerThread"]
 
@@ -102,6 +103,8 @@ class TracerThread:
 
     def _serve(self) -> None:
         """Run jobs until told to end."""
+        # The target stands while this thread waits.
+        end_sleeps_on_time()
         tracer = Tracer()
         while (run := self._jobs.get()) is not None:
             run(tracer)
