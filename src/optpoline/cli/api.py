@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
@@ -27,7 +28,7 @@ from optpoline.controller.summary import (
     StaticCallSummary,
     Summary,
 )
-from optpoline.errors import TargetFault
+from optpoline.errors import PermissionDenied, TargetFault, UnsupportedTarget
 
 if TYPE_CHECKING:
     import optpoline
@@ -197,6 +198,9 @@ class Api(Protocol):
     def read_status(self, pid: int) -> LeftBehind | None:
         """Say what an earlier controller left in a process."""
 
+    def wait_for_late_calls(self, pid: int) -> None:
+        """Wait until what an earlier controller had a process do is done, if we may stop it."""
+
     def audit(self, pid: int) -> AuditReport:
         """Verify what controllers did to a process."""
 
@@ -244,6 +248,15 @@ class LiveApi:
         except TargetFault:
             check_attachable(pid)
             raise
+
+    def wait_for_late_calls(self, pid: int) -> None:
+        """Wait until what an earlier controller had a process do is done, if we may stop it."""
+        from optpoline.controller.late_calls import wait_for_late_calls
+
+        # A debugger that has it now has stopped its threads since; that nothing was left can
+        # be told all the same.
+        with suppress(PermissionDenied, UnsupportedTarget):
+            wait_for_late_calls(pid)
 
     def audit(self, pid: int) -> AuditReport:
         """Verify what controllers did to a process; explain it if we may not see."""

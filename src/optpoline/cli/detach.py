@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from optpoline.cli.api import Api
 from optpoline.cli.drive import EXIT_NOT_UNDONE, NOT_UNDONE
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import PID, pass_invocation, shared_options
@@ -29,7 +30,7 @@ def detach_command(invocation: Invocation, pid: int, settings: bool) -> None:
     """
     invocation.sink.validate_writable()
     console = invocation.console()
-    if invocation.api.read_status(pid) is None:
+    if _is_untouched(invocation.api, pid):
         if settings:
             # What notes that cannot be read declare may be set all the same: then it says so.
             invocation.api.declared(pid).close()
@@ -45,3 +46,12 @@ def detach_command(invocation: Invocation, pid: int, settings: bool) -> None:
     invocation.sink.write(detach_document(pid, result))
     if result.outcome in NOT_UNDONE:
         invocation.exit_code = EXIT_NOT_UNDONE
+
+
+def _is_untouched(api: Api, pid: int) -> bool:
+    """Tell whether nothing of ours is in a process, nor about to come to be there."""
+    if api.read_status(pid) is not None:
+        return False
+    # A thread that was put on a call by a controller that was killed may still have to make it.
+    api.wait_for_late_calls(pid)
+    return api.read_status(pid) is None

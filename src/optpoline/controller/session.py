@@ -15,6 +15,7 @@ from optpoline.controller.arguments import validate_pid, validate_setting
 from optpoline.controller.config import LEARN_S, Config
 from optpoline.controller.events import EventKind
 from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S
+from optpoline.controller.late_calls import wait_for_late_calls
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.lifeline import Lifeline
 from optpoline.controller.lock import ControllerLock
@@ -99,6 +100,7 @@ class Session(DeclaringSession):
         check_attachable(self.pid)
         self._lock = ControllerLock(self.pid)
         self._lifeline = Lifeline(self.pid, self._standing)
+        wait_for_late_calls(self.pid, stop_timeout_s=self.config.stop_timeout_s)
         if find_left(self.pid) is not None:
             result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
             restored = count_of(result.restored, "site")

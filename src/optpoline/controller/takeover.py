@@ -17,6 +17,7 @@ from optpoline.controller.arguments import validate_pid
 from optpoline.controller.declared_program import DeclaredProgram
 from optpoline.controller.declared_settings import read_settings
 from optpoline.controller.kept import describe_kept, find_children
+from optpoline.controller.late_calls import wait_for_late_calls
 from optpoline.controller.left_arenas import (
     LeftArena,
     find_arena_files,
@@ -132,7 +133,8 @@ def read_status(pid: int) -> LeftBehind | None:
 def find_left(pid: int) -> LeftBehind | None:
     """Return what a controller left of its arenas and promotions; None if nothing.
 
-    Nothing is stopped and nothing is written.
+    Nothing is stopped and nothing is written. What a call that is still to come will leave is
+    not told: ``wait_for_late_calls`` comes before that.
 
     Raises:
         UsageError: if ``pid`` is no whole number from 1 up.
@@ -198,7 +200,8 @@ def restore(pid: int, *, stop_timeout_s: float = 2.0, settings: bool = False) ->
         ProcessGone: if there is no such process.
         PermissionDenied: if we may not trace it.
         ControllerActive: if a controller still works on it.
-        StopTimeout: if its threads could not be stopped.
+        StopTimeout: if its threads could not be stopped, or one hangs in a call that a killed
+            controller put it on.
         SiteChanged: if somebody else's bytes are at a branch on a key, or a static call.
         TransactionTimeout: if keys or calls have to be changed, and threads were in the way.
         NotesError: if they are to be put back, and a module's notes cannot be read; all else is
@@ -207,6 +210,7 @@ def restore(pid: int, *, stop_timeout_s: float = 2.0, settings: bool = False) ->
     check_attachable(validate_pid(pid))
     lock = ControllerLock(pid)
     try:
+        wait_for_late_calls(pid, stop_timeout_s=stop_timeout_s)
         result = restore_left(pid, stop_timeout_s=stop_timeout_s)
         return _with_settings(pid, result, stop_timeout_s, is_reset=settings)
     finally:
@@ -248,7 +252,9 @@ def _with_settings(
 
 
 def restore_left(pid: int, *, stop_timeout_s: float) -> DetachResult:
-    """Undo what an earlier controller left; the caller holds the target's lock.
+    """Undo what an earlier controller left.
+
+    The caller holds the target's lock, and has waited for calls that are still to come.
 
     Raises:
         ProcessGone: if there is no such process.

@@ -11,25 +11,32 @@ and the frame is never used. If we die, the kernel lets the thread go on, and:
 step  we did                          left alone, the thread
 ====  ==============================  ==========================================
  1    write frame below the red zone  runs on; the frame is dead stack
- 2    registers: on the ``syscall``   makes the call, returns to the trampoline,
-                                      which restores registers, vectors and mask;
-                                      signals are still open: a handler runs below
-                                      the frame and returns into this
+ 2    registers: on the ``syscall``,  makes that call, which does nothing, returns
+      with the number of getpid       to the trampoline, which restores registers,
+                                      vectors and mask; signals are still open: a
+                                      handler runs below the frame and returns
+                                      into this
  3    block all signals               as in 2; the mask comes from the frame
- 4    go to entry stop, exit stop     as in 2, from wherever it is
- 5    next call: registers again      makes the next call, then as in 2
- 6    interrupt, go on to event stop  is behind the ``syscall``: returns as in 2
- 7    signal mask back                as in 6; a signal taken now has its handler
+ 4    go on to the entry stop         as in 2, from wherever it is
+ 5    number of the call we mean      makes the call before it is in user code
+                                      again, then as in 2
+ 6    go on to the exit stop          as in 5
+ 7    next call: 2, 4 to 6 again      as there
+ 8    interrupt, go on to event stop  is behind the ``syscall``: returns as in 2
+ 9    signal mask back                as in 8; a signal taken now has its handler
                                       run below the frame
- 8    registers back                  is as it was found, restart still pending
+10    registers back                  is as it was found, restart still pending
 ====  ==============================  ==========================================
 
-2 comes before 3 and 7 before 8: otherwise there would be an instant with all
-signals blocked and nothing left to unblock them. 6 is there because the kernel
+2 comes before 3 and 9 before 10: otherwise there would be an instant with all
+signals blocked and nothing left to unblock them. The call is named as late as 5
+so that one of a controller that died is never still to come while the thread is
+in user code, in a handler that blocks, say: whoever has seen it there, or makes
+it stop, knows that the call is over. 8 is there because the kernel
 restarts an interrupted call only on its way out of a signal check, which a
 system call's exit need not pass; the event stop is inside that check.
 
-Limits, all only if we die between 2 and 8: a call with a restart block (-516)
+Limits, all only if we die between 2 and 10: a call with a restart block (-516)
 answers EINTR, and a call that a signal should have ended is restarted when that
 signal came in between; a seccomp filter is live again.
 """
@@ -54,6 +61,7 @@ from optpoline.x86.signal_frame import encode_signal_frame
 from optpoline.x86.syscalls import (
     ERESTART_RESTARTBLOCK,
     ERESTARTSYS,
+    SYS_GETPID,
     undisturbed,
 )
 
@@ -180,7 +188,7 @@ class InjectionThread:
         regs = self._regs.with_call(
             insn_addr=self._code.path.syscall_addr,
             sp=self._rsp,
-            nr=nr,
+            nr=SYS_GETPID,
             args=self._store_arguments(args),
         )
         regs = regs._replace(rbp=self._rbp)
@@ -191,9 +199,12 @@ class InjectionThread:
             # 3. So that no signal is dequeued in between: its siginfo would be ours to keep.
             self._tracer.write_signal_mask(self.tid, _ALL_SIGNALS)
             self._is_masked = True
-        # 4. Entry, then exit.
-        for _ in range(2):
-            self._go_on_to_syscall_stop(deadline_ns)
+        # 4. Until the entry stop it is a call that does nothing.
+        self._go_on_to_syscall_stop(deadline_ns)
+        # 5. From here on the thread is in the kernel until it has made the call.
+        self._tracer.write_syscall_number(self.tid, nr)
+        # 6. The exit stop.
+        self._go_on_to_syscall_stop(deadline_ns)
         result = self._tracer.read_registers(self.tid).result
         if -ERESTART_RESTARTBLOCK <= result <= -ERESTARTSYS:
             # A stop signal came while it slept in the call: make the call again.
@@ -224,7 +235,7 @@ class InjectionThread:
         """
         if not self.is_entered:
             return
-        # 6. To the event stop, where a pending restart is honoured. One that has not
+        # 8. To the event stop, where a pending restart is honoured. One that has not
         # stopped for a call (frozen by its control group, say) comes there by itself.
         self._tracer.interrupt(self.tid)
         if self._is_stopped:
@@ -236,9 +247,9 @@ class InjectionThread:
             self._tracer.cont(self.tid, code.delivered_signal)
         else:
             raise OptpolineError(f"thread {self.tid} is flooded with stop signals")
-        # 7. Before 8: from here to there the frame still brings the mask back.
+        # 9. Before 10: from here to there the frame still brings the mask back.
         self._tracer.write_signal_mask(self.tid, self._mask)
-        # 8. With the restart it had pending, if any.
+        # 10. With the restart it had pending, if any.
         self._tracer.write_registers(self.tid, self._regs)
         self.is_entered = self._is_masked = False
         # The frame is needed no more: put back what it lay over.

@@ -28,6 +28,7 @@ from optpoline.x86.registers import REGISTERS_SIZE, Registers, decode_registers
 __all__ = ["PTRACE_EVENT_STOP", "SYSCALL_STOP", "StopCode", "Tracer", "reap_thread"]
 
 # include/uapi/linux/ptrace.h
+_PTRACE_POKEUSR = 6
 _PTRACE_CONT = 7
 _PTRACE_DETACH = 17
 _PTRACE_SYSCALL = 24
@@ -42,6 +43,8 @@ _PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
 _PTRACE_O_TRACESYSGOOD = 1
 _PTRACE_O_SUSPEND_SECCOMP = 1 << 21
 PTRACE_EVENT_STOP = 128
+# arch/x86/include/uapi/asm/ptrace-abi.h
+_ORIG_RAX_OFF = 120
 # include/uapi/linux/elf.h
 _NT_PRSTATUS = 1
 _NT_X86_XSTATE = 0x202
@@ -180,6 +183,10 @@ class Tracer:
         data = ctypes.create_string_buffer(regs.encode(), REGISTERS_SIZE)
         iovec = _IoVec(ctypes.addressof(data), REGISTERS_SIZE)
         self._request(_PTRACE_SETREGSET, tid, _NT_PRSTATUS, ctypes.addressof(iovec))
+
+    def write_syscall_number(self, tid: int, nr: int) -> None:
+        """Have a thread at the entry stop of a system call make another one instead."""
+        self._request(_PTRACE_POKEUSR, tid, _ORIG_RAX_OFF, nr)
 
     def read_xstate(self, tid: int) -> bytes:
         """Return a stopped thread's XSAVE image, in the standard format."""

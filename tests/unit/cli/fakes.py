@@ -273,6 +273,7 @@ class FakeApi:
     attached: list[int] = field(default_factory=list)
     listing: FakeListing | None = None
     left: LeftBehind | None = None
+    left_late: LeftBehind | None = None
     report: AuditReport | None = None
     restore_error: OptpolineError | None = None
     found: list[int | str] = field(default_factory=list)
@@ -298,6 +299,10 @@ class FakeApi:
     def read_status(self, pid: int) -> LeftBehind | None:
         """Say what is left."""
         return self.left
+
+    def wait_for_late_calls(self, pid: int) -> None:
+        """Find what was left late."""
+        self.left = self.left or self.left_late
 
     def audit(self, pid: int) -> AuditReport:
         """Verify."""

@@ -130,6 +130,11 @@ def test_detach(capsys: pytest.CaptureFixture[str]) -> None:
     assert "restored 1 site; nothing of optpoline is left" in err
 
 
+def test_detach_waits_for_what_is_left_late(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["detach", "4711"], api=FakeApi(left_late=LEFT)) == 0
+    assert "restored 1 site" in capsys.readouterr().err
+
+
 def test_detach_that_leaves_foreign_bytes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     api = FakeApi(left=LEFT)
     api.session.result = DetachResult(
