@@ -23,7 +23,7 @@ import time
 from collections.abc import Collection
 from contextlib import closing
 
-from optpoline.controller.target import Target
+from optpoline.controller.target import StopLog, Target
 from optpoline.errors import ProcessGone, StopTimeout
 from optpoline.model import Mapping
 from optpoline.process.busy import is_transferring, moving_between_cpus
@@ -39,7 +39,7 @@ _AFTER_THE_CALL = "TZXx"
 """States of threads that are stopped for job control, or dead: not inside a call any more."""
 
 
-def wait_for_late_calls(pid: int, *, stop_timeout_s: float = 2.0) -> None:
+def wait_for_late_calls(pid: int, *, stop_timeout_s: float = 2.0) -> StopLog:
     """Wait until no thread is about to make, or in, a call that a dead controller injected.
 
     To be called before looking for what that one has left. No controller may be at work.
@@ -47,6 +47,9 @@ def wait_for_late_calls(pid: int, *, stop_timeout_s: float = 2.0) -> None:
     Args:
         pid: The process.
         stop_timeout_s: How long its threads may take.
+
+    Returns:
+        The stops that it took.
 
     Raises:
         ProcessGone: if there is no such process.
@@ -57,6 +60,7 @@ def wait_for_late_calls(pid: int, *, stop_timeout_s: float = 2.0) -> None:
         vdso = next((m for m in target.maps if m.path == "[vdso]"), None)
         if vdso is not None:  # else nothing can have been injected
             _wait(target, vdso)
+        return target.stops
 
 
 def _wait(target: Target, vdso: Mapping) -> None:

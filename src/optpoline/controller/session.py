@@ -100,7 +100,7 @@ class Session(DeclaringSession):
         check_attachable(self.pid)
         self._lock = ControllerLock(self.pid)
         self._lifeline = Lifeline(self.pid, self._standing)
-        wait_for_late_calls(self.pid, stop_timeout_s=self.config.stop_timeout_s)
+        early_stops = wait_for_late_calls(self.pid, stop_timeout_s=self.config.stop_timeout_s)
         if find_left(self.pid) is not None:
             result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
             restored = count_of(result.restored, "site")
@@ -113,6 +113,7 @@ class Session(DeclaringSession):
             max_stop_s=self.config.max_stop_s,
             has_cpu_rows=not self.config.shared_counters,
         )
+        target.stops.include(early_stops)
         self._target = target
         parts = make_parts(self.config, target, self._lifeline, self._standing)
         self._parts = parts
