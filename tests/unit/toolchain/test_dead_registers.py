@@ -75,7 +75,7 @@ def build(source: Path, flags: tuple[str, ...], plugin: Path, directory: Path) -
         (("-O2", "-ffixed-r11"), {"r10", "r9"}),
         (("-O2", "-fcall-saved-r11", "-fcall-saved-r10"), {"r9"}),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)),
 )
 def test_few_registers_are_free(
     plugin: Path, tmp_path: Path, flags: tuple[str, ...], registers: set[str]
