@@ -39,7 +39,9 @@ _AFTER_THE_CALL = "TZXx"
 """States of threads that are stopped for job control, or dead: not inside a call any more."""
 
 
-def wait_for_late_calls(pid: int, *, stop_timeout_s: float = 2.0) -> StopLog:
+def wait_for_late_calls(
+    pid: int, *, stop_timeout_s: float = 2.0, max_stop_s: float = 0.005
+) -> StopLog:
     """Wait until no thread is about to make, or in, a call that a dead controller injected.
 
     To be called before looking for what that one has left. No controller may be at work.
@@ -47,6 +49,7 @@ def wait_for_late_calls(pid: int, *, stop_timeout_s: float = 2.0) -> StopLog:
     Args:
         pid: The process.
         stop_timeout_s: How long its threads may take.
+        max_stop_s: What a stop is to take at most, for the log.
 
     Returns:
         The stops that it took.
@@ -56,7 +59,7 @@ def wait_for_late_calls(pid: int, *, stop_timeout_s: float = 2.0) -> StopLog:
         PermissionDenied: if a thread that runs cannot be traced.
         StopTimeout: if a thread was in such a call all the time.
     """
-    with closing(Target(pid, stop_timeout_s=stop_timeout_s)) as target:
+    with closing(Target(pid, stop_timeout_s=stop_timeout_s, max_stop_s=max_stop_s)) as target:
         vdso = next((m for m in target.maps if m.path == "[vdso]"), None)
         if vdso is not None:  # else nothing can have been injected
             _wait(target, vdso)

@@ -100,7 +100,11 @@ class Session(DeclaringSession):
         check_attachable(self.pid)
         self._lock = ControllerLock(self.pid)
         self._lifeline = Lifeline(self.pid, self._standing)
-        early_stops = wait_for_late_calls(self.pid, stop_timeout_s=self.config.stop_timeout_s)
+        early_stops = wait_for_late_calls(
+            self.pid,
+            stop_timeout_s=self.config.stop_timeout_s,
+            max_stop_s=self.config.max_stop_s,
+        )
         if find_left(self.pid) is not None:
             result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
             restored = count_of(result.restored, "site")
