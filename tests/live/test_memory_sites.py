@@ -12,7 +12,8 @@ from optpoline.model import Addr, Site
 from optpoline.process.memory import RemoteMemory
 from optpoline.x86.decode import Flow, decode_one
 from tests.live.conftest import LiveTarget, StartTarget
-from tests.live.witness import Witness, start_cli, wait_for_line
+from tests.live.killed import check_left_by_kill
+from tests.live.witness import Witness
 from tests.unit.toolchain.conftest import build_plugin_once
 
 pytestmark = pytest.mark.live
@@ -82,16 +83,8 @@ def test_there_and_back(start_target: StartTarget, code: str) -> None:
 
 def test_what_a_killed_controller_left(start_target: StartTarget) -> None:
     target = _start(start_target, "pie")
-    before, listed = Witness.of(target.pid), optpoline.find_sites(target.pid)
-    command = ("attach", "-v", "--promote-plain", "--learn-seconds", 0.2, target.pid)
-    with start_cli(*command) as controller:
-        wait_for_line(controller, "promoted")
-        controller.kill()
-    assert audit(target.pid).is_sound
-    left = optpoline.find_sites(target.pid)
-    assert SiteState.PROMOTED in {site.state for site in left.sites}
-    assert left.declared == listed.declared
-    assert [site.thunk for site in left.sites] == [site.thunk for site in listed.sites]
+    before = Witness.of(target.pid)
+    check_left_by_kill(target.pid)
     optpoline.restore(target.pid)
     before.check(target.pid)
     assert target.finish() == "wrong 0\n"

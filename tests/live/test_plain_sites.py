@@ -18,13 +18,12 @@ from optpoline.process.memory import RemoteMemory
 from optpoline.process.procfs import list_tids, read_state_char
 from optpoline.x86.decode import Flow, decode_one
 from tests.live.conftest import TARGETS, LiveTarget, StartTarget
+from tests.live.killed import check_left_by_kill
 from tests.live.uprobes import ENOTSUPP, open_uprobe
 from tests.live.witness import (
     RETPOLINE,
     Witness,
     arena_mappings,
-    start_cli,
-    wait_for_line,
 )
 from tests.unit.toolchain.conftest import build_plugin_once
 
@@ -99,17 +98,8 @@ def test_left_alone_unless_asked_for(target: LiveTarget) -> None:
 
 
 def test_what_a_killed_controller_left(target: LiveTarget) -> None:
-    before, listed = Witness.of(target.pid), optpoline.find_sites(target.pid)
-    command = ("attach", "-v", "--promote-plain", "--learn-seconds", 0.3, target.pid)
-    with start_cli(*command) as controller:
-        wait_for_line(controller, "promoted")
-        controller.kill()
-    assert audit(target.pid).is_sound
-    # Whoever looks sees the program as its source has it, and where each site leads now.
-    left = optpoline.find_sites(target.pid)
-    assert SiteState.PROMOTED in {site.state for site in left.sites}
-    assert left.declared == listed.declared
-    assert [site.thunk for site in left.sites] == [site.thunk for site in listed.sites]
+    before = Witness.of(target.pid)
+    left = check_left_by_kill(target.pid)
     assert {site.thunk[:2] for site in left.sites} == {"*%"}
     _list_with_breakpoints(target, left)
     optpoline.restore(target.pid)

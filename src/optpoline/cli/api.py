@@ -251,12 +251,12 @@ class LiveApi:
 
     def wait_for_late_calls(self, pid: int) -> None:
         """Wait until what an earlier controller had a process do is done, if we may stop it."""
-        from optpoline.controller.late_calls import wait_for_late_calls
+        from optpoline.controller.late_calls import wait_for_late_calls_of
 
         # A debugger that has it now has stopped its threads since; that nothing was left can
         # be told all the same.
         with suppress(PermissionDenied, UnsupportedTarget):
-            wait_for_late_calls(pid)
+            wait_for_late_calls_of(pid)
 
     def audit(self, pid: int) -> AuditReport:
         """Verify what controllers did to a process; explain it if we may not see."""

@@ -23,7 +23,7 @@ import time
 from collections.abc import Collection
 from contextlib import closing
 
-from optpoline.controller.target import StopLog, Target
+from optpoline.controller.target import Target
 from optpoline.errors import ProcessGone, StopTimeout
 from optpoline.model import Mapping
 from optpoline.process.busy import is_transferring, moving_between_cpus
@@ -31,7 +31,7 @@ from optpoline.process.procfs import list_tids
 from optpoline.process.stop import Wake
 from optpoline.process.thread_state import ThreadState, ThreadWhere, read_thread_state
 
-__all__ = ["may_call_late", "wait_for_late_calls"]
+__all__ = ["may_call_late", "wait_for_late_calls", "wait_for_late_calls_of"]
 
 _FIRST_PAUSE_S = 0.001
 _MAX_PAUSE_S = 0.05
@@ -39,31 +39,38 @@ _AFTER_THE_CALL = "TZXx"
 """States of threads that are stopped for job control, or dead: not inside a call any more."""
 
 
-def wait_for_late_calls(
-    pid: int, *, stop_timeout_s: float = 2.0, max_stop_s: float = 0.005
-) -> StopLog:
+def wait_for_late_calls(target: Target) -> None:
     """Wait until no thread is about to make, or in, a call that a dead controller injected.
 
     To be called before looking for what that one has left. No controller may be at work.
 
     Args:
-        pid: The process.
-        stop_timeout_s: How long its threads may take.
-        max_stop_s: What a stop is to take at most, for the log.
-
-    Returns:
-        The stops that it took.
+        target: The process.
 
     Raises:
         ProcessGone: if there is no such process.
         PermissionDenied: if a thread that runs cannot be traced.
         StopTimeout: if a thread was in such a call all the time.
     """
-    with closing(Target(pid, stop_timeout_s=stop_timeout_s, max_stop_s=max_stop_s)) as target:
-        vdso = next((m for m in target.maps if m.path == "[vdso]"), None)
-        if vdso is not None:  # else nothing can have been injected
-            _wait(target, vdso)
-        return target.stops
+    vdso = next((m for m in target.maps if m.path == "[vdso]"), None)
+    if vdso is not None:  # else nothing can have been injected
+        _wait(target, vdso)
+
+
+def wait_for_late_calls_of(pid: int, *, stop_timeout_s: float = 2.0) -> None:
+    """Do so for a process that is looked at for nothing else.
+
+    Args:
+        pid: The process.
+        stop_timeout_s: How long its threads may take.
+
+    Raises:
+        ProcessGone: as ``wait_for_late_calls``.
+        PermissionDenied: likewise.
+        StopTimeout: likewise.
+    """
+    with closing(Target(pid, stop_timeout_s=stop_timeout_s)) as target:
+        wait_for_late_calls(target)
 
 
 def _wait(target: Target, vdso: Mapping) -> None:

@@ -100,25 +100,20 @@ class Session(DeclaringSession):
         check_attachable(self.pid)
         self._lock = ControllerLock(self.pid)
         self._lifeline = Lifeline(self.pid, self._standing)
-        early_stops = wait_for_late_calls(
-            self.pid,
-            stop_timeout_s=self.config.stop_timeout_s,
-            max_stop_s=self.config.max_stop_s,
-        )
-        if find_left(self.pid) is not None:
-            result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
-            restored = count_of(result.restored, "site")
-            self._standing.note(f"found what an earlier controller left: restored {restored}")
-            for note in result.notes:
-                self._standing.note(note)
         target = Target(
             self.pid,
             stop_timeout_s=self.config.stop_timeout_s,
             max_stop_s=self.config.max_stop_s,
             has_cpu_rows=not self.config.shared_counters,
         )
-        target.stops.include(early_stops)
         self._target = target
+        wait_for_late_calls(target)
+        if find_left(self.pid) is not None:
+            result = restore_left(self.pid, stop_timeout_s=self.config.stop_timeout_s)
+            restored = count_of(result.restored, "site")
+            self._standing.note(f"found what an earlier controller left: restored {restored}")
+            for note in result.notes:
+                self._standing.note(note)
         parts = make_parts(self.config, target, self._lifeline, self._standing)
         self._parts = parts
         parts.inventory.take_in()

@@ -17,7 +17,7 @@ from optpoline.controller.arguments import validate_pid
 from optpoline.controller.declared_program import DeclaredProgram
 from optpoline.controller.declared_settings import read_settings
 from optpoline.controller.kept import describe_kept, find_children
-from optpoline.controller.late_calls import wait_for_late_calls
+from optpoline.controller.late_calls import wait_for_late_calls_of
 from optpoline.controller.left_arenas import (
     LeftArena,
     find_arena_files,
@@ -210,7 +210,7 @@ def restore(pid: int, *, stop_timeout_s: float = 2.0, settings: bool = False) ->
     check_attachable(validate_pid(pid))
     lock = ControllerLock(pid)
     try:
-        wait_for_late_calls(pid, stop_timeout_s=stop_timeout_s)
+        wait_for_late_calls_of(pid, stop_timeout_s=stop_timeout_s)
         result = restore_left(pid, stop_timeout_s=stop_timeout_s)
         return _with_settings(pid, result, stop_timeout_s, is_reset=settings)
     finally:

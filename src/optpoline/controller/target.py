@@ -67,13 +67,6 @@ class StopLog:
         self.max_ns = max(self.max_ns, duration_ns)
         self.total_ns += duration_ns
 
-    def include(self, other: StopLog) -> None:
-        """Note the stops of another log of the same target."""
-        self.n_stops += other.n_stops
-        self.n_over += other.n_over
-        self.max_ns = max(self.max_ns, other.max_ns)
-        self.total_ns += other.total_ns
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModule:

@@ -24,7 +24,6 @@ Non-goals: whether a block is fast, or counts what it should.
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_right
 from dataclasses import replace
 from functools import cached_property
@@ -163,11 +162,10 @@ class _Judge:
 
     def _judge_padding(self, number: int) -> None:
         """Check that code starts a line behind the last int3 of some."""
-        following = itertools.dropwhile(
-            lambda insn: insn.code == Code.INT3, self._insns[number + 1 :]
-        )
-        start = next(following, None)
-        if start is None or (start.ip - self._addr) % LINE_SIZE:
+        following = self._insns[number + 1] if number + 1 < len(self._insns) else None
+        if following is not None and following.code == Code.INT3:
+            return  # the last one is judged
+        if following is None or (following.ip - self._addr) % LINE_SIZE:
             self._fault(BlockRule.STRAY, self._insns[number].ip)
 
     def _judge_behind_jump(self, number: int) -> None:
