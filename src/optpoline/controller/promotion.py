@@ -10,19 +10,22 @@ stop.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
+from optpoline.controller.deciding import (
+    FirstDecider,
+    first_history_of,
+    history_of,
+    keep_history,
+)
 from optpoline.controller.learning import TargetFilter
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import BranchSource, SiteState
 from optpoline.controller.tables import Tables
 from optpoline.errors import ArenaError, EncodeRangeError
-from optpoline.learn.counting import SiteCounts
-from optpoline.learn.pooling import ENOUGH_COUNT
 from optpoline.model import Addr, BlockPlan
 from optpoline.patch.blocks import Block, add_block, redirect
-from optpoline.promote.policy import Action, Decision, Policy, SiteHistory, SiteView
+from optpoline.promote.policy import Decision, Policy
 from optpoline.promote.tree import PlannedTree
 from optpoline.x86.blocks import choose_base
 
@@ -30,32 +33,14 @@ __all__ = [
     "FIRST_SLACK_RATIO",
     "NEXT_SLACK_RATIO",
     "demote",
-    "fit_counts",
-    "history_of",
-    "keep_history",
     "plan_block",
     "promote_again",
     "promote_first",
-    "view_of",
 ]
-
-
-def fit_counts(record: SiteRecord, counts: SiteCounts, may_guard: TargetFilter) -> SiteCounts:
-    """Return counts with targets that must not be guarded counted as unknown."""
-    kept = tuple(c for c in counts.counts if may_guard(record, c.target))
-    if len(kept) == len(counts.counts):
-        return counts
-    lost = sum(c.hit_count for c in counts.counts) - sum(c.hit_count for c in kept)
-    return replace(counts, counts=kept, n_unknown=counts.n_unknown + lost)
-
 
 FIRST_SLACK_RATIO = 0.125
 """Room behind a first promoted block, as a share of its size: a later one of the site shall fit
 there (``controller/settling.py``). That of one guard has none: small blocks lie packed."""
-
-MIN_FREE_RATIO = 0.5
-"""Share of an arena's code that must be free for a block that nobody may ever enter: sites that
-run, and change, need theirs."""
 
 NEXT_SLACK_RATIO = 1.5
 """The same of later ones: the site has changed before. Of all where a site can only be changed
@@ -94,49 +79,6 @@ def add_promoted_block(record: SiteRecord, plan: PlannedTree, slack_ratio: float
         return None
 
 
-def history_of(record: SiteRecord) -> SiteHistory:
-    """Return what a site's policy goes by."""
-    return SiteHistory(
-        current=record.plan,
-        profile=record.profile,
-        n_confirmed=record.n_confirmed,
-        n_changes=record.n_changes,
-        changed_s=record.changed_s,
-        calm_since_s=record.calm_since_s,
-    )
-
-
-def view_of(
-    record: SiteRecord,
-    history: SiteHistory,
-    counts: SiteCounts,
-    *,
-    window_s: float,
-    now_s: float,
-    hotter_ratio: float = 0.0,
-) -> SiteView:
-    """Return what a site's policy is told after a window (``SiteView``)."""
-    return history.view(
-        counts,
-        window_s=window_s,
-        now_s=now_s,
-        kind=record.site.kind,
-        hotter_ratio=hotter_ratio,
-        max_guards=record.site.max_guards,
-        is_plain=record.site.is_plain,
-    )
-
-
-def keep_history(record: SiteRecord, history: SiteHistory) -> None:
-    """Keep what a site's policy goes by next time."""
-    record.plan = history.current
-    record.profile = history.profile
-    record.n_confirmed = history.n_confirmed
-    record.n_changes = history.n_changes
-    record.changed_s = history.changed_s
-    record.calm_since_s = history.calm_since_s
-
-
 def promote_first(
     records: Sequence[SiteRecord],
     *,
@@ -169,7 +111,7 @@ def promote_first(
     for record in records:
         if record.counts is not None:
             tables.note(record, record.counts)
-    decider = _Decider(policy, may_guard, tables, now_s)
+    decider = FirstDecider(policy, may_guard, tables, now_s)
     hottest = sorted(records, key=lambda record: -(record.rate_hz or 0.0))
     all_hz = sum(record.rate_hz or 0.0 for record in hottest)
     hotter_hz = 0.0
@@ -197,70 +139,6 @@ def promote_first(
     return n_promoted + sum(move.block is not None for move in moves)
 
 
-class _Decider:
-    """Decides on sites that lead to their thunks, by their own counts or their tables'.
-
-    Sites of one table that are decided on by that have one decision: it is made once.
-
-    Args:
-        policy: Decides.
-        may_guard: Tells which targets a block may branch to.
-        tables: What sites know together.
-        now_s: CLOCK_MONOTONIC, seconds.
-    """
-
-    def __init__(
-        self, policy: Policy, may_guard: TargetFilter, tables: Tables, now_s: float
-    ) -> None:
-        """Have decided nothing."""
-        self._now_s = now_s
-        self._policy = policy
-        self._may_guard = may_guard
-        self._tables = tables
-        self._by_table: dict[SiteView, Decision] = {}
-
-    def decide(self, record: SiteRecord, hotter_ratio: float) -> Decision | None:
-        """Return the decision to promote a site; None if it is not to be, for now.
-
-        Notes whose counts it was decided on by.
-        """
-        shared = self._tables.share(record)
-        counts = record.counts if shared is None else shared.window
-        if counts is None or record.state is SiteState.REFUSED:
-            return None
-        counts = fit_counts(record, counts, self._may_guard)
-        if record.unsafe_targets:
-            return None
-        is_by_table = shared is not None and shared.is_by_table
-        if is_by_table:
-            record.source = BranchSource.TABLE
-        elif counts.total >= ENOUGH_COUNT:
-            record.source = BranchSource.SITE
-        view = view_of(
-            record,
-            _first_history(record),
-            counts,
-            window_s=record.window_s if shared is None else shared.window_s,
-            now_s=self._now_s,
-            hotter_ratio=hotter_ratio,
-        )
-        decision = self._decide_by_table(record, view) if is_by_table else self._policy.decide(view)
-        if decision is None or decision.action is not Action.PROMOTE or decision.plan is None:
-            return None
-        return decision
-
-    def _decide_by_table(self, record: SiteRecord, view: SiteView) -> Decision | None:
-        """Decide on a site by its table, or not at all where an arena is filling up."""
-        if record.arena.free_code_size < MIN_FREE_RATIO * record.arena.code_size:
-            return None
-        # One that is not known to run comes last, and its own history says nothing of the table.
-        view = replace(view, hotter_ratio=1.0, since_change_s=0.0, n_changes=0)
-        known = self._by_table.get(view)
-        if known is None:
-            known = self._by_table[view] = self._policy.decide(view)
-        return known
-
-
 def _promote(
     record: SiteRecord, decision: Decision, slack_ratio: float, now_s: float
 ) -> Block | None:
@@ -277,16 +155,8 @@ def _promote(
     if block is not None:
         _settle(record, block)
         record.source = record.source or BranchSource.SITE
-        keep_history(record, _first_history(record).after(decision, now_s))
+        keep_history(record, first_history_of(record).after(decision, now_s))
     return block
-
-
-def _first_history(record: SiteRecord) -> SiteHistory:
-    """Return what a policy goes by of a site that leads to its thunk."""
-    history = history_of(record)
-    if history.current is not None or history.profile is not None:
-        history = replace(history, current=None, profile=None)
-    return history
 
 
 def _settle(record: SiteRecord, block: Block) -> None:

@@ -18,17 +18,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from optpoline.controller.config import Config
+from optpoline.controller.deciding import fit_counts, history_of, keep_history, view_of
 from optpoline.controller.growing import grow_full
 from optpoline.controller.learning import TargetFilter, begin_sample, end_sample
 from optpoline.controller.misses import MissWatch
-from optpoline.controller.promotion import (
-    demote,
-    fit_counts,
-    history_of,
-    keep_history,
-    promote_again,
-    view_of,
-)
+from optpoline.controller.promotion import demote, promote_again
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import BranchSource, SiteState
 from optpoline.controller.tables import Tables

@@ -19,7 +19,8 @@ anything from its miss counter meanwhile, or that the site is not promoted.
 
 from __future__ import annotations
 
-from optpoline.controller.promotion import history_of, keep_history, plan_block
+from optpoline.controller.deciding import history_of, keep_history
+from optpoline.controller.promotion import plan_block
 from optpoline.controller.records import SiteRecord, SwitchedOff
 from optpoline.patch.blocks import Block, make_fit, point_back, redirect
 from optpoline.promote.policy import Decision

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a site's policy is told, and the decisions on sites that lead to their thunks.
+
+Between a policy, which knows no record, and the records of a session, which know no policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from optpoline.controller.learning import TargetFilter
+from optpoline.controller.records import SiteRecord
+from optpoline.controller.summary import BranchSource, SiteState
+from optpoline.controller.tables import Tables
+from optpoline.learn.counting import SiteCounts
+from optpoline.learn.pooling import ENOUGH_COUNT
+from optpoline.promote.policy import Action, Decision, Policy, SiteHistory, SiteView
+
+__all__ = [
+    "FirstDecider",
+    "first_history_of",
+    "fit_counts",
+    "history_of",
+    "keep_history",
+    "view_of",
+]
+
+MIN_FREE_RATIO = 0.5
+"""Share of an arena's code that must be free for a block that nobody may ever enter: sites that
+run, and change, need theirs."""
+
+
+def fit_counts(record: SiteRecord, counts: SiteCounts, may_guard: TargetFilter) -> SiteCounts:
+    """Return counts with targets that must not be guarded counted as unknown."""
+    kept = tuple(c for c in counts.counts if may_guard(record, c.target))
+    if len(kept) == len(counts.counts):
+        return counts
+    lost = sum(c.hit_count for c in counts.counts) - sum(c.hit_count for c in kept)
+    return replace(counts, counts=kept, n_unknown=counts.n_unknown + lost)
+
+
+def history_of(record: SiteRecord) -> SiteHistory:
+    """Return what a site's policy goes by."""
+    return SiteHistory(
+        current=record.plan,
+        profile=record.profile,
+        n_confirmed=record.n_confirmed,
+        n_changes=record.n_changes,
+        changed_s=record.changed_s,
+        calm_since_s=record.calm_since_s,
+    )
+
+
+def first_history_of(record: SiteRecord) -> SiteHistory:
+    """Return what a policy goes by of a site that leads to its thunk."""
+    history = history_of(record)
+    if history.current is not None or history.profile is not None:
+        history = replace(history, current=None, profile=None)
+    return history
+
+
+def view_of(
+    record: SiteRecord,
+    history: SiteHistory,
+    counts: SiteCounts,
+    *,
+    window_s: float,
+    now_s: float,
+    hotter_ratio: float = 0.0,
+) -> SiteView:
+    """Return what a site's policy is told after a window (``SiteView``)."""
+    return history.view(
+        counts,
+        window_s=window_s,
+        now_s=now_s,
+        kind=record.site.kind,
+        hotter_ratio=hotter_ratio,
+        max_guards=record.site.max_guards,
+        is_plain=record.site.is_plain,
+    )
+
+
+def keep_history(record: SiteRecord, history: SiteHistory) -> None:
+    """Keep what a site's policy goes by next time."""
+    record.plan = history.current
+    record.profile = history.profile
+    record.n_confirmed = history.n_confirmed
+    record.n_changes = history.n_changes
+    record.changed_s = history.changed_s
+    record.calm_since_s = history.calm_since_s
+
+
+class FirstDecider:
+    """Decides on sites that lead to their thunks, by their own counts or their tables'.
+
+    Sites of one table that are decided on by that have one decision: it is made once.
+
+    Args:
+        policy: Decides.
+        may_guard: Tells which targets a block may branch to.
+        tables: What sites know together.
+        now_s: CLOCK_MONOTONIC, seconds.
+    """
+
+    def __init__(
+        self, policy: Policy, may_guard: TargetFilter, tables: Tables, now_s: float
+    ) -> None:
+        """Have decided nothing."""
+        self._now_s = now_s
+        self._policy = policy
+        self._may_guard = may_guard
+        self._tables = tables
+        self._by_table: dict[SiteView, Decision] = {}
+
+    def decide(self, record: SiteRecord, hotter_ratio: float) -> Decision | None:
+        """Return the decision to promote a site; None if it is not to be, for now.
+
+        Notes whose counts it was decided on by.
+        """
+        shared = self._tables.share(record)
+        counts = record.counts if shared is None else shared.window
+        if counts is None or record.state is SiteState.REFUSED:
+            return None
+        counts = fit_counts(record, counts, self._may_guard)
+        if record.unsafe_targets:
+            return None
+        is_by_table = shared is not None and shared.is_by_table
+        if is_by_table:
+            record.source = BranchSource.TABLE
+        elif counts.total >= ENOUGH_COUNT:
+            record.source = BranchSource.SITE
+        view = view_of(
+            record,
+            first_history_of(record),
+            counts,
+            window_s=record.window_s if shared is None else shared.window_s,
+            now_s=self._now_s,
+            hotter_ratio=hotter_ratio,
+        )
+        decision = self._decide_by_table(record, view) if is_by_table else self._policy.decide(view)
+        if decision is None or decision.action is not Action.PROMOTE or decision.plan is None:
+            return None
+        return decision
+
+    def _decide_by_table(self, record: SiteRecord, view: SiteView) -> Decision | None:
+        """Decide on a site by its table, or not at all where an arena is filling up."""
+        if record.arena.free_code_size < MIN_FREE_RATIO * record.arena.code_size:
+            return None
+        # One that is not known to run comes last, and its own history says nothing of the table.
+        view = replace(view, hotter_ratio=1.0, since_change_s=0.0, n_changes=0)
+        known = self._by_table.get(view)
+        if known is None:
+            known = self._by_table[view] = self._policy.decide(view)
+        return known
