@@ -54,7 +54,7 @@ from optpoline.errors import (
 from optpoline.process.injection_code import InjectionCode
 from optpoline.process.memory import RemoteMemory, store_data
 from optpoline.process.own_stack import is_own_stack
-from optpoline.process.procfs import read_maps_around, read_state_char, read_status
+from optpoline.process.procfs import read_maps_around, read_seccomp_mode, read_state_char
 from optpoline.process.ptrace import StopCode, Tracer
 from optpoline.x86.registers import Registers
 from optpoline.x86.signal_frame import encode_signal_frame
@@ -147,9 +147,10 @@ class InjectionThread:
 
         Raises:
             TargetFault: if there is no room on a stack of its own: choose another thread.
-            UnsupportedTarget: if seccomp may forbid the calls.
+            UnsupportedTarget: if seccomp may forbid the calls: choose another thread.
         """
-        if read_status(self._pid, tid=self.tid).seccomp:
+        # Each thread has filters of its own.
+        if read_seccomp_mode(self._pid, self.tid):
             self._tracer.suspend_seccomp(self.tid)
         self._mask = self._tracer.read_signal_mask(self.tid)
         frame = encode_signal_frame(

@@ -17,7 +17,6 @@ from optpoline.process.inject import InjectionThread
 from optpoline.process.injection_code import InjectionCode
 from optpoline.process.leader import is_exiting
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.procfs import read_status
 from optpoline.process.ptrace import StopCode, Tracer
 from optpoline.process.rseq import RSEQ_CS_OFF
 from optpoline.process.stopper import Stopper, Tracee
@@ -133,8 +132,8 @@ class Injector:
         )
         try:
             injection.enter()
-        except TargetFault:
-            return None  # no room on its stack
+        except (TargetFault, UnsupportedTarget):
+            return None  # no room on its stack, or a filter that might kill it
         return injection
 
     def _rank_asleep(self) -> list[int]:
@@ -178,18 +177,7 @@ def _is_usable(
         return False  # setting the mask would lose the one the call is to put back
     if tracer.has_shadow_stack(tid):
         return False  # our return address would not be on it
-    if read_status(tid).seccomp and not _is_suspendable(tracer, tid):
-        return False  # our call might kill it; seccomp is each thread's own
     return not _is_in_rseq(tracer, memory, tid, regs.rip)
-
-
-def _is_suspendable(tracer: Tracer, tid: int) -> bool:
-    """Say whether a thread's seccomp filters can be suspended while it is traced."""
-    try:
-        tracer.suspend_seccomp(tid)
-    except UnsupportedTarget:
-        return False
-    return True
 
 
 def _is_in_rseq(tracer: Tracer, memory: RemoteMemory, tid: int, pc: int) -> bool:

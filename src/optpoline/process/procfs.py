@@ -31,6 +31,7 @@ __all__ = [
     "read_maps",
     "read_maps_around",
     "read_processor",
+    "read_seccomp_mode",
     "read_start_time",
     "read_state_char",
     "read_status",
@@ -259,6 +260,16 @@ def read_status(pid: int, *, tid: int | None = None, proc_root: Path = _PROC) ->
         cap_prm=int(fields.get("CapPrm", fields["CapEff"]), 16),
         is_kernel_thread=_is_kernel_thread(fields, directory, pid),
     )
+
+
+def read_seccomp_mode(pid: int, tid: int, *, proc_root: Path = _PROC) -> int:
+    """Return a thread's seccomp mode, 0 for none; in a stop, where ``read_status`` is long.
+
+    Raises:
+        ProcessGone: if the thread does not exist.
+    """
+    text = read_text(f"{proc_root}/{pid}/task/{tid}/status", tid)
+    return int(text.partition("\nSeccomp:")[2].partition("\n")[0] or "0")
 
 
 def read_exe_path(pid: int, *, proc_root: Path = _PROC) -> str:

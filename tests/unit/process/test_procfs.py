@@ -17,6 +17,7 @@ from optpoline.process.procfs import (
     read_exe_path,
     read_maps,
     read_maps_around,
+    read_seccomp_mode,
     read_start_time,
     read_state_char,
     read_status,
@@ -110,6 +111,16 @@ def test_status(proc: Path) -> None:
     assert status.cap_eff == 0x400
     assert not status.is_kernel_thread
     assert read_status(PID, tid=TID, proc_root=proc).pid == TID
+
+
+def test_seccomp_is_each_threads_own(proc: Path) -> None:
+    other = proc / str(PID) / "task" / str(TID) / "status"
+    other.write_text(STATUS.replace("Seccomp:\t2\n", "Seccomp:\t0\nSeccomp_filters:\t3\n"))
+    assert read_seccomp_mode(PID, PID, proc_root=proc) == 2
+    assert read_seccomp_mode(PID, TID, proc_root=proc) == 0
+    # A kernel without seccomp.
+    other.write_text(STATUS.replace("Seccomp:\t2\n", ""))
+    assert read_seccomp_mode(PID, TID, proc_root=proc) == 0
 
 
 def test_kernel_thread_of_an_older_kernel(proc: Path) -> None:
