@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from optpoline.controller.config import Config
 from optpoline.controller.counting_blocks import first_block
@@ -48,6 +49,18 @@ MIN_LEARN_S = 0.1
 MAX_EXTRA_RATIO = 0.5
 """By how much of its length a window is longer at most, for sites that were given their last
 counting block too late for it to have counted enough."""
+
+
+class _Prepared(NamedTuple):
+    """What is to be linked.
+
+    Attributes:
+        moves: The sites, and where they shall lead.
+        new: The blocks of them that nothing has led to before.
+    """
+
+    moves: list[Move]
+    new: set[Addr]
 
 
 class FirstWindow:
@@ -123,14 +136,14 @@ class FirstWindow:
         # Every n-th, for sites that lie together are often hot together.
         groups = [records[number::n_groups] for number in range(n_groups)]
         linked: list[SiteRecord] = []
-        moves = self._prepare(groups[0])
+        prepared = self._prepare(groups[0])
         for number in range(n_groups):
-            linked = self._link(moves, linked)
+            linked = self._link(prepared, linked)
             begin_s = time.monotonic()
             if number == 0:
-                began(len(records) - len(moves) + len(linked))
+                began(len(records) - len(prepared.moves) + len(linked))
             if number + 1 < n_groups:
-                moves = self._prepare(groups[number + 1], may_skip=True)
+                prepared = self._prepare(groups[number + 1], may_skip=True)
             self.run(linked, begin_s + length_s / n_groups - time.monotonic(), stop)
             if stop is not None and stop.is_set():
                 break
@@ -199,15 +212,16 @@ class FirstWindow:
         """Link baseline sites to counting blocks; return those that are."""
         return self._link(self._prepare(records))
 
-    def _prepare(self, records: Sequence[SiteRecord], *, may_skip: bool = False) -> list[Move]:
+    def _prepare(self, records: Sequence[SiteRecord], *, may_skip: bool = False) -> _Prepared:
         """Write the counting blocks of baseline sites; nothing leads there yet.
 
         Args:
             records: The sites.
             may_skip: Whether sites may be left out for which there is no room.
         """
-        moves: list[Move] = []
+        prepared = _Prepared([], set())
         for record in records:
+            is_new = record.learner is None
             try:
                 record.arena.journal(record.site)
                 block = first_block(record, self._config.policy.schedule.max_slots)
@@ -216,17 +230,20 @@ class FirstWindow:
                     raise
                 continue
             record.active = None
-            moves.append(Move(record=record, block=block))
+            prepared.moves.append(Move(record=record, block=block))
+            if is_new:
+                prepared.new.add(block.addr)
             self.ever_linked[record.site.addr] = record
-        return moves
+        return prepared
 
-    def _link(self, moves: Sequence[Move], done: Sequence[SiteRecord] = ()) -> list[SiteRecord]:
+    def _link(self, prepared: _Prepared, done: Sequence[SiteRecord] = ()) -> list[SiteRecord]:
         """Link sites to the blocks prepared for them; return those that are.
 
         Args:
-            moves: The sites, and where they shall lead.
+            prepared: The sites, and where they shall lead.
             done: Sites that have counted, which get their baseline back with it.
         """
+        moves = prepared.moves
         if not moves and not done:
             return []
         try:
@@ -241,7 +258,7 @@ class FirstWindow:
         linked = [move.record for move in moves if move.record.home is not None]
         for record in linked:
             record.state = SiteState.LEARNING
-        begin_window(linked, time.monotonic(), self._empty)
+        begin_window(linked, time.monotonic(), self._empty, prepared.new)
         return linked
 
     def _moves_back(self, done: Sequence[SiteRecord]) -> list[Move]:

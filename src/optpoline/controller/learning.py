@@ -9,7 +9,7 @@ them have counted is read at its end (``controller/window_counts.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,12 @@ def _end_counting(record: SiteRecord) -> None:
     record.earlier.clear()
 
 
-def begin_window(records: Iterable[SiteRecord], now_s: float, empty: Empty | None = None) -> None:
+def begin_window(
+    records: Iterable[SiteRecord],
+    now_s: float,
+    empty: Empty | None = None,
+    new: Collection[Addr] = (),
+) -> None:
     """Note that sites lead to their first counting blocks, by their text or a redirection.
 
     Args:
@@ -81,18 +86,34 @@ def begin_window(records: Iterable[SiteRecord], now_s: float, empty: Empty | Non
         now_s: CLOCK_MONOTONIC, seconds.
         empty: Empties blocks that have counted before, as far as it can, so that their slots
             are free again; what they hold all the same is remembered.
+        new: Blocks that nothing led to before: all that they hold is of this window.
     """
     linked = [r for r in records if r.home is not None and r.learner is not None]
     for arena, group in by_arena(linked):
-        learners = [record.learner for record in group if record.learner is not None]
-        is_fresh = _sum_blocks(arena, learners) == 0
-        if empty is not None and not is_fresh.all():
-            used = [record for record, fresh in zip(group, is_fresh, strict=True) if not fresh]
-            if empty(used):
-                is_fresh[:] = True
-        for record, block, fresh in zip(group, learners, is_fresh.tolist(), strict=True):
-            before = NO_COUNTS if fresh else read_counts(block.plan, arena.columns)
-            _begin_counting(record, block, before, now_s)
+        used: list[tuple[SiteRecord, Block]] = []
+        for record in group:
+            if (block := record.learner) is None:
+                continue
+            if block.addr in new:
+                _begin_counting(record, block, NO_COUNTS, now_s)
+            else:
+                used.append((record, block))
+        if used:
+            _begin_again(arena, used, now_s, empty)
+
+
+def _begin_again(
+    arena: Arena, used: Sequence[tuple[SiteRecord, Block]], now_s: float, empty: Empty | None
+) -> None:
+    """Begin windows of sites in blocks that may have counted before."""
+    is_fresh = _sum_blocks(arena, [block for _, block in used]) == 0
+    if empty is not None and not is_fresh.all():
+        left = [record for (record, _), fresh in zip(used, is_fresh, strict=True) if not fresh]
+        if empty(left):
+            is_fresh[:] = True
+    for (record, block), fresh in zip(used, is_fresh.tolist(), strict=True):
+        before = NO_COUNTS if fresh else read_counts(block.plan, arena.columns)
+        _begin_counting(record, block, before, now_s)
 
 
 def _sum_blocks(arena: Arena, blocks: Sequence[Block]) -> NDArray[np.uint64]:

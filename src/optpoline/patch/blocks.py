@@ -83,12 +83,11 @@ def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr, slack_ratio: floa
     # Descriptors at a block's end are aligned, so its place decides on some bytes of its size:
     # not where it starts a line, as every counting block does.
     is_counting = plan.rows is not None
-    room = _find_room(arena, LINE_SIZE + 1 if is_counting else 1, is_counting)
-    guess = Addr(arena.addr + room.at)
-    code = arena.templates.encode(plan, guess)
-    room = _find_room(arena, len(code.code), is_counting, slack_ratio)
-    if arena.addr + room.at != guess:
-        code = arena.templates.encode(plan, Addr(arena.addr + room.at))
+    # The next line, where big ones go: for another place they are encoded anew.
+    free = arena.addr + _find_room(arena, 1, is_counting=False).at
+    draft = arena.templates.draft(plan, Addr(free + -free % LINE_SIZE))
+    room = _find_room(arena, draft.size, is_counting, slack_ratio)
+    code = draft.encode(Addr(arena.addr + room.at))
     kind = BlockKind.COUNTING if is_counting else BlockKind.PROMOTED
     addr = arena.put_block(room, code, site_addr=site_addr, kind=kind, cells=counter_cells(plan))
     size = len(code.code)

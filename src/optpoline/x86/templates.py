@@ -26,8 +26,9 @@ Invariants:
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from optpoline.model import CELL_SIZE, Addr, BlockPlan, CounterRows, Guard, Miss, TreeNode
@@ -41,7 +42,7 @@ from optpoline.x86.assembler import (
 from optpoline.x86.blocks import encode_block, fits_immediate
 from optpoline.x86.restartable import LiteralPool
 
-__all__ = ["BlockTemplates"]
+__all__ = ["BlockDraft", "BlockTemplates"]
 
 MAX_GUARDS = 8
 """Guards of a block that has a shape."""
@@ -114,6 +115,19 @@ class _Template:
         return BlockCode(code=self.layout.pack(*parts), text_size=self.text_size)
 
 
+@dataclass(frozen=True, slots=True)
+class BlockDraft:
+    """A block whose place is still to be found.
+
+    Attributes:
+        size: Its bytes, wherever it will be.
+        encode: Returns them for an address. Raises ``EncodeRangeError`` as ``encode_block``.
+    """
+
+    size: int
+    encode: Callable[[Addr], BlockCode]
+
+
 class BlockTemplates:
     """The templates of one arena.
 
@@ -136,14 +150,41 @@ class BlockTemplates:
         Raises:
             EncodeRangeError: as ``encode_block``.
         """
+        return self.draft(plan, addr).encode(addr)
+
+    def draft(self, plan: BlockPlan, addr: Addr) -> BlockDraft:
+        """Return a block of known size, to be put where there is room.
+
+        Args:
+            plan: What the block is to do.
+            addr: Where it may be: it has its size wherever records are as aligned.
+
+        Raises:
+            EncodeRangeError: as ``encode_block``; not of each block that is out of reach.
+        """
         targets: list[Addr] = []
         tree: list[int] = []
         if plan.base is not None or plan.trace is not None or not _walk(plan.tree, targets, tree):
-            return encode_block(plan, addr, self._literals)
+            return self._draft_of(plan, addr, encode_block(plan, addr, self._literals))
         shape = _shape_of(plan, addr, targets, tree)
         template = self._templates.get(shape)
         if template is None:
-            return self._encode_first(shape, plan, addr, targets)
+            return self._draft_of(plan, addr, self._encode_first(shape, plan, addr, targets))
+        relocate = partial(self._relocate, template, plan, targets)
+        return BlockDraft(size=template.layout.size, encode=relocate)
+
+    def _draft_of(self, plan: BlockPlan, addr: Addr, code: BlockCode) -> BlockDraft:
+        """Return the draft of a block that was encoded for one address."""
+
+        def encode(at: Addr) -> BlockCode:
+            return code if at == addr else encode_block(plan, at, self._literals)
+
+        return BlockDraft(size=len(code.code), encode=encode)
+
+    def _relocate(
+        self, template: _Template, plan: BlockPlan, targets: Sequence[Addr], addr: Addr
+    ) -> BlockCode:
+        """Return a block of a template's shape at an address."""
         try:
             return template.relocate(self._sums(plan, addr, targets, template.has_literal))
         except struct.error:
@@ -297,7 +338,7 @@ def _shape_of(plan: BlockPlan, addr: Addr, targets: Sequence[Addr], tree: list[i
         plan.rows,
         plan.is_below_stack_free,
         b"" if plan.load is None else plan.load.code,
-        addr % RECORD_ALIGNMENT,
+        0 if plan.rows is None else addr % RECORD_ALIGNMENT,
     )
 
 

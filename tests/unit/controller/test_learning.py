@@ -188,6 +188,17 @@ def test_what_was_counted_before_is_no_part_of_a_window(arena: Arena) -> None:
         assert record.counted.total == 3 * (50 + number) + 7
 
 
+def test_what_a_new_block_counted_before_its_window_was_noted_is_part_of_it(arena: Arena) -> None:
+    records = [linked_record(arena, number) for number in range(2)]
+    blocks = [first_block(record) for record in records]
+    for block in blocks:
+        count(block, TARGETS[0], 1, 20)
+    begin_window(records, 1.0, new={blocks[0].addr})
+    count(blocks[0], TARGETS[0], 1, 3)
+    count(blocks[1], TARGETS[0], 1, 3)
+    assert [window_counts(record).total for record in records] == [23, 3]
+
+
 def test_ending_many_windows_is_ending_each(arena: Arena) -> None:
     records = [linked_record(arena, number) for number in range(12)]
     begin_window(records, 1.0)

@@ -171,6 +171,18 @@ def test_blocks_of_all_sorts_in_any_order(monkeypatch: pytest.MonkeyPatch) -> No
     assert encoded.n_calls < n_blocks * 0.9
 
 
+def test_size_is_known_before_the_place() -> None:
+    random = Random(11)
+    made = BlockTemplates(LiteralTable(FIXED.literal_addr))
+    for _ in range(200):
+        plan = random_plan(random, FIXED)
+        line, other = (Addr(FIXED.block_addr + 64 * random.randrange(512)) for _ in range(2))
+        draft = made.draft(plan, line)
+        # Who has records starts a line; the others lie anywhere.
+        places = [line, other] if plan.rows is not None else [line, other, Addr(other + 16)]
+        assert {len(draft.encode(place).code) for place in places} == {draft.size}
+
+
 def test_what_is_out_of_reach_is_refused() -> None:
     made = BlockTemplates(LiteralTable(PIE.literal_addr))
     plan = KINDS["one-counted"](PIE, "rax")
