@@ -27,6 +27,7 @@ from bench.many_sites import measure_many_sites
 from bench.marking.dynamic_call import measure_dynamic_call
 from bench.marking.measure import measure_lua_recovered, measure_marking
 from bench.marking.programs import PROGRAMS
+from bench.options import names_of
 from bench.paths import RESULTS, ROOT
 from bench.programs import cxx, libxml2, lua, redis, sqlite
 from bench.programs.phases import build_phases
@@ -189,7 +190,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [*_GROUPS, _FIGURES, _ADAPTING, _PLUGIN, _DECLARED]
     parser.add_argument(
         "--only",
-        type=_names_of(names),
+        type=names_of(names, "group"),
         metavar="GROUP,...",
         help=f"only these groups, of {', '.join(names)}",
     )
@@ -204,19 +205,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--no-promote", action="store_true", help="compare the builds only; writes no results"
     )
     return parser.parse_args(arguments)
-
-
-def _names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return a reader of comma-separated names."""
-
-    def read(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        unknown = sorted(set(names) - set(known))
-        if unknown or not names:
-            raise argparse.ArgumentTypeError(f"no such group: {', '.join(unknown) or text!r}")
-        return names
-
-    return read
 
 
 def _rounds(text: str) -> int:

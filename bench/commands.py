@@ -11,8 +11,9 @@ from pathlib import Path
 
 from bench.errors import BenchError
 
-__all__ = ["require_command", "run_command"]
+__all__ = ["end_process", "require_command", "run_command"]
 
+_END_S = 5.0
 _SHOWN_LINES = 15
 """Lines of a failed command's output that are shown: the error is at the end."""
 
@@ -80,3 +81,13 @@ def run_command(
         lines = (done.stdout + done.stderr).strip().splitlines()[-_SHOWN_LINES:]
         raise BenchError(f"{' '.join(argv[:6])} failed:\n" + "\n".join(lines))
     return done.stdout
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """End a process of ours: by SIGTERM, or SIGKILL where that does not in a few seconds."""
+    process.terminate()
+    try:
+        process.wait(timeout=_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -8,8 +8,9 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from bench.options import names_of
 from torture.errors import TortureError
 from torture.paths import RESULTS, ROOT
 from torture.results import write_outcome
@@ -71,7 +72,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--only",
-        type=_names_of(NAMES),
+        type=names_of(NAMES, "row"),
         metavar="ROW,...",
         help=f"only these rows, of {', '.join(NAMES)}",
     )
@@ -79,19 +80,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seed", type=int, metavar="N", help="of all random numbers (default: a new one, printed)"
     )
     return parser.parse_args(arguments)
-
-
-def _names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return a reader of comma-separated names."""
-
-    def read(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        unknown = sorted(set(names) - set(known))
-        if unknown or not names:
-            raise argparse.ArgumentTypeError(f"no such row: {', '.join(unknown) or repr(text)}")
-        return names
-
-    return read
 
 
 if __name__ == "__main__":

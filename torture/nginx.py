@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from bench.build import Variant, build_once, variant_flags
-from bench.commands import run_command
+from bench.commands import end_process, run_command
 from bench.sources import Source, fetch_source
 from torture.errors import TortureError
 
@@ -105,12 +105,7 @@ class Nginx:
 
     def close(self) -> None:
         """End the server, and remove what it wrote."""
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_process(self._process)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def __enter__(self) -> Nginx:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from bench.build import Variant, build_once, variant_flags
-from bench.commands import run_command
+from bench.commands import end_process, run_command
 from bench.errors import BenchError
 from bench.sources import REDIS, fetch_source
 from bench.workload import Workload
@@ -97,12 +97,7 @@ class RedisServer:
 
     def close(self) -> None:
         """End the server, and remove what it wrote."""
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_process(self._process)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def __enter__(self) -> RedisServer:
