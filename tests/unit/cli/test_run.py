@@ -131,13 +131,16 @@ def test_program_that_ends_too_soon_is_told(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_what_a_launcher_starts_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
-    api = FakeApi(attach_errors=[NoSites("process 7 (sh) has no site")])
+    api = FakeApi(attach_errors=[NoSites("process 7 (sh) has no site", hint="build it so")])
     command = ["sh", "-c", "sleep 0.2"]
     assert main(["run", "--json", "-", "--", *command], api=api) == 0
     out, err = capsys.readouterr()
     assert err.splitlines()[0] == "not promoted: process 7 (sh) has no site"
-    assert "put `optpoline run --` before that" in err.splitlines()[1]
-    assert "`optpoline run --`" in json.loads(out)["notes"][0]
+    assert err.splitlines()[1] == "  build it so"
+    assert "put `optpoline run --` before that" in err.splitlines()[2]
+    (note,) = json.loads(out)["notes"]
+    assert note.startswith("process 7 (sh) has no site; build it so; ")
+    assert "`optpoline run --`" in note
 
 
 def test_program_that_is_executed_later_is_found(
