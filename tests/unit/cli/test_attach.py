@@ -18,6 +18,7 @@ from optpoline.cli.console import Console
 from optpoline.cli.drive import SessionPlan, drive_session
 from optpoline.cli.main import main
 from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState
+from optpoline.controller.tracing import RecordPlan, RecordTotals
 from optpoline.errors import (
     ControllerActive,
     NoSites,
@@ -28,6 +29,7 @@ from optpoline.errors import (
     UnsupportedTarget,
 )
 from optpoline.report.table import Style
+from optpoline.simulate.trace_file import TraceWriter
 from tests.unit.cli.fakes import FakeApi, FakeEvent, FakeKind, FakeSession, make_summary
 
 NOT_ALL = DetachResult(
@@ -178,8 +180,18 @@ def test_error_after_which_not_all_is_restored_ends_with_a_summary(
     assert "not all restored" in err
 
 
+@pytest.mark.parametrize("verb", ["attach", "record"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_what_is_left_counts_more_than_the_signal(number: signal.Signals) -> None:
+def test_what_is_left_counts_more_than_the_signal(
+    number: signal.Signals, verb: str, tmp_path: Path
+) -> None:
+    class Signalled(FakeSession):
+        def record(
+            self, writer: TraceWriter, plan: RecordPlan, stop: threading.Event
+        ) -> RecordTotals:
+            send_and_wait(stop)
+            return super().record(writer, plan, stop)
+
     def send_and_wait(stop: threading.Event) -> SessionState:
         os.kill(os.getpid(), number)
         assert stop.wait(30)
@@ -187,8 +199,9 @@ def test_what_is_left_counts_more_than_the_signal(number: signal.Signals) -> Non
 
     inherited = signal.signal(number, signal.default_int_handler)
     try:
-        api = FakeApi(session=FakeSession(on_watch=send_and_wait, result=NOT_ALL))
-        assert main(["attach", "1", "-q"], api=api) == 7
+        api = FakeApi(session=Signalled(on_watch=send_and_wait, result=NOT_ALL))
+        options = ["--trace", str(tmp_path / "trace")] if verb == "record" else []
+        assert main([verb, "1", "-q", *options], api=api) == 7
     finally:
         signal.signal(number, inherited)
 
