@@ -62,7 +62,8 @@ def test_no_such_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--json", "-", "--", "/no/such/program"], api=api) == 127
     out, err = capsys.readouterr()
     assert err == "optpoline: error: /no/such/program: no such program\n"
-    assert json.loads(out)["error"]["exit_code"] == 127
+    error = json.loads(out)["error"]
+    assert (error["kind"], error["exit_code"]) == ("not_found", 127)
     assert api.attached == []
 
 
@@ -74,11 +75,20 @@ def test_not_executable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["run", "--", str(plain)], api=FakeApi()) == 126
     assert main(["run", "--", str(tmp_path)], api=FakeApi()) == 126
     assert "cannot be executed" in capsys.readouterr().err
+    assert main(["run", "--json", "-", "--", str(plain)], api=FakeApi()) == 126
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["kind"], error["exit_code"]) == ("not_executable", 126)
 
 
 @pytest.mark.parametrize("args", [[], ["--bogus", "true"], ["--duration", "x", "true"]])
 def test_own_failures(args: list[str]) -> None:
     assert main(["run", *args], api=FakeApi()) == 125
+
+
+def test_kind_of_an_own_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--json", "-", "--policy", "none", "--", "true"], api=FakeApi()) == 125
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["kind"], error["exit_code"]) == ("usage", 125)
 
 
 def test_existing_json_file_starts_nothing(tmp_path: Path) -> None:
