@@ -182,7 +182,7 @@ def shared_options(function: Callable[P, R]) -> Callable[P, R]:
             is_eager=True,
             expose_value=False,
             callback=_set_force,
-            help="Overwrite the --json FILE if it exists.",
+            help="Replace the files to be written if they exist.",
         ),
         click.option(
             "-q",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from optpoline.cli.main import main
 from optpoline.errors import ToolchainError
 from optpoline.toolchain.compiler import Compiler, find_compiler
 from optpoline.toolchain.gcc_plugin import build_plugin, plugin_path
@@ -100,6 +101,28 @@ def test_a_place_of_ones_own(compiler: Compiler, tmp_path: Path, cache: Path) ->
     assert build_plugin(compiler, output=path) == path
     assert path.read_text() == "built\n"
     assert not cache.exists()
+
+
+def test_what_is_in_the_place_is_kept(
+    compiler: Compiler, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.so"
+    path.write_text("precious")
+    verb = ("plugin", "build", "--cc", *compiler.command, "--output", str(path))
+    assert main(list(verb)) == 2
+    assert path.read_text() == "precious"
+    assert "use --force to overwrite it" in capsys.readouterr().err
+    assert main([*verb, "--force"]) == 0
+    assert path.read_text() == "built\n"
+    assert capsys.readouterr().out == f"{path}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("-", "stdout takes no file of --output"), (".", "is no regular file")]
+)
+def test_no_place_for_a_file(name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugin", "build", "--force", "--output", name]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be(compiler: Compiler, tmp_path: Path) -> None:
