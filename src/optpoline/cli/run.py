@@ -54,7 +54,7 @@ def run_command(
     invocation: Invocation,
     command: tuple[str, ...],
     duration: float | None,
-    learn_seconds: float,
+    learn_seconds: float | None,
     max_stop_ms: float,
     policy: str,
     policy_set: tuple[str, ...],

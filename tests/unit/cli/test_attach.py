@@ -47,7 +47,7 @@ def test_learns_promotes_watches_and_restores(capsys: pytest.CaptureFixture[str]
     api = FakeApi()
     assert main(["attach", "4711"], api=api) == 0
     assert api.attached == [4711]
-    assert api.session.calls == ["learn 1", "promote", "watch", "detach"]
+    assert api.session.calls == ["learn", "promote", "watch", "detach"]
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
@@ -102,7 +102,7 @@ def test_too_short_a_duration_promotes_nothing_and_restores() -> None:
 def test_too_short_a_duration_still_promotes_what_is_to_be_left() -> None:
     api = FakeApi()
     assert main(["attach", "1", "--duration", "0", "--leave"], api=api) == 0
-    assert api.session.calls == ["learn 1", "promote", "leave"]
+    assert api.session.calls == ["learn", "promote", "leave"]
 
 
 def test_learning_never_exceeds_the_duration() -> None:
@@ -223,7 +223,9 @@ def test_a_duration_that_is_long_enough_has_no_note(capsys: pytest.CaptureFixtur
 
 def test_a_note_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     class Noting(FakeSession):
-        def learn(self, *, seconds: float, stop: threading.Event, in_turn: bool = False) -> None:
+        def learn(
+            self, *, seconds: float | None, stop: threading.Event, in_turn: bool = False
+        ) -> None:
             self.on_event(FakeEvent(FakeKind.NOTE, "the arena is used up"))
 
     session = Noting(before=replace(make_summary(), notes=("the arena is used up", "and so on")))
@@ -300,7 +302,9 @@ def test_stop_while_learning_promotes_nothing() -> None:
     stop = threading.Event()
 
     class Interrupted(FakeSession):
-        def learn(self, *, seconds: float, stop: threading.Event, in_turn: bool = False) -> None:
+        def learn(
+            self, *, seconds: float | None, stop: threading.Event, in_turn: bool = False
+        ) -> None:
             super().learn(seconds=seconds, stop=stop)
             stop.set()
 
@@ -308,7 +312,7 @@ def test_stop_while_learning_promotes_nothing() -> None:
     plan = SessionPlan(settings=SessionSettings(), duration_s=None, leave=False)
     console = Console(io.StringIO(), Style())
     end = drive_session(session, plan, stop, console)
-    assert session.calls == ["learn 1", "detach"]
+    assert session.calls == ["learn", "detach"]
     assert end.summary.state is SessionState.RESTORED
 
 

@@ -110,7 +110,7 @@ def test_session_lasts_as_long_as_the_child(fifo: Path, tmp_path: Path) -> None:
     api.session.errors["detach"] = ProcessGone(1)
     command = ["timeout", "60", "sh", "-c", f"read line < {fifo}; exit 3"]
     assert main(["run", "-q", "--json", str(report), "--", *command], api=api) == 3
-    assert api.session.calls == ["learn 1", "promote", "watch", "detach"]
+    assert api.session.calls == ["learn", "promote", "watch", "detach"]
     document = json.loads(report.read_text())
     assert document["command"] == "run"
     assert document["state"] == "exited"
@@ -211,7 +211,7 @@ def test_failing_session_leaves_the_program_running(
     api = FakeApi(session=Failing())
     command = ["timeout", "60", "sh", "-c", f"read line < {fifo}; exit 4"]
     assert main(["run", "--", *command], api=api) == 4
-    assert api.session.calls == ["learn 1", "detach"]
+    assert api.session.calls == ["learn", "detach"]
     assert "the program runs on unpromoted" in capsys.readouterr().err
 
 
