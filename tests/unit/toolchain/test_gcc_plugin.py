@@ -72,8 +72,11 @@ def test_source_that_does_not_compile(
 ) -> None:
     fake_compiler("g++")
     compiler = find_compiler(str(fake_compiler(plugin_dir=headers)))
-    with pytest.raises(ToolchainError, match=r"cannot be built with .*g\+\+: a.cc:1:2: error: no$"):
+    with pytest.raises(
+        ToolchainError, match=r"cannot be built with .*g\+\+: a.cc:1:2: error: no;"
+    ) as caught:
         build_plugin(compiler)
+    assert "g++-12 and gcc-12-plugin-dev" in (caught.value.hint or "")
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
