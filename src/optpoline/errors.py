@@ -221,7 +221,7 @@ class TransactionTimeout(OptpolineError):
         where = "" if pid is None else f" in process {pid}"
         super().__init__(
             f"nothing was changed{where} within {waited_s:.3g} s: {reason}",
-            hint="try again, or for longer (--timeout)",
+            hint="try again, or with a longer timeout",
         )
         self.waited_s = waited_s
         self.reason = reason
