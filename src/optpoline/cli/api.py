@@ -70,7 +70,8 @@ class SessionSettings:
     """What the user may set of a session (``optpoline.Config``).
 
     Attributes:
-        learn_s: Length of the first learning window in seconds; None: as many sites there are.
+        learn_s: Length of the first learning window in seconds; None: as suits how many sites
+            there are.
         max_stop_s: How long the program's threads may stand while its text is changed.
         follow_fork: Restore its forked children at the end as well.
         shared_counters: Count in one row that all CPUs share.

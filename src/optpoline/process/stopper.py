@@ -236,7 +236,10 @@ class Stopper:
 
     def _timeout(self) -> StopTimeout:
         """Return the error that names the threads still waited for."""
-        return StopTimeout(self.timeout_ns, tuple(sorted(self._pending)), pid=self.pid)
+        pids = set(self._pending.values())
+        # Threads of others that share the memory are stopped as well.
+        pid = pids.pop() if len(pids) == 1 else self.pid
+        return StopTimeout(self.timeout_ns, tuple(sorted(self._pending)), pid=pid)
 
     def _interrupt_running(self) -> None:
         """Ask threads that run, and have not been asked, to stop.
