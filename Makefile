@@ -56,4 +56,4 @@ lock: setup ## Write requirements.lock anew from pyproject.toml
 
 clean: ## Remove everything that was built, .venv too
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)
-	find src bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src bench tests torture -name __pycache__ -type d -prune -exec rm -rf {} +

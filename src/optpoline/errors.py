@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = [
     "AddressTaken",
     "ArenaError",
+    "ArenaFull",
     "AttachError",
     "ControllerActive",
     "DecodeError",
@@ -126,21 +127,43 @@ class AddressTaken(ArenaError):
     """The program has mapped something of its own where an arena was to be."""
 
 
+class ArenaFull(ArenaError):
+    """An arena is used up; its sites go on as they are.
+
+    Args:
+        addr: Of the arena.
+        what: What it has no room for any more, plural.
+    """
+
+    def __init__(self, addr: int, what: str) -> None:
+        """Say what there is no room for."""
+        super().__init__(
+            f"the arena at {addr:#x} is used up: it has no room for more {what}",
+            hint="detach and attach again to start with an empty one",
+        )
+        self.addr = addr
+
+
 class SiteChanged(OptpolineError):
-    """The bytes at an address are not what was expected.
+    """The bytes at an address are not what was expected; they are left as they are.
 
     Args:
         addr: Address compared.
         expected: Bytes that should have been there.
         found: Bytes that were there.
+        owner: What they belong to, in words, or None.
     """
 
     exit_code = 7
 
-    def __init__(self, addr: int, expected: bytes, found: bytes) -> None:
+    def __init__(
+        self, addr: int, expected: bytes, found: bytes, *, owner: str | None = None
+    ) -> None:
         """Keep what was compared."""
+        place = f"{addr:#x}" if owner is None else f"{addr:#x} ({owner})"
         super().__init__(
-            f"bytes at {addr:#x} are {found.hex(' ')}, not {expected.hex(' ')}; left as they are"
+            f"bytes at {place} are {found.hex(' ')}, not {expected.hex(' ')}",
+            hint="somebody else has changed them: take a debugger's breakpoint away, and try again",
         )
         self.addr = addr
         self.expected = expected
@@ -158,16 +181,22 @@ class StopTimeout(OptpolineError):
 
     Args:
         waited_ns: How long was waited.
-        tids: Threads that did not stop.
+        tids: Threads that did not stop, as far as they are known.
+        pid: Their process, or None.
     """
 
     exit_code = 7
 
-    def __init__(self, waited_ns: int, tids: tuple[int, ...]) -> None:
+    def __init__(self, waited_ns: int, tids: tuple[int, ...], *, pid: int | None = None) -> None:
         """Name the threads that did not stop."""
         names = ", ".join(str(tid) for tid in tids)
+        who = f"thread{'' if len(tids) == 1 else 's'} {names}" if tids else "some threads"
+        if pid is not None:
+            who += f" of process {pid}"
+        # Also a note of a session that goes on, and tries again by itself.
         super().__init__(
-            f"threads {names} did not stop within {waited_ns / 1e6:.1f} ms; all were resumed"
+            f"{who} did not stop within {waited_ns / 1e6:.1f} ms, and all were resumed",
+            hint="it may work once the CPUs have less to do",
         )
         self.waited_ns = waited_ns
         self.tids = tids
@@ -180,13 +209,20 @@ class TransactionTimeout(OptpolineError):
         waited_s: How long was tried.
         reason: What was in the way the last time.
         tids: The threads that were, as far as they are known.
+        pid: Their process, or None.
     """
 
     exit_code = 7
 
-    def __init__(self, waited_s: float, reason: str, tids: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, waited_s: float, reason: str, tids: tuple[int, ...] = (), *, pid: int | None = None
+    ) -> None:
         """Say what was in the way."""
-        super().__init__(f"nothing was changed within {waited_s:.3g} s: {reason}")
+        where = "" if pid is None else f" in process {pid}"
+        super().__init__(
+            f"nothing was changed{where} within {waited_s:.3g} s: {reason}",
+            hint="try again, or with a longer timeout",
+        )
         self.waited_s = waited_s
         self.reason = reason
         self.tids = tids
@@ -216,11 +252,19 @@ class TargetFault(OptpolineError):
     Args:
         addr: First address of the access.
         size: Size of the access in bytes.
+        what: What was to be done with it: "read", "written".
+        pid: The process whose memory it is, or None, also where it is a file's.
     """
 
-    def __init__(self, addr: int, size: int, what: str = "accessed") -> None:
+    def __init__(
+        self, addr: int, size: int, what: str = "accessed", *, pid: int | None = None
+    ) -> None:
         """Name the range that faulted."""
-        super().__init__(f"{size} bytes at {addr:#x} of the target cannot be {what}")
+        owner = "the target" if pid is None else f"process {pid}"
+        super().__init__(
+            f"{size} bytes at {addr:#x} of {owner} cannot be {what}",
+            hint=None if pid is None else "if it has unmapped them meanwhile, try again",
+        )
         self.addr = addr
         self.size = size
 

@@ -11,6 +11,7 @@ from optpoline import errors
 from optpoline.errors import (
     AddressTaken,
     ArenaError,
+    ArenaFull,
     AttachError,
     ControllerActive,
     DecodeError,
@@ -43,6 +44,7 @@ EXAMPLES = (
     NotesError("a.out has two keys with one name"),
     Unsettled(),
     ArenaError("no room within reach"),
+    ArenaFull(0x7000, "literals"),
     AddressTaken("the address was taken meanwhile"),
     SiteChanged(0x1000, b"\xe8\1", b"\xcc\1"),
     ControllerActive("process 9 already works on process 5"),
@@ -75,6 +77,7 @@ def test_every_error_is_named_here() -> None:
         (UnsupportedTarget, 6),
         (ArenaError, 7),
         (AddressTaken, 7),
+        (ArenaFull, 7),
         (SiteChanged, 7),
         (ControllerActive, 7),
         (StopTimeout, 7),
@@ -113,6 +116,9 @@ def test_errors_carry_their_facts() -> None:
     assert (late.waited_ns, late.tids) == (1_500_000, (7, 8))
     assert "1.5 ms" in str(late)
     assert "7, 8" in str(late)
+    full = ArenaFull(0x7000, "literals")
+    assert full.addr == 0x7000
+    assert "0x7000 is used up: it has no room for more literals" in full.message
     fault = TargetFault(0x2000, 16, "read")
     assert (fault.addr, fault.size) == (0x2000, 16)
     assert str(fault) == "16 bytes at 0x2000 of the target cannot be read"
@@ -121,6 +127,34 @@ def test_errors_carry_their_facts() -> None:
     assert str(decode).count("06") == 16
     reach = EncodeRangeError(0x1000, 0x2000)
     assert (reach.src_addr, reach.dst_addr) == (0x1000, 0x2000)
+
+
+def test_what_can_be_said_of_a_process_is() -> None:
+    message = StopTimeout(1_500_000, (7,), pid=5).message
+    assert message == "thread 7 of process 5 did not stop within 1.5 ms, and all were resumed"
+    assert StopTimeout(1_500_000, (), pid=5).message.startswith("some threads of process 5 did")
+    assert "0x1000 (the static call codec) are cc" in str(
+        SiteChanged(0x1000, b"\xe8", b"\xcc", owner="the static call codec")
+    )
+    fault = TargetFault(0x2000, 16, "read", pid=5)
+    assert fault.message == "16 bytes at 0x2000 of process 5 cannot be read"
+    late = TransactionTimeout(2.0, "thread 7 is asleep", (7,), pid=5)
+    assert late.message == "nothing was changed in process 5 within 2 s: thread 7 is asleep"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ArenaFull(0x7000, "literals"),
+        SiteChanged(0x1000, b"\xe8", b"\xcc"),
+        StopTimeout(1_500_000, (7,)),
+        TransactionTimeout(2.0, "thread 7 is asleep"),
+        TargetFault(0x2000, 16, "read", pid=5),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_may_be_tried_is_said(error: OptpolineError) -> None:
+    assert error.hint is not None
 
 
 def test_process_gone_says_which() -> None:

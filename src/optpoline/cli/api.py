@@ -70,7 +70,8 @@ class SessionSettings:
     """What the user may set of a session (``optpoline.Config``).
 
     Attributes:
-        learn_s: Length of the first learning window in seconds.
+        learn_s: Length of the first learning window in seconds; None: as suits how many sites
+            there are.
         max_stop_s: How long the program's threads may stand while its text is changed.
         follow_fork: Restore its forked children at the end as well.
         shared_counters: Count in one row that all CPUs share.
@@ -80,7 +81,7 @@ class SessionSettings:
         policy_settings: Thresholds of it by name, each as the user wrote it.
     """
 
-    learn_s: float = 1.0
+    learn_s: float | None = None
     max_stop_s: float = 0.005
     follow_fork: bool = False
     shared_counters: bool = False
@@ -93,8 +94,10 @@ class SessionSettings:
 class SessionHandle(Protocol):
     """An attached session (``optpoline.Session``)."""
 
-    def learn(self, *, seconds: float, stop: threading.Event, in_turn: bool = False) -> object:
-        """Count targets for a window."""
+    def learn(
+        self, *, seconds: float | None, stop: threading.Event, in_turn: bool = False
+    ) -> object:
+        """Count targets for a window; None: for as long as the settings say."""
 
     def promote(self) -> object:
         """Promote what was learned."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that a verb makes beside its JSON: traces and plots.
+"""Files that a verb makes beside its JSON: traces, plots, plugins.
 
 The same rules as for ``--json``: what exists is replaced with ``--force`` only, and
-that is checked first; a file appears whole or not at all.
+that is checked first; a file appears whole or not at all. A file is renamed to its
+place, so a device or a pipe is no place for it, with ``--force`` neither.
 """
 
 from __future__ import annotations
@@ -24,22 +25,39 @@ class Artifact:
     """One file to be made.
 
     Attributes:
+        option: What names it on the command line.
         path: Its name.
         force: Whether an existing file may be replaced.
     """
 
+    option: str
     path: str
     force: bool = False
+
+    def validate_replaceable(self) -> None:
+        """Check that nothing is there, or what may be replaced.
+
+        Raises:
+            UsageError: if the file exists and may not be replaced, or there can be none.
+        """
+        if self.path == "-":
+            raise UsageError(f"stdout takes no file of {self.option}", hint="name a file")
+        path = Path(self.path)
+        if path.exists() and not path.is_file():
+            raise UsageError(
+                f"{path} is no regular file", hint=f"name another file with {self.option}"
+            )
+        if path.exists() and not self.force:
+            raise UsageError(f"{path} exists", hint="use --force to overwrite it")
 
     def validate_writable(self) -> None:
         """Find out now what would go wrong at the end.
 
         Raises:
-            UsageError: if the file exists and may not be replaced.
+            UsageError: if the file exists and may not be replaced, or there can be none.
             OptpolineError: if its directory does not exist or cannot be written.
         """
-        if self.path == "-":
-            raise UsageError("stdout takes no such file", hint="name a file")
+        self.validate_replaceable()
         JsonSink(path=self.path, force=self.force).validate_writable()
 
     def open(self) -> AbstractContextManager[BinaryIO]:

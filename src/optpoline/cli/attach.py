@@ -41,7 +41,7 @@ def attach_command(
     invocation: Invocation,
     pid: int,
     duration: float | None,
-    learn_seconds: float,
+    learn_seconds: float | None,
     max_stop_ms: float,
     policy: str,
     policy_set: tuple[str, ...],

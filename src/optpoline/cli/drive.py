@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from optpoline.cli.api import SessionEvent, SessionHandle, SessionSettings
 from optpoline.cli.console import Console
+from optpoline.controller.arguments import LEARN_S
 from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState, Summary
 from optpoline.errors import OptpolineError, ProcessGone
 from optpoline.report.session_text import format_progress
@@ -152,9 +153,10 @@ def _keep_promoted(
         return None if limit_s is None else max(0.0, limit_s - (clock() - started))
 
     window_s = plan.settings.learn_s
-    if limit_s is not None and not plan.leave:
-        window_s = min(window_s, limit_s)
-    if window_s > 0 and not stop.is_set():
+    planned_s = LEARN_S if window_s is None else window_s
+    if limit_s is not None and not plan.leave and limit_s < planned_s:
+        window_s = limit_s
+    if window_s != 0 and not stop.is_set():
         _show_progress(session, console, clock() - started)
         session.learn(seconds=window_s, stop=stop, in_turn=True)
     # Too little time to promote for; but what is to be left has to be made first.
@@ -163,7 +165,7 @@ def _keep_promoted(
     if remaining_s() == 0 and not plan.leave:
         return (
             f"nothing was promoted: the duration of {limit_s:g} s was over with the first learning "
-            f"window, which takes {plan.settings.learn_s:g} s (--learn-seconds)",
+            f"window, which takes {planned_s:g} s (--learn-seconds)",
         )
     session.promote()
     while not stop.is_set():

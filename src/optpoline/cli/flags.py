@@ -90,6 +90,11 @@ def cflags_command(
     """
     invocation.sink.validate_writable()
     if instead == "explain":
+        if invocation.sink.path is not None:
+            raise UsageError(
+                "--explain writes no document",
+                hint="leave out --json to read the costs, or --explain for the flags as JSON",
+            )
         for cost in form_costs():
             invocation.print_data([f"{cost.form.value}: {cost.site}", f"    {cost.cost}"])
         return

@@ -8,7 +8,13 @@ import click
 from optpoline.cli.api import TransactionHandle
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import PID, pass_invocation, shared_options
-from optpoline.cli.settings import DEFAULT_VALUE, opened, parse_settings, timeout_option
+from optpoline.cli.settings import (
+    DEFAULT_VALUE,
+    NOTES_DROPPED,
+    opened,
+    parse_settings,
+    timeout_option,
+)
 from optpoline.errors import NoSites, UsageError
 from optpoline.report.json_document import keys_document
 from optpoline.report.settings_text import format_keys, settings_notes
@@ -38,7 +44,10 @@ def key_command(
             raise UsageError(f"{value} is no state of the static key {name}: it is {_VALUES}")
     with opened(invocation, pid) as program:
         if not program.keys:
-            raise NoSites(f"process {pid} declares no static key")
+            raise NoSites(
+                f"process {pid} declares no static key",
+                hint=f"DEFINE_STATIC_KEY_FALSE of optpoline.h declares one; {NOTES_DROPPED}",
+            )
         if wanted:
             transaction = program.transaction(timeout_s=timeout_s)
             for name, value in wanted:

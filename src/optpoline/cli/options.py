@@ -182,7 +182,7 @@ def shared_options(function: Callable[P, R]) -> Callable[P, R]:
             is_eager=True,
             expose_value=False,
             callback=_set_force,
-            help="Overwrite the --json FILE if it exists.",
+            help="Replace the files to be written if they exist.",
         ),
         click.option(
             "-q",
@@ -230,8 +230,7 @@ def session_options(function: Callable[P, R]) -> Callable[P, R]:
             "--learn-seconds",
             type=SECONDS,
             metavar="S",
-            default=1.0,
-            show_default=True,
+            show_default="1; 0.5 if of many sites only those that run are learned",
             help="Length of the first learning window.",
         ),
         click.option(
@@ -286,7 +285,7 @@ def session_options(function: Callable[P, R]) -> Callable[P, R]:
 
 def make_settings(
     *,
-    learn_seconds: float,
+    learn_seconds: float | None,
     max_stop_ms: float,
     policy: str,
     policy_set: tuple[str, ...],

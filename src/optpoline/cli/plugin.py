@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from optpoline.cli.artifact import Artifact
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import compiler_option, pass_invocation, shared_options
 from optpoline.report.flags_document import plugin_document
@@ -33,6 +34,10 @@ def build_command(invocation: Invocation, cc: str, output: str | None) -> None:
     GCC 12) and its C++ compiler. What is in the cache is not built again.
     """
     invocation.sink.validate_writable()
+    if output is not None:
+        # Its directory is made where there is none.
+        artifact = Artifact(option="--output", path=output, force=invocation.sink.force)
+        artifact.validate_replaceable()
     compiler = find_compiler(cc)
     path = build_plugin(compiler, output=None if output is None else Path(output))
     invocation.sink.write(plugin_document(compiler, path))

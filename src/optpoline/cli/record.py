@@ -93,7 +93,7 @@ def record_command(
     from optpoline.cli.recording import make_order, record_process, record_program
 
     invocation.sink.validate_writable()
-    artifact = Artifact(path=trace, force=invocation.sink.force)
+    artifact = Artifact(option="--trace", path=trace, force=invocation.sink.force)
     artifact.validate_writable()
     order = make_order(
         artifact,

@@ -75,7 +75,10 @@ def record_process(invocation: Invocation, pid: int, order: Order) -> None:
         end = _record(invocation, pid, order, relay, _name_of(pid))
         received = relay.received
     _report(invocation, pid, order, end, None)
-    if received is not None and received != signal.SIGINT:
+    # As of attach: that sites still lead into an arena is more than how it was ended.
+    if end.detach.outcome in NOT_UNDONE:
+        invocation.exit_code = EXIT_NOT_UNDONE
+    elif received is not None and received != signal.SIGINT:
         invocation.exit_code = 128 + received
 
 
@@ -152,8 +155,6 @@ def _roll_back(session: SessionHandle, console: Console) -> None:
 
 
 def _report(invocation: Invocation, pid: int, order: Order, end: _End, status: int | None) -> None:
-    """Write the document; choose the exit status."""
+    """Write the document."""
     path = order.artifact.path
     invocation.sink.write(record_document(pid, path, end.totals, end.detach, status))
-    if end.detach.outcome in NOT_UNDONE:
-        invocation.exit_code = EXIT_NOT_UNDONE

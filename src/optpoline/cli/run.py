@@ -54,7 +54,7 @@ def run_command(
     invocation: Invocation,
     command: tuple[str, ...],
     duration: float | None,
-    learn_seconds: float,
+    learn_seconds: float | None,
     max_stop_ms: float,
     policy: str,
     policy_set: tuple[str, ...],
@@ -161,16 +161,22 @@ class _Promotion:
         except ProcessGone:
             return None
         except NoSites as error:
-            self._console.say(f"not promoted: {error.message}")
-            if not self._notes:
-                self._console.say(f"  {NOT_FOLLOWED}")
-            self._note(f"{error.message}; {NOT_FOLLOWED}")
+            self._tell_no_sites(error)
         except OptpolineError as error:
             self._console.error(f"the program runs on unpromoted: {error.message}", error.hint)
             self._note(str(error))
         # A wrapper may execute the real program, a loader may map a library with sites.
         self._child.wait_changed(image)
         return None
+
+    def _tell_no_sites(self, error: NoSites) -> None:
+        """Say what the program has instead; what that means, once of all that it executes."""
+        self._console.say(f"not promoted: {error.message}")
+        if error.hint and not any(error.hint in note for note in self._notes):
+            self._console.say(f"  {error.hint}")
+        if not self._notes:
+            self._console.say(f"  {NOT_FOLLOWED}")
+        self._note(f"{error}; {NOT_FOLLOWED}")
 
     def _note(self, text: str) -> None:
         """Keep a sentence for the report."""

@@ -18,10 +18,13 @@ from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import SECONDS_OR_NONE
 from optpoline.errors import UsageError
 
-__all__ = ["DEFAULT_VALUE", "opened", "parse_settings", "timeout_option"]
+__all__ = ["DEFAULT_VALUE", "NOTES_DROPPED", "opened", "parse_settings", "timeout_option"]
 
 DEFAULT_VALUE = "default"
 """What a key or call begins as; no C function can have that name."""
+
+NOTES_DROPPED = "-DOPTPOLINE_DISABLE, and gold with --gc-sections, leave out what it declares"
+"""Where one of them may have gone, for who has declared some."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

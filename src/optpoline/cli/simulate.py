@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 import click
+from click.core import ParameterSource
 
 from optpoline.cli.artifact import Artifact
 from optpoline.cli.invocation import Invocation
@@ -63,9 +64,11 @@ __all__ = ["simulate_command"]
     help="Of what is left to chance in a replay.",
 )
 @shared_options
+@click.pass_context
 @pass_invocation
 def simulate_command(
     invocation: Invocation,
+    ctx: click.Context,
     trace: str | None,
     policies: tuple[str, ...],
     settings: tuple[str, ...],
@@ -89,12 +92,14 @@ def simulate_command(
     if (trace is not None) + (synthetic is not None) + project != 1:
         raise UsageError("name one of: a trace, --synthetic, --project")
     if project and plot is not None:
-        raise UsageError("there is nothing to plot of a projection")
+        raise UsageError("there is nothing to plot of a projection", hint="leave out --plot")
     if project:
+        _validate_projection(ctx)
         project_all(invocation, policies, settings)
         return
-    artifact = None if plot is None else Artifact(path=plot, force=invocation.sink.force)
-    if artifact is not None:
+    artifact = None
+    if plot is not None:
+        artifact = Artifact(option="--plot", path=plot, force=invocation.sink.force)
         artifact.validate_writable()
     simulate_all(
         invocation,
@@ -107,3 +112,17 @@ def simulate_command(
         n_cpus=cpus,
         seed=seed,
     )
+
+
+def _validate_projection(ctx: click.Context) -> None:
+    """Refuse what only a replay obeys, though it has a default.
+
+    Raises:
+        UsageError: if such an option was given.
+    """
+    for name in ("repeat", "cpus", "seed"):
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise UsageError(
+                f"--project takes no --{name}",
+                hint="leave it out: a projection replays nothing, and is for 1 to 256 CPUs",
+            )

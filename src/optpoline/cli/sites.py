@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import PID_MAX, parse_pid, pass_invocation, shared_options
-from optpoline.controller.summary import SiteState
+from optpoline.controller.summary import ModuleSummary, SiteState
 from optpoline.errors import NoSites, UsageError
 from optpoline.report.declared_text import format_declared
 from optpoline.report.json_document import sites_document
@@ -34,9 +36,8 @@ def sites_command(invocation: Invocation, target: str) -> None:
     listing = invocation.api.find_sites(target if pid is None else pid)
     if not listing.sites and not listing.declared:
         name = target if pid is None else f"process {pid}"
-        instead = format_no_sites(listing.modules, is_file=pid is None)
         invocation.console().say_all(f"note: {note}" for note in listing.notes)
-        raise NoSites(f"{name} has no retpoline site: {instead}")
+        raise _no_sites(name, listing.modules, is_file=pid is None)
     modules, sites, declared = listing.modules, listing.sites, listing.declared
     invocation.sink.write(sites_document(target, modules, sites, listing.notes, declared))
     if not invocation.sink.takes_stdout:
@@ -54,3 +55,16 @@ def sites_command(invocation: Invocation, target: str) -> None:
         counts += f"; {count_of(len(declared), 'declaration')}"
     console.say(counts)
     console.say_all(f"note: {note}" for note in listing.notes)
+
+
+def _no_sites(name: str, modules: Sequence[ModuleSummary], *, is_file: bool) -> NoSites:
+    """Return the error that says what there is instead, and what that means."""
+    # Not at the top: --help must not wait for numpy.
+    from optpoline.controller.no_sites import no_sites_hint
+
+    instead = format_no_sites(modules, is_file=is_file)
+    hint = no_sites_hint(
+        n_inline=sum(module.n_inline for module in modules),
+        has_thunks=any(module.n_thunks for module in modules),
+    )
+    return NoSites(f"{name} has no retpoline site: {instead}", hint=hint)

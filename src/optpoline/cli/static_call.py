@@ -7,7 +7,13 @@ import click
 
 from optpoline.cli.invocation import Invocation
 from optpoline.cli.options import PID, pass_invocation, shared_options
-from optpoline.cli.settings import DEFAULT_VALUE, opened, parse_settings, timeout_option
+from optpoline.cli.settings import (
+    DEFAULT_VALUE,
+    NOTES_DROPPED,
+    opened,
+    parse_settings,
+    timeout_option,
+)
 from optpoline.errors import NoSites
 from optpoline.report.json_document import static_calls_document
 from optpoline.report.settings_text import format_static_calls, settings_notes
@@ -45,7 +51,10 @@ def static_call_command(
     with opened(invocation, pid) as program:
         before = program.static_calls
         if not before:
-            raise NoSites(f"process {pid} declares no static call")
+            raise NoSites(
+                f"process {pid} declares no static call",
+                hint=f"DEFINE_STATIC_CALL of optpoline.h declares one; {NOTES_DROPPED}",
+            )
         if wanted:
             transaction = program.transaction(timeout_s=timeout_s)
             for name, function in wanted:

@@ -53,9 +53,9 @@ def map_arena(pid: int, stop: Stop, memory: Memory, addr: Addr, geometry: ArenaG
         AddressTaken: if something of the target's is there by now.
         ArenaError: if the target's limits forbid a file or a mapping.
     """
-    target_fd = _create_memfd(stop)
+    target_fd = _create_memfd(pid, stop)
     try:
-        fd = _open_memfd(stop, target_fd)
+        fd = _open_memfd(pid, stop, target_fd)
         try:
             # One thread at least stands by now: that which ran the call.
             registrations = stop.read_rseq_registrations() if geometry.n_cpus else ()
@@ -84,7 +84,7 @@ def map_arena(pid: int, stop: Stop, memory: Memory, addr: Addr, geometry: ArenaG
     return arena
 
 
-def _create_memfd(stop: Stop) -> int:
+def _create_memfd(pid: int, stop: Stop) -> int:
     """Create the memfd in the target; return its number there."""
     name = ARENA_NAME.encode() + b"\0"
     flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
@@ -94,18 +94,21 @@ def _create_memfd(stop: Stop) -> int:
         result = stop.inject(SYS_MEMFD_CREATE, name, flags)
     if result < 0:
         raise ArenaError(
-            f"the target cannot create an arena: memfd_create: {os.strerror(-result)}",
+            f"process {pid} cannot create an arena: memfd_create: {os.strerror(-result)}",
             hint="raise its limit of open files" if -result in (23, 24) else None,
         )
     return result
 
 
-def _open_memfd(stop: Stop, target_fd: int) -> int:
+def _open_memfd(pid: int, stop: Stop, target_fd: int) -> int:
     """Open the target's memfd for ourselves."""
     try:
         return os.open(f"/proc/{stop.injector_tid}/fd/{target_fd}", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise ArenaError(f"cannot open the target's memfd: {error.strerror}") from error
+        raise ArenaError(
+            f"the arena that process {pid} has made cannot be opened: {error.strerror}",
+            hint="run optpoline as root, or raise its own limit of open files",
+        ) from error
 
 
 def _map_parts(
@@ -121,7 +124,10 @@ def _map_parts(
         os.ftruncate(fd, geometry.size)
         arena = Arena(addr, fd, geometry, header)
     except OSError as error:
-        raise ArenaError(f"no memory for an arena: {error.strerror}") from error
+        raise ArenaError(
+            f"optpoline cannot map the arena of process {header.target_pid}: {error.strerror}",
+            hint="raise its own limit of address space, or free memory",
+        ) from error
     parts = (
         (geometry.counter_off, geometry.size, mmap.PROT_READ | mmap.PROT_WRITE),
         (0, geometry.code_off, mmap.PROT_READ),
@@ -137,7 +143,10 @@ def _map_parts(
             for done_first, done_last, _ in parts[:number]:
                 stop.inject(SYS_MUNMAP, addr + done_first, done_last - done_first)
             arena.close()
-            what = f"the target cannot map {last - first} bytes of an arena at {addr + first:#x}"
+            what = (
+                f"process {header.target_pid} cannot map {last - first} bytes of an arena "
+                f"at {addr + first:#x}"
+            )
             if result >= 0 or result == -errno.EEXIST:
                 raise AddressTaken(f"{what}: the address was taken meanwhile")
             raise ArenaError(f"{what}: {os.strerror(-result)}", hint=_MAP_HINTS.get(-result))

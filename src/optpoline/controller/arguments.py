@@ -12,6 +12,7 @@ from optpoline.errors import UsageError
 
 __all__ = [
     "CHANGES",
+    "LEARN_S",
     "MAX_SETTING",
     "Change",
     "validate_change",
@@ -23,6 +24,9 @@ Change = Literal["swap", "switch-off"]
 """How a promoted site is changed (``Config.change``)."""
 
 CHANGES: tuple[Change, ...] = get_args(Change)
+
+LEARN_S = 1.0
+"""Length of the first learning window of who sets none, seconds."""
 
 MAX_SETTING = 1e9
 """The largest number that a setting may have: 31 years, where it is in seconds. In

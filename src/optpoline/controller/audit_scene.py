@@ -138,7 +138,7 @@ def read_contents(memory: RemoteMemory, arena: LeftArena, header: ArenaHeader) -
         start = arena.start + header.code_off
         size = max(ends, default=start) - start
         if not 0 <= size <= header.literal_off - header.code_off:
-            raise TargetFault(start, size, "read")
+            raise TargetFault(start, size, "read", pid=memory.pid)
         code = memory.read(start, size) if size else b""
     return ArenaContents(
         arena=arena,

@@ -142,7 +142,8 @@ def _plan_key(
         whole = branch.entry.with_changed(held)
         if held not in branch.forms or found[branch.entry.addr] != whole:
             expected = branch.entry.with_changed(branch.forms[count > 0])
-            raise SiteChanged(branch.entry.addr, expected, found[branch.entry.addr])
+            owner = f"a branch on the static key {key.key.name}"
+            raise SiteChanged(branch.entry.addr, expected, found[branch.entry.addr], owner=owner)
         branches.append(Poke(entry=branch.entry, expected=held, new=branch.forms[count > 0]))
     return Poke(entry=entry, expected=now, new=new), branches
 
@@ -183,7 +184,9 @@ def _plan_call(
             "its module cannot be read",
             hint="be root, or define it with OPTPOLINE_OUT_OF_LINE",
         )
-    held = {one.addr: _held(one, found[one.addr]) for one in (call.trampoline, *call.sites)}
+    owner = f"the static call {call.call.name}"
+    entries = (call.trampoline, *call.sites)
+    held = {one.addr: _held(one, found[one.addr], owner) for one in entries}
     if call.trampoline.addr in leads:
         addr = leads[call.trampoline.addr]
     else:
@@ -196,12 +199,12 @@ def _plan_call(
             expected=held[one.addr],
             new=one.disp if addr is None else encode_disp32(one.end, addr),
         )
-        for one in (call.trampoline, *call.sites)
+        for one in entries
     ]
     return pokes[0], pokes[1:]
 
 
-def _held(entry: JournalEntry, code: bytes) -> bytes:
+def _held(entry: JournalEntry, code: bytes, owner: str) -> bytes:
     """Return the displacement that a site holds.
 
     Raises:
@@ -209,5 +212,5 @@ def _held(entry: JournalEntry, code: bytes) -> bytes:
     """
     held = entry.changed_of(code)
     if entry.with_changed(held) != code:
-        raise SiteChanged(entry.addr, entry.code, code)
+        raise SiteChanged(entry.addr, entry.code, code, owner=owner)
     return held

@@ -110,7 +110,7 @@ def commit(target: Target, make_plan: Callable[[], Plan], *, timeout_s: float) -
             # Another plan shows whether its module was unloaded, or cannot be read at all.
             obstacle = _Obstacle(reason="modules come and go", is_plan_old=True)
         if time.monotonic() - begin_s >= timeout_s:
-            raise TransactionTimeout(timeout_s, obstacle.reason, obstacle.tids)
+            raise TransactionTimeout(timeout_s, obstacle.reason, obstacle.tids, pid=target.pid)
         time.sleep(min(pause_s, max(0.0, begin_s + timeout_s - time.monotonic())))
         if obstacle.is_plan_old or pause_s >= _PLAN_AGAIN_S:
             plan = None

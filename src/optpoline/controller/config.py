@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from optpoline.controller.arguments import Change, validate_change, validate_setting
+from optpoline.controller.arguments import LEARN_S, Change, validate_change, validate_setting
 from optpoline.promote.policies import DEFAULT_POLICY, policy_named
 from optpoline.promote.policy import Policy, WatchSchedule
 
-__all__ = ["LEARN_S", "Config"]
+__all__ = ["Config"]
 
-LEARN_S = 1.0
+FIRST_HOT_S = 0.5
+"""Length of the first window over hot sites: what it has not met comes half a second later."""
 
 _NUMBERS = (
-    "learn_s",
     "relearn_s",
     "wave_s",
     "poll_s",
@@ -26,7 +26,13 @@ _NUMBERS = (
     "reclaim_every_s",
     "reclaim_duty",
 )
-_NUMBERS_OR_NONE = ("sample_s", "sample_every_s", "sample_every_max_s", "overhead_ratio")
+_NUMBERS_OR_NONE = (
+    "learn_s",
+    "sample_s",
+    "sample_every_s",
+    "sample_every_max_s",
+    "overhead_ratio",
+)
 """Settings of ``Config`` that are numbers."""
 
 
@@ -40,8 +46,8 @@ class Config:
     """Settings of one session.
 
     Attributes:
-        learn_s: Length of the first learning window, seconds; where only the sites that
-            run are learned, the default becomes ``hot_sites.FIRST_HOT_S``.
+        learn_s: Length of the first learning window, seconds; None: 1, or 0.5 where only the
+            sites that run are learned because there are so many.
         relearn_s: Length of later windows over sites that were cold, seconds.
         wave_s: Time between looks at full slots within a window, seconds. A
             dispatch site with 80 targets needs four waves.
@@ -51,7 +57,7 @@ class Config:
         sample_every_max_s: Longest such interval; None: the policy's.
         overhead_ratio: What all re-sampling windows may cost, as a share of one CPU;
             None: the policy's.
-        poll_s: Interval of looking at miss counters, seconds; twice that when no site has
+        poll_s: Interval of looking at miss counters, seconds; 2.5 times that when no site has
             changed for ``promote.schedule.CALM_AFTER_S``. A flip waits for it half the
             interval on average.
         maps_every_s: Interval of looking for new or vanished modules, seconds.
@@ -78,7 +84,7 @@ class Config:
         policy: Turns counts into decisions (``optpoline.promote.policies``).
     """
 
-    learn_s: float = LEARN_S
+    learn_s: float | None = None
     relearn_s: float = 0.25
     wave_s: float = 0.025
     sample_s: float | None = None
@@ -112,6 +118,16 @@ class Config:
                 validate_setting(name, getattr(self, name))
         validate_change(self.change)
 
+    def first_window_s(self, *, is_hot_only: bool) -> float:
+        """Return the length of a first learning window, in seconds.
+
+        Args:
+            is_hot_only: Whether only the sites that run are learned.
+        """
+        if self.learn_s is not None:
+            return self.learn_s
+        return FIRST_HOT_S if is_hot_only else LEARN_S
+
     @property
     def is_switched_off(self) -> bool:
         """Whether the fast path is switched off while it is changed."""
@@ -127,7 +143,7 @@ class Config:
         ratio = self.overhead_ratio
         return replace(
             base,
-            learn_s=self.learn_s,
+            learn_s=self.first_window_s(is_hot_only=False),
             sample_s=sample_s,
             min_part_s=min(base.min_part_s, sample_s),
             sample_every_s=every_s,

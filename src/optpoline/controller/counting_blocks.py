@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from optpoline.controller.records import SiteRecord
-from optpoline.errors import ArenaError
+from optpoline.errors import ArenaFull
 from optpoline.learn.counting import FIRST_OPEN_SLOTS, n_cells, plan_counting
 from optpoline.model import Miss, SiteKind, TreeNode, tree_targets
 from optpoline.patch.blocks import Block, add_block, point_back
@@ -25,7 +25,7 @@ def add_counting_block(record: SiteRecord, tree: TreeNode, n_open: int) -> Block
         EncodeRangeError: if a target is out of reach.
     """
     if record.arena.free_code_size < MIN_FREE_CODE_SIZE:
-        raise ArenaError(f"the arena at {record.arena.addr:#x} is used up")
+        raise ArenaFull(record.arena.addr, "counting blocks")
     record.make_thunk()
     n_known = sum(1 for _ in tree_targets(tree))
     plan = plan_counting(

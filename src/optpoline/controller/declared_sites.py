@@ -192,7 +192,7 @@ def read_declared_module(pid: int, module: Module, memory: Memory) -> DeclaredMo
             return _read_once(pid, module, memory)
         # Of what was unloaded while it was read, half looks as if it were damaged.
         if module not in list_modules(pid, memory=memory):
-            raise TargetFault(module.start, module.end - module.start, "read")
+            raise TargetFault(module.start, module.end - module.start, "read", pid=pid)
     return _read_once(pid, module, memory)
 
 

@@ -28,7 +28,7 @@ from optpoline.errors import OptpolineError, ProcessGone
 from optpoline.model import Addr
 from optpoline.process.perf import PcSample, PcSampler
 
-__all__ = ["ALL_AT_ONCE_SITES", "FIRST_HOT_S", "FIRST_LOOK_S", "WAVE_S", "HotSites", "Lookout"]
+__all__ = ["ALL_AT_ONCE_SITES", "FIRST_LOOK_S", "WAVE_S", "HotSites", "Lookout"]
 
 ALL_AT_ONCE_SITES = 2048
 """Sites up to which all are learned at once; of more only those that run.
@@ -52,9 +52,6 @@ CPU time, so that the first are promoted a second after the attach. In the progr
 500 sites linked in all had 264 KiB of code and counters resident, half a KiB each, and a
 site that never ran had none; 4 KiB of address space are reserved for every site.
 """
-
-FIRST_HOT_S = 0.5
-"""Length of the first window over hot sites: what it has not met comes half a second later."""
 
 FIRST_LOOK_S = 0.1
 """Length of the look before the first wave of sites is linked."""

@@ -89,7 +89,7 @@ def _wait(target: Target, vdso: Mapping) -> None:
             return
         waited_ns = time.monotonic_ns() - begin_ns
         if waited_ns >= target.stop_timeout_ns:
-            raise StopTimeout(waited_ns, left)
+            raise StopTimeout(waited_ns, left, pid=target.pid)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 

@@ -56,7 +56,10 @@ class ControllerLock:
             self._socket.close()
             if error.errno == errno.EADDRINUSE:
                 raise _busy(pid) from error
-            raise OptpolineError(f"cannot lock process {pid}: {error}") from error
+            raise OptpolineError(
+                f"process {pid} cannot be locked against other controllers: {error.strerror}",
+                hint="a security module or seccomp may keep optpoline from Unix sockets",
+            ) from error
         except BaseException:
             self._socket.close()
             raise

@@ -11,7 +11,7 @@ from optpoline.discover import count_plain_indirect
 from optpoline.errors import NoSites
 from optpoline.process.procfs import read_status
 
-__all__ = ["no_sites_error"]
+__all__ = ["no_sites_error", "no_sites_hint"]
 
 _PLAIN = (
     "it was not built with retpolines (-mindirect-branch=thunk): there is nothing to gain, but "
@@ -38,5 +38,17 @@ def no_sites_error(pid: int, modules: Sequence[LoadedModule]) -> NoSites:
         f"{count_of(len(modules), 'module')} "
         f"({count_of(n_plain, 'plain indirect branch', 'es')} in the executable, "
         f"{count_of(n_inline, 'inline retpoline')})",
-        hint=_INLINE if n_inline else None if has_thunks else _PLAIN,
+        hint=no_sites_hint(n_inline=n_inline, has_thunks=has_thunks),
     )
+
+
+def no_sites_hint(*, n_inline: int, has_thunks: bool) -> str | None:
+    """Return what to make of a program or file without sites; None if that cannot be told.
+
+    Args:
+        n_inline: Retpolines in it that are written out in place.
+        has_thunks: Whether there is a thunk in it.
+    """
+    if n_inline:
+        return _INLINE
+    return None if has_thunks else _PLAIN

@@ -12,9 +12,9 @@ from collections.abc import Mapping as MappingABC
 from dataclasses import replace
 
 from optpoline.controller.arguments import validate_pid, validate_setting
-from optpoline.controller.config import LEARN_S, Config
+from optpoline.controller.config import Config
 from optpoline.controller.events import EventKind
-from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES, FIRST_HOT_S
+from optpoline.controller.hot_sites import ALL_AT_ONCE_SITES
 from optpoline.controller.late_calls import wait_for_late_calls
 from optpoline.controller.letting_go import let_go
 from optpoline.controller.lifeline import Lifeline
@@ -197,8 +197,7 @@ class Session(DeclaringSession):
         windows follow while the session watches.
 
         Args:
-            seconds: Length of the window; None for ``Config.learn_s``. Its default becomes
-                ``FIRST_HOT_S`` where only those that run are learned.
+            seconds: Length of the window; None for ``Config.learn_s``.
             stop: Ends the window early when set.
             in_turn: Whether many sites (``first_window.GROUP_SITES``) may count in groups, one
                 after the other, each for its part of the window: the program is slowed down
@@ -211,12 +210,13 @@ class Session(DeclaringSession):
             UsageError: if ``seconds`` is no number from 0 up.
         """
         self._check_open()
-        length_s = self.config.learn_s if seconds is None else seconds
-        validate_setting("seconds", length_s)
+        if seconds is not None:
+            validate_setting("seconds", seconds)
         baseline = [r for r in self.records if r.state is SiteState.BASELINE]
-        if length_s == LEARN_S and len(baseline) > ALL_AT_ONCE_SITES:
-            length_s = FIRST_HOT_S
-        self._work.learning.learn(baseline, length_s, stop, in_turn=in_turn)
+        if seconds is None:
+            is_hot_only = len(baseline) > ALL_AT_ONCE_SITES
+            seconds = self.config.first_window_s(is_hot_only=is_hot_only)
+        self._work.learning.learn(baseline, seconds, stop, in_turn=in_turn)
 
     def drain(self) -> MappingABC[Addr, SiteCounts]:
         """Return what each site has counted since the last drain, exactly, and begin anew.

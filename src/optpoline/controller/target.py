@@ -363,7 +363,9 @@ class Target:
             addr = choose_arena_addr(self._maps, module.start, module.end, size, near_size)
         if addr is None:
             raise ArenaError(
-                f"no room for an arena of {geometry.size >> 10} KiB within reach of {module.path}"
+                f"process {self.pid} has no room for an arena of {geometry.size >> 10} KiB "
+                f"within reach of {module.path}",
+                hint="start it again: its mappings may then lie elsewhere",
             )
         with self.stop(Wake.ONE_FOR_INJECTION) as stop:
             return map_arena(self.pid, stop, self.memory, addr, geometry)

@@ -184,7 +184,7 @@ class Watch:
             names = ", ".join(sorted({record.site.module for record in fresh}))
             message = f"{names}: {count_of(len(fresh), 'site')}"
             self._standing.tell(EventKind.MODULE_ADDED, message)
-            learn_s = self._config.learn_s
+            learn_s = self._config.first_window_s(is_hot_only=False)
             self._learn_and_promote(
                 lambda: self._learning.learn(fresh, learn_s, stop, in_turn=True)
             )

@@ -26,7 +26,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from optpoline.errors import ArenaError
+from optpoline.errors import ArenaFull
 from optpoline.model import CELL_SIZE, Addr, CounterRows, Site
 from optpoline.patch.arena_memory import ArenaMemory
 from optpoline.patch.block_table import BlockTable
@@ -167,10 +167,7 @@ class Arena:
         """
         found = self._code.find(size, lambda off: place(self.addr + off) - self.addr)
         if found is None:
-            raise ArenaError(
-                f"the arena at {self.addr:#x} is used up",
-                hint="detach and attach again to start with an empty one",
-            )
+            raise ArenaFull(self.addr, "code")
         end = -(-found.end // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
         end = min(end, self.geometry.literal_off)
         return Extent(start=found.start, at=found.at, end=end)
@@ -327,7 +324,7 @@ class Arena:
             return known
         off = self._next_literal
         if off + CELL_SIZE > self.geometry.counter_off:
-            raise ArenaError(f"the literals of the arena at {self.addr:#x} are used up")
+            raise ArenaFull(self.addr, "literals")
         addr = Addr(self.addr + off)
         self._memory.store_u64(addr, value)
         self._next_literal = off + CELL_SIZE

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from optpoline.errors import ArenaError
+from optpoline.errors import ArenaFull
 from optpoline.model import Addr
 from optpoline.patch.arena_memory import ArenaMemory
 from optpoline.patch.layout import BLOCK_ENTRY_SIZE, ArenaHeader, BlockEntry, BlockState
@@ -62,7 +62,7 @@ class BlockTable:
         n_blocks_addr = Addr(memory.addr + ArenaHeader.N_BLOCKS_OFF)
         n_blocks = memory.load_u64(n_blocks_addr)
         if (n_blocks + 1) * BLOCK_ENTRY_SIZE > self._end_off - self._start_off:
-            raise ArenaError(f"the block table of the arena at {memory.addr:#x} is full")
+            raise ArenaFull(memory.addr, "entries of its block table")
         memory.store_u64(n_blocks_addr, n_blocks + 1)
         return n_blocks
 

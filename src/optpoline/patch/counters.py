@@ -19,7 +19,7 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from optpoline.errors import ArenaError
+from optpoline.errors import ArenaFull
 from optpoline.model import CELL_SIZE, SLOT_CLAIMED, Addr, CounterRows
 from optpoline.patch.extents import Extent, FreeExtents
 
@@ -71,7 +71,7 @@ class CounterTable:
         """
         found = self._free.find(n_cells * CELL_SIZE, lambda off: off)
         if found is None:
-            raise ArenaError(f"the counters at {self.rows.shared_addr:#x} are used up")
+            raise ArenaFull(self.rows.shared_addr - self._off, "counters")
         self._free.take(found)
         self._used_end = max(self._used_end, found.end)
         return Addr(self.rows.shared_addr + found.at)

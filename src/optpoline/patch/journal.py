@@ -7,7 +7,7 @@ It is all that is needed to undo, by us or by whoever finds the arena (layout:
 
 from __future__ import annotations
 
-from optpoline.errors import ArenaError
+from optpoline.errors import ArenaFull
 from optpoline.model import Addr, Site
 from optpoline.patch.arena_memory import ArenaMemory
 from optpoline.patch.layout import ENTRY_SIZE, HEADER_SIZE, ArenaHeader, JournalEntry
@@ -53,7 +53,7 @@ class Journal:
         n_entries = memory.load_u64(n_entries_addr)
         off = HEADER_SIZE + n_entries * ENTRY_SIZE
         if off + ENTRY_SIZE > self._end_off:
-            raise ArenaError(f"the journal of the arena at {memory.addr:#x} is full")
+            raise ArenaFull(memory.addr, "journal entries")
         memory.write(off, entry.pack())
         # Pairs with the reader in another controller: complete before counted.
         memory.store_u64(n_entries_addr, n_entries + 1)

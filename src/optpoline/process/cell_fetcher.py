@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optpoline.errors import UnsupportedTarget
+from optpoline.process.host_cpu import EXECUTABLE_FORBIDDEN
 from optpoline.x86.fetch_code import (
     FREE_PAIRS_OFF,
     SUBTRACT_OFF,
@@ -181,7 +182,9 @@ def _map_code() -> int:
             mmap.MAP_SHARED, fd, ctypes.c_long(0),
         )  # fmt: skip
         if addr is None or addr == _MAP_FAILED:
-            raise UnsupportedTarget("this process may not map the code that fetches counts")
+            raise UnsupportedTarget(
+                "optpoline may not map its own code that fetches counts", hint=EXECUTABLE_FORBIDDEN
+            )
         # Its own addresses are in it, so it is written, through the file, once it has one.
         os.pwrite(fd, assemble_fetch_code(addr), 0)
     finally:

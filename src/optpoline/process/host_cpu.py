@@ -16,7 +16,10 @@ from functools import cache
 from optpoline.errors import UnsupportedTarget
 from optpoline.x86.xsave import CPUID_CODE, XGETBV_CODE, XsaveLayout, plan_xsave_layout
 
-__all__ = ["read_xsave_layout"]
+__all__ = ["EXECUTABLE_FORBIDDEN", "read_xsave_layout"]
+
+EXECUTABLE_FORBIDDEN = "a security module or seccomp may forbid executable memory to optpoline"
+"""Why code of ours cannot be mapped into this process."""
 
 _XSAVE_LEAF = 13
 _OSXSAVE_BIT = 27  # of ecx of leaf 1
@@ -72,7 +75,10 @@ def _run_code(code: bytes, run: Callable[[int], XsaveLayout]) -> XsaveLayout:
     finally:
         os.close(fd)
     if addr == _MAP_FAILED:
-        raise UnsupportedTarget("this process may not map the code that asks the CPU its sizes")
+        raise UnsupportedTarget(
+            "optpoline may not map its own code that asks the CPU its sizes",
+            hint=EXECUTABLE_FORBIDDEN,
+        )
     try:
         return run(addr)
     finally:

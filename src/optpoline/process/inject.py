@@ -165,7 +165,7 @@ class InjectionThread:
         low = self._rsp - _ARGUMENTS_SIZE
         size = frame.addr + len(frame.data) - low
         if not is_own_stack(read_maps_around(self._pid, low + size), low, low + size):
-            raise TargetFault(low, size)
+            raise TargetFault(low, size, pid=self._pid)
         # A coroutine's stack may lie there all the same, as a local array.
         try:
             self._saved = (low, self._memory.read(low, size))
@@ -275,6 +275,7 @@ class InjectionThread:
         begin_ns = time.monotonic_ns()
         code = wait_for_stop(self._tracer, self._pid, self.tid, deadline_ns)
         if code is None:
-            raise StopTimeout(time.monotonic_ns() - begin_ns, (self.tid,))
+            waited_ns = time.monotonic_ns() - begin_ns
+            raise StopTimeout(waited_ns, (self.tid,), pid=self._pid)
         self._is_stopped = True
         return code

@@ -61,7 +61,10 @@ def find_injection_code(pid: int, memory: RemoteMemory) -> InjectionCode:
         if mapping.path == "[vdso]":
             path = find_return_path(memory.read(mapping.start, mapping.size), mapping.start)
     if path is None:
-        raise UnsupportedTarget(f"process {pid} has no vDSO with a usable syscall instruction")
+        raise UnsupportedTarget(
+            f"process {pid} has no vDSO with a usable syscall instruction",
+            hint="boot without vdso=0, or run the program where nothing unmaps it",
+        )
     text = [m for m in mappings if m.is_executable and m.path.startswith("/")]
     text.sort(key=lambda m: "libc" not in m.path.rpartition("/")[2])
     for mapping in _bounded(text):
@@ -74,7 +77,10 @@ def find_injection_code(pid: int, memory: RemoteMemory) -> InjectionCode:
                     trampoline_code=code,
                     xsave_layout=read_xsave_layout(),
                 )
-    raise UnsupportedTarget(f"process {pid} has no rt_sigreturn trampoline in its text")
+    raise UnsupportedTarget(
+        f"process {pid} has no rt_sigreturn trampoline in its text",
+        hint="a static program that installs no signal handler has none: link it dynamically",
+    )
 
 
 def _bounded(mappings: list[Mapping]) -> list[Mapping]:

@@ -86,13 +86,13 @@ class RemoteMemory:
             ProcessGone: if the address space no longer exists.
         """
         if not 0 <= addr <= _MAX_OFFSET:
-            raise TargetFault(addr, size, "read")
+            raise TargetFault(addr, size, "read", pid=self.pid)
         data = b""
         while len(data) < size:
             try:
                 chunk = os.pread(self._fd, size - len(data), addr + len(data))
             except OSError as error:
-                raise TargetFault(addr, size, "read") from error
+                raise TargetFault(addr, size, "read", pid=self.pid) from error
             if not chunk:
                 raise ProcessGone(self.pid, f"process {self.pid} has exited or run a new program")
             data = data + chunk if data else chunk
@@ -108,15 +108,15 @@ class RemoteMemory:
             ProcessGone: if the address space no longer exists.
         """
         if not 0 <= addr <= _MAX_OFFSET:
-            raise TargetFault(addr, len(data), "written")
+            raise TargetFault(addr, len(data), "written", pid=self.pid)
         try:
             n_written = os.pwrite(self._fd, data, addr)
         except OSError as error:
-            raise TargetFault(addr, len(data), "written") from error
+            raise TargetFault(addr, len(data), "written", pid=self.pid) from error
         if n_written == 0 and data:
             raise ProcessGone(self.pid, f"process {self.pid} has exited or run a new program")
         if n_written != len(data):
-            raise TargetFault(addr, len(data), "written")
+            raise TargetFault(addr, len(data), "written", pid=self.pid)
 
 
 class _IoVec(ctypes.Structure):

@@ -128,7 +128,7 @@ class Stopper:
             elif not self._find_new_sharers():
                 return
             if self.begin_ns and time.monotonic_ns() >= self.deadline_ns:
-                raise StopTimeout(self.timeout_ns, tuple(sorted(self._pending)))
+                raise self._timeout()
 
     def release(self) -> int:
         """Let every thread go on; return when, as time.monotonic_ns().
@@ -234,6 +234,13 @@ class Stopper:
         self._seized.add(tid)
         return True
 
+    def _timeout(self) -> StopTimeout:
+        """Return the error that names the threads still waited for."""
+        pids = set(self._pending.values())
+        # Threads of others that share the memory are stopped as well.
+        pid = pids.pop() if len(pids) == 1 else self.pid
+        return StopTimeout(self.timeout_ns, tuple(sorted(self._pending)), pid=pid)
+
     def _interrupt_running(self) -> None:
         """Ask threads that run, and have not been asked, to stop.
 
@@ -290,7 +297,7 @@ class Stopper:
                 # Each of a thousand threads takes its time: nothing is wrong while they come.
                 pause_s, checked_ns, idle_since_ns = _FIRST_POLL_S, now_ns, now_ns
             if now_ns >= self.deadline_ns:
-                raise StopTimeout(self.timeout_ns, tuple(sorted(self._pending)))
+                raise self._timeout()
             if now_ns - checked_ns > _CHECK_STATE_NS:
                 checked_ns = now_ns
                 self._drop_unstoppable()
@@ -381,7 +388,7 @@ class Stopper:
         try:
             code = wait_for_stop(self.tracer, self.pid, tid, deadline_ns)
             if code is None:
-                raise StopTimeout(self.timeout_ns, (tid,))
+                raise StopTimeout(self.timeout_ns, (tid,), pid=self.pid)
             self._take(self.pid, tid, code)
         except ProcessGone:
             return None

@@ -255,12 +255,13 @@ def error_document(error: OptpolineError, exit_code: int) -> JsonObject:
 
     Args:
         error: What went wrong.
-        exit_code: What the process exits with; for ``run`` not the error's own.
+        exit_code: What the process exits with; for ``run`` not the error's own, and of a
+            program that could not be started (126, 127) it alone says so.
     """
     return {
         "schema_version": SCHEMA_VERSION,
         "error": {
-            "kind": _ERROR_KINDS.get(error.exit_code, "other"),
+            "kind": _ERROR_KINDS.get(exit_code, _ERROR_KINDS.get(error.exit_code, "other")),
             "exit_code": exit_code,
             "message": error.message,
             "hint": error.hint,

@@ -63,10 +63,10 @@ def format_no_sites(modules: Sequence[ModuleSummary], *, is_file: bool = False) 
     what = count_of(sum(module.n_thunks for module in modules), "thunk")
     what += " in it" if is_file else " in its modules"
     if n_inline:
-        what += f", {count_of(n_inline, 'inline retpoline')} (not promotable)"
+        what += f", {count_of(n_inline, 'inline retpoline')}"
     elif n_plain and sum(n_plain):
         plain = count_of(sum(n_plain), "plain indirect branch", "es")
-        what += f", {plain} (not built with retpolines)"
+        what += f", {plain}"
     elif n_plain:
         what += ", no indirect branch at all"
     return what

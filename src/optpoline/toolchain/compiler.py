@@ -23,6 +23,8 @@ DEFAULT_COMMAND = "gcc"
 _QUESTION_TIMEOUT_S = 30.0
 """For a question that takes a compiler milliseconds: it may lie on a slow file system."""
 
+_NAME_ONE = "name a C compiler with --cc"
+
 _C_COMPILER_NAME = re.compile(r"^(?P<before>(?:.*-)?)(?P<name>gcc|cc)(?P<after>(?:-[0-9.]+)?)$")
 
 
@@ -100,7 +102,9 @@ def run_compiler(argv: Sequence[str], *, timeout_s: float) -> subprocess.Complet
             f"there is no compiler {argv[0]}", hint="install it, or name another with --cc"
         ) from error
     except OSError as error:
-        raise ToolchainError(f"{argv[0]} cannot be run: {error.strerror}") from error
+        raise ToolchainError(
+            f"{argv[0]} cannot be run: {error.strerror}", hint=_NAME_ONE
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise ToolchainError(f"{argv[0]} did not end within {timeout_s:.0f} s") from error
 
@@ -118,12 +122,12 @@ def find_compiler(command: str) -> Compiler:
     try:
         words = tuple(shlex.split(command))
     except ValueError as error:
-        raise ToolchainError(f"{command!r} is no command: {error}") from error
+        raise ToolchainError(f"{command!r} is no command: {error}", hint=_NAME_ONE) from error
     if not words:
-        raise ToolchainError("the name of the compiler is empty", hint="name one with --cc")
+        raise ToolchainError("the name of the compiler is empty", hint=_NAME_ONE)
     macros = _read_macros(words)
     if "__x86_64__" not in macros or "__ILP32__" in macros:
-        raise ToolchainError(f"{command} makes no 64-bit code for x86")
+        raise ToolchainError(f"{command} makes no 64-bit code for x86", hint=_NAME_ONE)
     family, prefix = Family.GCC, "__GNUC"
     if "__clang__" in macros:
         family, prefix = Family.CLANG, "__clang"
@@ -132,7 +136,7 @@ def find_compiler(command: str) -> Compiler:
         names = ("__", "_MINOR__", "_PATCHLEVEL__")
     numbers = [macros.get(prefix + name, "") for name in names]
     if not all(number.isdigit() for number in numbers):
-        raise ToolchainError(f"{command} is neither GCC nor Clang")
+        raise ToolchainError(f"{command} is neither GCC nor Clang", hint=_NAME_ONE)
     return Compiler(command=words, family=family, version=".".join(numbers))
 
 
@@ -147,5 +151,5 @@ def _read_macros(words: tuple[str, ...]) -> dict[str, str]:
             name, _, value = rest.partition(" ")
             macros[name] = value
     if done.returncode or not macros:
-        raise ToolchainError(f"{shlex.join(words)} is no C compiler", hint="name one with --cc")
+        raise ToolchainError(f"{shlex.join(words)} is no C compiler", hint=_NAME_ONE)
     return macros

@@ -126,4 +126,8 @@ def _compile(compiler: Compiler, headers: Path, output: Path) -> None:
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
         first = next((line for line in lines if "error" in line), lines[-1])
-        raise ToolchainError(f"the plugin cannot be built with {shlex.join(command)}: {first}")
+        raise ToolchainError(
+            f"the plugin cannot be built with {shlex.join(command)}: {first}",
+            hint="compiler and headers must be of one release: on Debian, install "
+            f"g++-{compiler.major} and gcc-{compiler.major}-plugin-dev anew",
+        )

@@ -153,9 +153,9 @@ class FakeSession:
         if name in self.errors:
             raise self.errors[name]
 
-    def learn(self, *, seconds: float, stop: threading.Event, in_turn: bool = False) -> None:
+    def learn(self, *, seconds: float | None, stop: threading.Event, in_turn: bool = False) -> None:
         """Learn."""
-        self._call("learn", f"learn {seconds:g}")
+        self._call("learn", "learn" if seconds is None else f"learn {seconds:g}")
 
     def promote(self) -> None:
         """Promote."""

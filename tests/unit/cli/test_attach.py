@@ -18,6 +18,7 @@ from optpoline.cli.console import Console
 from optpoline.cli.drive import SessionPlan, drive_session
 from optpoline.cli.main import main
 from optpoline.controller.summary import DetachOutcome, DetachResult, SessionState
+from optpoline.controller.tracing import RecordPlan, RecordTotals
 from optpoline.errors import (
     ControllerActive,
     NoSites,
@@ -28,6 +29,7 @@ from optpoline.errors import (
     UnsupportedTarget,
 )
 from optpoline.report.table import Style
+from optpoline.simulate.trace_file import TraceWriter
 from tests.unit.cli.fakes import FakeApi, FakeEvent, FakeKind, FakeSession, make_summary
 
 NOT_ALL = DetachResult(
@@ -45,7 +47,7 @@ def test_learns_promotes_watches_and_restores(capsys: pytest.CaptureFixture[str]
     api = FakeApi()
     assert main(["attach", "4711"], api=api) == 0
     assert api.attached == [4711]
-    assert api.session.calls == ["learn 1", "promote", "watch", "detach"]
+    assert api.session.calls == ["learn", "promote", "watch", "detach"]
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
@@ -100,7 +102,7 @@ def test_too_short_a_duration_promotes_nothing_and_restores() -> None:
 def test_too_short_a_duration_still_promotes_what_is_to_be_left() -> None:
     api = FakeApi()
     assert main(["attach", "1", "--duration", "0", "--leave"], api=api) == 0
-    assert api.session.calls == ["learn 1", "promote", "leave"]
+    assert api.session.calls == ["learn", "promote", "leave"]
 
 
 def test_learning_never_exceeds_the_duration() -> None:
@@ -178,8 +180,18 @@ def test_error_after_which_not_all_is_restored_ends_with_a_summary(
     assert "not all restored" in err
 
 
+@pytest.mark.parametrize("verb", ["attach", "record"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_what_is_left_counts_more_than_the_signal(number: signal.Signals) -> None:
+def test_what_is_left_counts_more_than_the_signal(
+    number: signal.Signals, verb: str, tmp_path: Path
+) -> None:
+    class Signalled(FakeSession):
+        def record(
+            self, writer: TraceWriter, plan: RecordPlan, stop: threading.Event
+        ) -> RecordTotals:
+            send_and_wait(stop)
+            return super().record(writer, plan, stop)
+
     def send_and_wait(stop: threading.Event) -> SessionState:
         os.kill(os.getpid(), number)
         assert stop.wait(30)
@@ -187,8 +199,9 @@ def test_what_is_left_counts_more_than_the_signal(number: signal.Signals) -> Non
 
     inherited = signal.signal(number, signal.default_int_handler)
     try:
-        api = FakeApi(session=FakeSession(on_watch=send_and_wait, result=NOT_ALL))
-        assert main(["attach", "1", "-q"], api=api) == 7
+        api = FakeApi(session=Signalled(on_watch=send_and_wait, result=NOT_ALL))
+        options = ["--trace", str(tmp_path / "trace")] if verb == "record" else []
+        assert main([verb, "1", "-q", *options], api=api) == 7
     finally:
         signal.signal(number, inherited)
 
@@ -210,7 +223,9 @@ def test_a_duration_that_is_long_enough_has_no_note(capsys: pytest.CaptureFixtur
 
 def test_a_note_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     class Noting(FakeSession):
-        def learn(self, *, seconds: float, stop: threading.Event, in_turn: bool = False) -> None:
+        def learn(
+            self, *, seconds: float | None, stop: threading.Event, in_turn: bool = False
+        ) -> None:
             self.on_event(FakeEvent(FakeKind.NOTE, "the arena is used up"))
 
     session = Noting(before=replace(make_summary(), notes=("the arena is used up", "and so on")))
@@ -287,7 +302,9 @@ def test_stop_while_learning_promotes_nothing() -> None:
     stop = threading.Event()
 
     class Interrupted(FakeSession):
-        def learn(self, *, seconds: float, stop: threading.Event, in_turn: bool = False) -> None:
+        def learn(
+            self, *, seconds: float | None, stop: threading.Event, in_turn: bool = False
+        ) -> None:
             super().learn(seconds=seconds, stop=stop)
             stop.set()
 
@@ -295,7 +312,7 @@ def test_stop_while_learning_promotes_nothing() -> None:
     plan = SessionPlan(settings=SessionSettings(), duration_s=None, leave=False)
     console = Console(io.StringIO(), Style())
     end = drive_session(session, plan, stop, console)
-    assert session.calls == ["learn 1", "detach"]
+    assert session.calls == ["learn", "detach"]
     assert end.summary.state is SessionState.RESTORED
 
 

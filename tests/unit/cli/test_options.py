@@ -146,6 +146,28 @@ def test_config_refuses_what_is_no_number(name: str, value: object) -> None:
         make_config(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("learn_s", "all_s", "hot_s"), [(None, 1.0, 0.5), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)]
+)
+def test_first_window_is_shorter_of_many_sites_unless_set(
+    learn_s: float | None, all_s: float, hot_s: float
+) -> None:
+    config = Config(learn_s=learn_s)
+    assert config.first_window_s(is_hot_only=False) == all_s
+    assert config.first_window_s(is_hot_only=True) == hot_s
+
+
+@pytest.mark.parametrize(("options", "learn_s"), [((), None), (("--learn-seconds", "1"), 1.0)])
+def test_first_window_is_set_on_the_command_line(
+    options: tuple[str, ...], learn_s: float | None
+) -> None:
+    api = RecordingApi()
+    assert main(["attach", "1", "-q", *options], api=api) == 0
+    assert api.settings is not None
+    assert api.settings.learn_s == learn_s
+    assert api.session.calls[0] == ("learn" if learn_s is None else "learn 1")
+
+
 def test_config_stays_consistent_whatever_is_set() -> None:
     # An interval above the policy's longest one, and a window below its shortest part.
     schedule = Config(sample_every_s=3600.0, sample_s=0.0001).schedule

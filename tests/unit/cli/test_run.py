@@ -62,7 +62,8 @@ def test_no_such_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--json", "-", "--", "/no/such/program"], api=api) == 127
     out, err = capsys.readouterr()
     assert err == "optpoline: error: /no/such/program: no such program\n"
-    assert json.loads(out)["error"]["exit_code"] == 127
+    error = json.loads(out)["error"]
+    assert (error["kind"], error["exit_code"]) == ("not_found", 127)
     assert api.attached == []
 
 
@@ -74,11 +75,20 @@ def test_not_executable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["run", "--", str(plain)], api=FakeApi()) == 126
     assert main(["run", "--", str(tmp_path)], api=FakeApi()) == 126
     assert "cannot be executed" in capsys.readouterr().err
+    assert main(["run", "--json", "-", "--", str(plain)], api=FakeApi()) == 126
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["kind"], error["exit_code"]) == ("not_executable", 126)
 
 
 @pytest.mark.parametrize("args", [[], ["--bogus", "true"], ["--duration", "x", "true"]])
 def test_own_failures(args: list[str]) -> None:
     assert main(["run", *args], api=FakeApi()) == 125
+
+
+def test_kind_of_an_own_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--json", "-", "--policy", "none", "--", "true"], api=FakeApi()) == 125
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["kind"], error["exit_code"]) == ("usage", 125)
 
 
 def test_existing_json_file_starts_nothing(tmp_path: Path) -> None:
@@ -100,7 +110,7 @@ def test_session_lasts_as_long_as_the_child(fifo: Path, tmp_path: Path) -> None:
     api.session.errors["detach"] = ProcessGone(1)
     command = ["timeout", "60", "sh", "-c", f"read line < {fifo}; exit 3"]
     assert main(["run", "-q", "--json", str(report), "--", *command], api=api) == 3
-    assert api.session.calls == ["learn 1", "promote", "watch", "detach"]
+    assert api.session.calls == ["learn", "promote", "watch", "detach"]
     document = json.loads(report.read_text())
     assert document["command"] == "run"
     assert document["state"] == "exited"
@@ -131,13 +141,16 @@ def test_program_that_ends_too_soon_is_told(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_what_a_launcher_starts_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
-    api = FakeApi(attach_errors=[NoSites("process 7 (sh) has no site")])
+    api = FakeApi(attach_errors=[NoSites("process 7 (sh) has no site", hint="build it so")])
     command = ["sh", "-c", "sleep 0.2"]
     assert main(["run", "--json", "-", "--", *command], api=api) == 0
     out, err = capsys.readouterr()
     assert err.splitlines()[0] == "not promoted: process 7 (sh) has no site"
-    assert "put `optpoline run --` before that" in err.splitlines()[1]
-    assert "`optpoline run --`" in json.loads(out)["notes"][0]
+    assert err.splitlines()[1] == "  build it so"
+    assert "put `optpoline run --` before that" in err.splitlines()[2]
+    (note,) = json.loads(out)["notes"]
+    assert note.startswith("process 7 (sh) has no site; build it so; ")
+    assert "`optpoline run --`" in note
 
 
 def test_program_that_is_executed_later_is_found(
@@ -198,7 +211,7 @@ def test_failing_session_leaves_the_program_running(
     api = FakeApi(session=Failing())
     command = ["timeout", "60", "sh", "-c", f"read line < {fifo}; exit 4"]
     assert main(["run", "--", *command], api=api) == 4
-    assert api.session.calls == ["learn 1", "detach"]
+    assert api.session.calls == ["learn", "detach"]
     assert "the program runs on unpromoted" in capsys.readouterr().err
 
 

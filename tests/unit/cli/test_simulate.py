@@ -81,6 +81,14 @@ def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert os.listdir(tmp_path) == ["plot.svg"]
 
 
+def test_a_pipe_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert simulate("--synthetic", SYNTHETIC, "--plot", pipe, "--force") == 2
+    assert pipe.is_fifo()
+    assert f"{pipe} is no regular file" in capsys.readouterr().err
+
+
 def test_projection(capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate("--project", "--json", "-") == 0
     document = json.loads(capsys.readouterr().out)
@@ -98,6 +106,10 @@ def test_projection(capsys: pytest.CaptureFixture[str]) -> None:
         (["t", "--synthetic", "zipf"], "one of: a trace"),
         (["t", "--project"], "one of: a trace"),
         (["--project", "--plot", "p.svg"], "nothing to plot"),
+        (["--project", "--repeat", "2"], "--project takes no --repeat"),
+        (["--project", "--cpus", "64"], "--project takes no --cpus"),
+        # A default that is given is given, too.
+        (["--seed", "1", "--project"], "--project takes no --seed"),
         (["--project", "--policy", "all"], "for one policy"),
         (["--synthetic", "nope"], "no synthetic workload"),
         (["--synthetic", "zipf", "--policy", "nope"], "no policy 'nope'"),
@@ -105,7 +117,7 @@ def test_projection(capsys: pytest.CaptureFixture[str]) -> None:
         (["--synthetic", "zipf", "--policy-set", "nope=1"], "'nope'"),
         (["--synthetic", "zipf", "--policy-set", "learn_s=x"], "learn_s"),
         (["--synthetic", "zipf", "--policy", "llvm", "--policy-set", "cree.min_hits=1"], "'cree'"),
-        (["--synthetic", "zipf", "--plot", "-"], "name a file"),
+        (["--synthetic", "zipf", "--plot", "-"], "stdout takes no file of --plot"),
         (["--synthetic", "zipf", "--cpus", "0"], "0"),
     ],
 )
@@ -168,7 +180,7 @@ def test_recorded_trace_is_simulated(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--trace", "t", "1", "2"], "not a process id"),
         (["--trace", "t", "0"], "not a process id"),
         (["--trace", "t", "4711", "--burst-ms", "0"], "milliseconds above 0"),
-        (["--trace", "-", "4711"], "name a file"),
+        (["--trace", "-", "4711"], "stdout takes no file of --trace"),
         (["--trace", "t", "4711", "--duration", "x"], "number of seconds"),
     ],
 )

@@ -222,6 +222,25 @@ def test_no_sites_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "./lua has no retpoline site: 3 thunks in it, 7 plain" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("n_thunks", "n_inline", "words"),
+    [
+        (0, 0, "it was not built with retpolines (-mindirect-branch=thunk)"),
+        (0, 2, "build with -mindirect-branch=thunk"),
+        (3, 0, None),
+    ],
+)
+def test_no_sites_says_what_to_do(
+    n_thunks: int, n_inline: int, words: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = replace(LUA, n_thunks=n_thunks, n_inline=n_inline)
+    api = FakeApi(listing=FakeListing(modules=(module,)))
+    assert main(["sites", "--json", "-", "./lua"], api=api) == 3
+    out, err = capsys.readouterr()
+    hint = json.loads(out)["error"]["hint"]
+    assert (hint is None) if words is None else (words in hint and f"  {hint}\n" in err)
+
+
 def test_sites_of_a_number_no_process_has() -> None:
     assert main(["sites", "0"], api=FakeApi()) == 2
 

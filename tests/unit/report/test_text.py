@@ -209,8 +209,8 @@ def test_sites_are_grouped_by_module() -> None:
     [
         (None, "3 thunks in its modules"),
         (0, "3 thunks in its modules, no indirect branch at all"),
-        (1, "3 thunks in its modules, 1 plain indirect branch (not built with retpolines)"),
-        (5, "3 thunks in its modules, 5 plain indirect branches (not built with retpolines)"),
+        (1, "3 thunks in its modules, 1 plain indirect branch"),
+        (5, "3 thunks in its modules, 5 plain indirect branches"),
     ],
 )
 def test_what_there_is_instead_of_sites(n_plain: int | None, words: str) -> None:
@@ -226,7 +226,7 @@ def test_a_file_has_no_modules() -> None:
 
 def test_inline_retpolines_are_not_called_plain() -> None:
     module = ModuleSummary(path="x", n_sites=0, n_refused=0, n_thunks=0, n_plain=7, n_inline=3)
-    words = "0 thunks in its modules, 3 inline retpolines (not promotable)"
+    words = "0 thunks in its modules, 3 inline retpolines"
     assert format_no_sites((module,)) == words
     assert format_no_sites((replace(module, n_plain=0),)) == words
 

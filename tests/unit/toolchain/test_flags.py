@@ -110,6 +110,15 @@ def test_costs_of_each_form(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"{form.value}: " in out for form in Form)
 
 
+def test_costs_are_no_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "flags.json"
+    assert main(["cflags", "--explain", "--json", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "leave out --json to read the costs, or --explain" in err
+    assert json.loads(path.read_text())["error"]["kind"] == "usage"
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_errors_are_one_sentence(
     verb: tuple[str, ...], capsys: pytest.CaptureFixture[str], fake_compiler: FakeCompiler

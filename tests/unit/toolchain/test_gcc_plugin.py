@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from optpoline.cli.main import main
 from optpoline.errors import ToolchainError
 from optpoline.toolchain.compiler import Compiler, find_compiler
 from optpoline.toolchain.gcc_plugin import build_plugin, plugin_path
@@ -71,8 +72,11 @@ def test_source_that_does_not_compile(
 ) -> None:
     fake_compiler("g++")
     compiler = find_compiler(str(fake_compiler(plugin_dir=headers)))
-    with pytest.raises(ToolchainError, match=r"cannot be built with .*g\+\+: a.cc:1:2: error: no$"):
+    with pytest.raises(
+        ToolchainError, match=r"cannot be built with .*g\+\+: a.cc:1:2: error: no;"
+    ) as caught:
         build_plugin(compiler)
+    assert "g++-12 and gcc-12-plugin-dev" in (caught.value.hint or "")
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
@@ -100,6 +104,28 @@ def test_a_place_of_ones_own(compiler: Compiler, tmp_path: Path, cache: Path) ->
     assert build_plugin(compiler, output=path) == path
     assert path.read_text() == "built\n"
     assert not cache.exists()
+
+
+def test_what_is_in_the_place_is_kept(
+    compiler: Compiler, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.so"
+    path.write_text("precious")
+    verb = ("plugin", "build", "--cc", *compiler.command, "--output", str(path))
+    assert main(list(verb)) == 2
+    assert path.read_text() == "precious"
+    assert "use --force to overwrite it" in capsys.readouterr().err
+    assert main([*verb, "--force"]) == 0
+    assert path.read_text() == "built\n"
+    assert capsys.readouterr().out == f"{path}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("-", "stdout takes no file of --output"), (".", "is no regular file")]
+)
+def test_no_place_for_a_file(name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugin", "build", "--force", "--output", name]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be(compiler: Compiler, tmp_path: Path) -> None:
