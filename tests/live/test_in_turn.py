@@ -11,7 +11,6 @@ import pytest
 import optpoline
 from optpoline.controller import counting_blocks, first_window
 from optpoline.controller.audit import audit
-from optpoline.controller.linker import Move
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.errors import StopTimeout
@@ -41,8 +40,10 @@ def _after_link(
     link = session._work.window._link
     linked: list[int] = []
 
-    def watched(moves: Sequence[Move], done: Sequence[SiteRecord] = ()) -> list[SiteRecord]:
-        found = link(moves, done)
+    def watched(
+        prepared: first_window._Prepared, done: Sequence[SiteRecord] = ()
+    ) -> list[SiteRecord]:
+        found = link(prepared, done)
         linked.append(sum(record.home is not None for record in session.records))
         if len(linked) == number:
             do()

@@ -12,7 +12,6 @@ import optpoline
 from optpoline.controller import first_window
 from optpoline.controller.audit import audit
 from optpoline.controller.events import Event, EventKind
-from optpoline.controller.linker import Move
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import DetachOutcome, SiteState
 from optpoline.model import Refusal
@@ -112,8 +111,10 @@ def test_learned_in_turn(start_target: StartTarget, monkeypatch: pytest.MonkeyPa
     with optpoline.attach(target.pid) as session:
         link = session._work.window._link
 
-        def watched(moves: Sequence[Move], done: Sequence[SiteRecord] = ()) -> list[SiteRecord]:
-            found = link(moves, done)
+        def watched(
+            prepared: first_window._Prepared, done: Sequence[SiteRecord] = ()
+        ) -> list[SiteRecord]:
+            found = link(prepared, done)
             linked.append(sum(record.home is not None for record in session.records))
             return found
 
