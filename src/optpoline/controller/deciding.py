@@ -6,7 +6,9 @@ Between a policy, which knows no record, and the records of a session, which kno
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from typing import NamedTuple
 
 from optpoline.controller.learning import TargetFilter
 from optpoline.controller.records import SiteRecord
@@ -14,6 +16,7 @@ from optpoline.controller.summary import BranchSource, SiteState
 from optpoline.controller.tables import Tables
 from optpoline.learn.counting import SiteCounts
 from optpoline.learn.pooling import ENOUGH_COUNT
+from optpoline.model import Addr
 from optpoline.promote.policy import Action, Decision, Policy, SiteHistory, SiteView
 
 __all__ = [
@@ -90,26 +93,49 @@ def keep_history(record: SiteRecord, history: SiteHistory) -> None:
     record.calm_since_s = history.calm_since_s
 
 
+class _Fitted(NamedTuple):
+    """What there is to know of the targets of a table's counts, for some of its sites.
+
+    Attributes:
+        counts: The counts as ``fit_counts`` returns them.
+        far_targets: Those of the targets that are out of reach.
+        operand_targets: Those at which the operand may still be needed.
+    """
+
+    counts: SiteCounts
+    far_targets: set[Addr]
+    operand_targets: set[Addr]
+
+
 class FirstDecider:
     """Decides on sites that lead to their thunks, by their own counts or their tables'.
 
-    Sites of one table that are decided on by that have one decision: it is made once.
+    Sites of one table that are decided on by that have one decision: it is made once. So is the
+    verdict on each target, for sites that are alike in all that it depends on.
 
     Args:
         policy: Decides.
         may_guard: Tells which targets a block may branch to.
+        guard_kin: Returns what is the same for sites of which that says the same.
         tables: What sites know together.
         now_s: CLOCK_MONOTONIC, seconds.
     """
 
     def __init__(
-        self, policy: Policy, may_guard: TargetFilter, tables: Tables, now_s: float
+        self,
+        policy: Policy,
+        may_guard: TargetFilter,
+        guard_kin: Callable[[SiteRecord], Hashable],
+        tables: Tables,
+        now_s: float,
     ) -> None:
         """Have decided nothing."""
         self._now_s = now_s
         self._policy = policy
         self._may_guard = may_guard
+        self._guard_kin = guard_kin
         self._tables = tables
+        self._fitted: dict[tuple[Hashable, SiteCounts], _Fitted] = {}
         self._by_table: dict[SiteView, Decision] = {}
 
     def decide(self, record: SiteRecord, hotter_ratio: float) -> Decision | None:
@@ -118,13 +144,16 @@ class FirstDecider:
         Notes whose counts it was decided on by.
         """
         shared = self._tables.share(record)
-        counts = record.counts if shared is None else shared.window
+        counts = record.news if shared is None else shared.window
         if counts is None or record.state is SiteState.REFUSED:
             return None
-        counts = fit_counts(record, counts, self._may_guard)
+        is_by_table = shared is not None and shared.is_by_table
+        if is_by_table:
+            counts = self._fit_shared(record, counts)
+        else:
+            counts = fit_counts(record, counts, self._may_guard)
         if record.unsafe_targets:
             return None
-        is_by_table = shared is not None and shared.is_by_table
         if is_by_table:
             record.source = BranchSource.TABLE
         elif counts.total >= ENOUGH_COUNT:
@@ -141,6 +170,22 @@ class FirstDecider:
         if decision is None or decision.action is not Action.PROMOTE or decision.plan is None:
             return None
         return decision
+
+    def _fit_shared(self, record: SiteRecord, counts: SiteCounts) -> SiteCounts:
+        """Do ``fit_counts`` with a table's counts, once for all sites of a kin."""
+        key = (self._guard_kin(record), counts)
+        known = self._fitted.get(key)
+        if known is not None:
+            record.far_targets |= known.far_targets
+            record.operand_targets |= known.operand_targets
+            return known.counts
+        fitted = fit_counts(record, counts, self._may_guard)
+        if not record.unsafe_targets:  # else each of them is to be refused
+            targets = {count.target for count in counts.counts}
+            self._fitted[key] = _Fitted(
+                fitted, record.far_targets & targets, record.operand_targets & targets
+            )
+        return fitted
 
     def _decide_by_table(self, record: SiteRecord, view: SiteView) -> Decision | None:
         """Decide on a site by its table, or not at all where an arena is filling up."""

@@ -81,6 +81,7 @@ class FirstPromotion:
                 policy=self._config.policy,
                 linker=self._linker,
                 may_guard=self._target.may_guard,
+                guard_kin=self._target.guard_kin,
                 now_s=begin_s,
                 promote_plain=self._config.promote_plain,
                 slack_ratio=NEXT_SLACK_RATIO if is_switched_off else FIRST_SLACK_RATIO,

@@ -129,6 +129,7 @@ def end_window(record: SiteRecord, now_s: float) -> None:
     latest = latest_counts(record)
     counted = record.counted = add_earlier(record, latest)
     if record.counts is None or counted.total > 0:
+        record.is_news = counted.total > 0
         record.counts, record.window_s = choose_telling(record, latest, now_s)
         record.rate_hz = counted.total / max(1e-6, now_s - record.window_start_s)
     _end_counting(record)

@@ -59,15 +59,18 @@ def explain_not_promoted(
     Raises:
         ProcessGone: if the program is.
     """
-    if unlinked and not any(record.counts is not None for record in learned):
-        sites = count_of(len(unlinked), "site")
+    left = [r for r in learned if r.state is SiteState.PROMOTED and r.home is None]
+    if not left and not any(record.counts is not None for record in learned):
+        left = list(unlinked)
+    if left:
+        sites = count_of(len(left), "site")
         return (
             f"{sites} can be changed only while all threads stand, and one sleeps in a call that "
             "must not be interrupted"
         )
     if not learned:
         return "no site was learned from"
-    reached = [record for record in learned if record.counts is not None and record.counts.total]
+    reached = [r for r in learned if r.counted is not None and r.counted.total]
     if not reached:
         if read_status(pid).state == _STOPPED:
             return f"the process is stopped (SIGCONT lets it run: kill -CONT {pid})"

@@ -9,7 +9,7 @@ stop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from optpoline.controller.deciding import (
     FirstDecider,
@@ -85,6 +85,7 @@ def promote_first(
     policy: Policy,
     linker: Linker,
     may_guard: TargetFilter,
+    guard_kin: Callable[[SiteRecord], Hashable],
     now_s: float,
     promote_plain: bool = False,
     slack_ratio: float = FIRST_SLACK_RATIO,
@@ -92,51 +93,70 @@ def promote_first(
 ) -> int:
     """Promote what is worth it after a first window; the rest gets its baseline back.
 
-    Sites may be among them that were not learned, but have a table of others that were.
+    Sites may be among them that were not learned, but have a table of others that were. What a
+    site counted before, and was decided on by, says nothing again.
 
     Args:
         records: The sites.
         policy: Decides.
         linker: Changes the text.
         may_guard: Tells which targets a block may branch to.
+        guard_kin: Returns what is the same for sites of which that says the same.
         now_s: CLOCK_MONOTONIC, seconds.
         promote_plain: See ``Config``.
         slack_ratio: Room behind each block, as a share of its size.
         tables: What sites know together; takes in what these counted.
 
     Returns:
-        How many sites were promoted.
+        How many sites lead to their new blocks by now.
     """
     tables = Tables() if tables is None else tables
     for record in records:
-        if record.counts is not None:
-            tables.note(record, record.counts)
-    decider = FirstDecider(policy, may_guard, tables, now_s)
-    hottest = sorted(records, key=lambda record: -(record.rate_hz or 0.0))
-    all_hz = sum(record.rate_hz or 0.0 for record in hottest)
+        if record.news is not None:
+            tables.note(record, record.news)
+    decider = FirstDecider(policy, may_guard, guard_kin, tables, now_s)
+    hottest = sorted(records, key=lambda record: -_news_hz(record))
+    all_hz = sum(map(_news_hz, hottest))
     hotter_hz = 0.0
     moves: list[Move] = []
     later: list[tuple[SiteRecord, Decision]] = []
     for record in hottest:
         hotter_ratio = hotter_hz / all_hz if all_hz else 0.0
-        hotter_hz += record.rate_hz or 0.0
+        hotter_hz += _news_hz(record)
         decision = None
         if promote_plain or not record.site.is_undeclared_plain:
             decision = decider.decide(record, hotter_ratio)
+        record.is_news = False
         if decision is not None and record.source is BranchSource.TABLE:
             later.append((record, decision))
             continue
         block = None if decision is None else _promote(record, decision, slack_ratio, now_s)
         moves.append(Move(record=record, block=block))
     linker.link(moves)
-    n_promoted = sum(move.block is not None for move in moves)
+    n_promoted = _count_promoted(moves)
     # Hot sites count no more by now. For these nobody waits: they have hardly run.
     moves = [
         Move(record=record, block=_promote(record, decision, slack_ratio, now_s))
         for record, decision in later
     ]
     linker.link(moves)
-    return n_promoted + sum(move.block is not None for move in moves)
+    return n_promoted + _count_promoted(moves)
+
+
+def _news_hz(record: SiteRecord) -> float:
+    """Return a site's branches a second in a window that nothing was decided by yet."""
+    return record.rate_hz or 0.0 if record.is_news else 0.0
+
+
+def _count_promoted(moves: Sequence[Move]) -> int:
+    """Return how many sites were led to the blocks that they were to have, by text or head."""
+    return sum(
+        move.block is not None
+        and move.record.active is move.block
+        and move.record.home is not None
+        and move.record.state is SiteState.PROMOTED
+        for move in moves
+    )
 
 
 def _promote(

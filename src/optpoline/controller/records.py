@@ -96,6 +96,9 @@ class SiteRecord:
     """What the last first window counted, as far as it tells shares."""
     window_s: float = 0.0
     """In how many seconds."""
+    is_news: bool = False
+    """Whether nothing was decided by ``counts`` yet. A window that counts nothing leaves old ones
+    as they are."""
     rate_hz: float | None = None
     """Branches a second when last counted."""
     profile: SiteCounts | None = None
@@ -162,7 +165,13 @@ class SiteRecord:
         self.earlier.clear()
         self.plan = self.profile = self.counts = self.counted = self.sampled = None
         self.source = None
+        self.is_news = False
         self.n_parts = 0
+
+    @property
+    def news(self) -> SiteCounts | None:
+        """What a first window counted that nothing was decided by yet, or None."""
+        return self.counts if self.is_news else None
 
     @property
     def known(self) -> SiteCounts | None:

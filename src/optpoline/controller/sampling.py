@@ -123,7 +123,7 @@ class Sampler:
             for number, record in enumerate(records)
             if record.state is SiteState.PROMOTED and record.next_sample_s == 0.0
         ]
-        self._n_unseen = sum(record.source is BranchSource.TABLE for record in records)
+        self._n_unseen = sum(_is_unseen(record) for record in records)
         for _, record in new:
             record.sample_every_s = self._interval_s(record, now_s)
             self._changed_s = now_s
@@ -138,7 +138,7 @@ class Sampler:
         self, record: SiteRecord, now_s: float, *, action: Action = Action.KEEP, hold_s: float = 0.0
     ) -> float:
         """Return a site's next interval, before stretching."""
-        if record.source is BranchSource.TABLE:
+        if _is_unseen(record):
             return unseen_interval(self._schedule, self._n_unseen)
         stake = 0.0 if record.plan is None else stake_cycles(record.plan.tree, _STAKE_MODEL)
         return next_interval(
@@ -365,6 +365,11 @@ class Sampler:
             self._plan_next(record, Decision(action=Action.PROMOTE), now_s)
             self._changed_s = now_s
         self._watch.use(records)
+
+
+def _is_unseen(record: SiteRecord) -> bool:
+    """Tell whether a promoted site has its table's tree, and has not run enough since."""
+    return record.state is SiteState.PROMOTED and record.source is BranchSource.TABLE
 
 
 def _sleep_until(end_s: float) -> None:

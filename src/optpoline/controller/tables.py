@@ -56,7 +56,7 @@ class Tables:
         pool = self._pool_of(record)
         if pool is None:
             return None
-        shared = pool.share(record.counts or NO_COUNTS)
+        shared = pool.share(record.news or NO_COUNTS)
         if shared.is_by_table and record.source is BranchSource.SITE:
             return None  # it was judged by what it does itself before, and keeps to that
         return shared
@@ -64,10 +64,13 @@ class Tables:
     def find_idle(self, learned: Collection[SiteRecord]) -> list[SiteRecord]:
         """Return sites that were not learned, and whose table may know what they call.
 
+        What a table knew before is nothing new: others of it must have counted.
+
         Args:
             learned: The sites of a first window, which is over.
         """
-        tables = {record.site.table for record in learned} & self._members.keys()
+        tables = {record.site.table for record in learned if record.is_news}
+        tables &= self._members.keys()
         taken = {record.site.addr for record in learned} if tables else set[Addr]()
         return [
             record

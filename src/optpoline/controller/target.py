@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -235,9 +235,14 @@ class Target:
 
     def image_at(self, addr: int) -> ModuleImage | None:
         """Return the image of the module that an address lies in, or None."""
+        loaded = self._loaded_at(addr)
+        return None if loaded is None else loaded.image
+
+    def _loaded_at(self, addr: int) -> LoadedModule | None:
+        """Return the module that an address lies in, or None."""
         for loaded in self.modules.values():
             if loaded.module.start <= addr < loaded.module.end:
-                return loaded.image
+                return loaded
         return None
 
     def symbol_at(self, addr: int) -> str | None:
@@ -296,6 +301,15 @@ class Target:
         record.unsafe_targets.add(target)
         record.refuse(Refusal.FLAGS_LIVE)
         return False
+
+    def guard_kin(self, record: SiteRecord) -> Hashable:
+        """Return all of a site that ``may_guard`` goes by: where it is equal, so are verdicts."""
+        site, arena = record.site, record.arena
+        home = None
+        if site.load is None:
+            loaded = self._loaded_at(site.addr)
+            home = (site.thunk.operand, None if loaded is None else loaded.module.start)
+        return arena.addr, arena.near_end, site.kind, home
 
     def _is_operand_free(self, site: Site, target: Addr) -> bool:
         """Tell whether a site's block may leave anything in its operand's register at a target."""

@@ -80,8 +80,9 @@ def add_block(arena: Arena, plan: BlockPlan, *, site_addr: Addr, slack_ratio: fl
 
 def _add_block(arena: Arena, plan: BlockPlan, site_addr: Addr, slack_ratio: float) -> Block:
     """Encode a plan and write it."""
-    # Descriptors at a block's end are aligned, so its place decides on some bytes of its size:
-    # not where it starts a line, as every counting block does.
+    # Halves keep to lines, and descriptors at a block's end are aligned, so its place decides on
+    # some bytes of its size: not where it starts a line, as every counting block does and each
+    # that fits none, nor where it lies in one.
     is_counting = plan.rows is not None
     # The next line, where big ones go: for another place they are encoded anew.
     free = arena.addr + _find_room(arena, 1, is_counting=False).at

@@ -9,8 +9,8 @@ each unconditional jump, against straight-line speculation.
 
 Layout is found by growing: all internal branches start short, those that do
 not reach become long, until nothing changes. Branches only grow, so it ends. A *run* of
-code that is to lie in one line moves to the next where it would not; for that a block starts
-a line, or fits one.
+code that is to lie in one line moves to the next where it would not. Lines are those of memory:
+a block that crosses any has another layout where it begins elsewhere in a line.
 
 Behind the instructions may lie *records*, data that is never executed: padding of
 ``int3`` up to their alignment, then each record's words.
@@ -405,7 +405,7 @@ class Assembler:
             elif isinstance(item, _Bind):
                 labels[item.label.number] = off
             else:
-                room = -off % LINE_SIZE
+                room = -(self._addr + off) % LINE_SIZE
                 item.size = room if room < item.run_size <= LINE_SIZE else 0
                 off += item.size
         for label, words in self._records:

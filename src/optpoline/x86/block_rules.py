@@ -165,7 +165,7 @@ class _Judge:
         following = self._insns[number + 1] if number + 1 < len(self._insns) else None
         if following is not None and following.code == Code.INT3:
             return  # the last one is judged
-        if following is None or (following.ip - self._addr) % LINE_SIZE:
+        if following is None or following.ip % LINE_SIZE:
             self._fault(BlockRule.STRAY, self._insns[number].ip)
 
     def _judge_behind_jump(self, number: int) -> None:

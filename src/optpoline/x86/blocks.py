@@ -130,7 +130,8 @@ def encode_block(
 ) -> BlockCode:
     """Return the bytes of a block that starts at ``addr``.
 
-    Where a block is decides on a few bytes of padding before its records, if it has any.
+    Where in a line a block begins decides on the padding between its halves, if it crosses
+    lines, and before its records, if it has any.
 
     Args:
         plan: What it is to do.

@@ -29,7 +29,7 @@ __all__ = ["MemoryOperand", "decode_memory_operand", "encode_load"]
 
 _SEGMENTS = (b"\x64", b"\x65")
 """Prefixes fs and gs."""
-_REX, _REX_MASK, _REX_W, _REX_B = 0x40, 0xF0, 0x48, 1
+_REX, _REX_MASK, _REX_W, _REX_X, _REX_B = 0x40, 0xF0, 0x48, 2, 1
 _REX_ADDRESS = 3
 """REX.X and REX.B: high bits of index and base."""
 _MOV_LOAD = 0x8B
@@ -87,12 +87,13 @@ class MemoryOperand:
             is_pushed: Whether a return address has been pushed before the load.
 
         Returns:
-            The load; None if it would read what the push has written over, or cannot be encoded.
+            The load; None if it might read what the push has written over, or cannot be encoded.
         """
         disp = self.disp
         if is_pushed and self.is_on_stack:
-            has_index = self.sib[0] >> 3 & 7 != _HAS_SIB or self.rex & 2
-            if not has_index and -2 * _WORD_SIZE < disp < 0:
+            has_index = self.sib[0] >> 3 & 7 != _HAS_SIB or self.rex & _REX_X
+            # With an index it may be the pushed word wherever below %rsp it counts from.
+            if disp < 0 and (has_index or disp > -2 * _WORD_SIZE):
                 return None
             disp += _WORD_SIZE
         if not -(1 << 31) <= disp < 1 << 31:

@@ -34,6 +34,7 @@ from typing import NamedTuple
 from optpoline.model import CELL_SIZE, Addr, BlockPlan, CounterRows, Guard, Miss, TreeNode
 from optpoline.x86.assembler import (
     DISP32_SIZE,
+    LINE_SIZE,
     RECORD_ALIGNMENT,
     BlockCode,
     Relocation,
@@ -55,6 +56,9 @@ _OWN, _CELLS, _THUNK, _LOADED, _FIXED, _ROW, _N_SHARED_SUMS = range(7)
 _TO_TARGET, _VALUE, _TO_LITERAL, _N_TARGET_SUMS = range(4)
 _UNKNOWN = -1
 
+_HALVED = 1 << 4
+"""In what decides on a node's code: a half of it lies behind the other, kept in a line."""
+
 _WORD_SIZE = 8
 
 
@@ -71,7 +75,7 @@ class _Shape(NamedTuple):
         rows: What is counted in.
         is_below_stack_free: As in the plan.
         load: Bytes of what loads the operand.
-        addr_rest: Where the block starts, as far as the alignment of records depends on it.
+        addr_rest: Where in a line the block starts, as far as padding may depend on it.
     """
 
     operand: str
@@ -83,6 +87,15 @@ class _Shape(NamedTuple):
     is_below_stack_free: bool
     load: bytes
     addr_rest: int
+
+    def has_layout_at(self, addr: Addr, size: int) -> bool:
+        """Tell whether a block of this shape, of ``size`` bytes, is laid out alike at ``addr``.
+
+        One without records that lies in one line has no padding.
+        """
+        if self.addr_rest == _addr_rest(self.tree, self.rows, addr):
+            return True
+        return self.rows is None and max(self.addr_rest, addr % LINE_SIZE) + size <= LINE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +133,9 @@ class BlockDraft:
     """A block whose place is still to be found.
 
     Attributes:
-        size: Its bytes, wherever it will be.
-        encode: Returns them for an address. Raises ``EncodeRangeError`` as ``encode_block``.
+        size: Its bytes where it was drafted for. If that is the start of a line it has as many
+            at each, and wherever it fits a line, without records.
+        encode: Returns it for an address. Raises ``EncodeRangeError`` as ``encode_block``.
     """
 
     size: int
@@ -157,7 +171,7 @@ class BlockTemplates:
 
         Args:
             plan: What the block is to do.
-            addr: Where it may be: it has its size wherever records are as aligned.
+            addr: Where it may be: the start of a line if others come into question.
 
         Raises:
             EncodeRangeError: as ``encode_block``; not of each block that is out of reach.
@@ -170,8 +184,8 @@ class BlockTemplates:
         template = self._templates.get(shape)
         if template is None:
             return self._draft_of(plan, addr, self._encode_first(shape, plan, addr, targets))
-        relocate = partial(self._relocate, template, plan, targets)
-        return BlockDraft(size=template.layout.size, encode=relocate)
+        encode = partial(self._encode_alike, shape, template, plan, targets)
+        return BlockDraft(size=template.layout.size, encode=encode)
 
     def _draft_of(self, plan: BlockPlan, addr: Addr, code: BlockCode) -> BlockDraft:
         """Return the draft of a block that was encoded for one address."""
@@ -181,10 +195,17 @@ class BlockTemplates:
 
         return BlockDraft(size=len(code.code), encode=encode)
 
-    def _relocate(
-        self, template: _Template, plan: BlockPlan, targets: Sequence[Addr], addr: Addr
+    def _encode_alike(
+        self,
+        shape: _Shape,
+        template: _Template,
+        plan: BlockPlan,
+        targets: Sequence[Addr],
+        addr: Addr,
     ) -> BlockCode:
-        """Return a block of a template's shape at an address."""
+        """Return a block that has a template's shape, but for where it lies."""
+        if not shape.has_layout_at(addr, template.layout.size):
+            return self.encode(plan, addr)
         try:
             return template.relocate(self._sums(plan, addr, targets, template.has_literal))
         except struct.error:
@@ -292,6 +313,13 @@ def _name_values(
     return known
 
 
+def _addr_rest(tree: Sequence[int], rows: CounterRows | None, addr: Addr) -> int:
+    """Return where in a line a block starts, as far as padding may depend on it."""
+    if any(code & _HALVED for code in tree):
+        return addr % LINE_SIZE
+    return 0 if rows is None else addr % RECORD_ALIGNMENT
+
+
 def _walk(node: TreeNode, targets: list[Addr], tree: list[int]) -> bool:
     """Note the targets and the nodes of a tree; False if it has no shape."""
     match node:
@@ -302,7 +330,11 @@ def _walk(node: TreeNode, targets: list[Addr], tree: list[int]) -> bool:
             if len(targets) == MAX_GUARDS:
                 return False
             targets.append(target)
-            tree.append(1 | fits_immediate(target) << 1 | falls_below << 2 | (below is None) << 3)
+            code = 1 | fits_immediate(target) << 1 | falls_below << 2 | (below is None) << 3
+            is_halved = below is not None and not isinstance(
+                otherwise if falls_below else below, Miss
+            )
+            tree.append(code | _HALVED * is_halved)
             if below is not None and not _walk(below, targets, tree):
                 return False
             return _walk(otherwise, targets, tree)
@@ -338,7 +370,7 @@ def _shape_of(plan: BlockPlan, addr: Addr, targets: Sequence[Addr], tree: list[i
         plan.rows,
         plan.is_below_stack_free,
         b"" if plan.load is None else plan.load.code,
-        0 if plan.rows is None else addr % RECORD_ALIGNMENT,
+        _addr_rest(tree, plan.rows, addr),
     )
 
 

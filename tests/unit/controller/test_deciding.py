@@ -14,7 +14,7 @@ from optpoline.controller.summary import BranchSource, SiteState
 from optpoline.controller.tables import Tables
 from optpoline.learn.counting import NO_COUNTS, SiteCounts
 from optpoline.learn.pooling import ENOUGH_COUNT
-from optpoline.model import Addr, Count, Table
+from optpoline.model import Addr, Count, Refusal, SiteKind, Table
 from optpoline.patch.arena import Arena
 from optpoline.promote.cost import CostModel
 from optpoline.promote.policies.adaptive import AdaptivePolicy
@@ -75,19 +75,48 @@ def record_of(
         counts = tuple(Count(target=target(i), hit_count=n) for i, n in enumerate(hits) if n)
         record.counts = SiteCounts(counts=counts, n_unknown=n_unknown)
         record.window_s, record.rate_hz = 1.0, float(record.counts.total)
+        record.is_news = True
     return record
 
 
+@dataclass
+class Guards:
+    """Which targets may be guarded, and at which sites that was asked."""
+
+    far: tuple[Addr, ...] = ()
+    reading: tuple[Addr, ...] = ()
+    unsafe: tuple[Addr, ...] = ()
+    asked: list[SiteRecord] = field(default_factory=list)
+
+    def __call__(self, record: SiteRecord, addr: Addr) -> bool:
+        """Tell, and note why not, as ``Target.may_guard``."""
+        self.asked.append(record)
+        if addr in self.far:
+            record.far_targets.add(addr)
+            return False
+        if addr in self.reading:
+            record.operand_targets.add(addr)
+        if record.site.kind is SiteKind.JUMP and addr in self.unsafe:
+            record.unsafe_targets.add(addr)
+            record.refuse(Refusal.FLAGS_LIVE)
+            return False
+        return True
+
+
 def make_decider(
-    *records: SiteRecord, policy: Watched | None = None, unguarded: tuple[Addr, ...] = ()
+    *records: SiteRecord, policy: Watched | None = None, guards: Guards | None = None
 ) -> FirstDecider:
     """Return a decider on these sites, whose tables know what they counted."""
     tables = Tables()
     tables.use(records)
     for record in records:
-        tables.note(record, record.counts or NO_COUNTS)
+        tables.note(record, record.news or NO_COUNTS)
     return FirstDecider(
-        policy or Watched(), lambda _, addr: addr not in unguarded, tables, now_s=100.0
+        policy or Watched(),
+        guards or Guards(),
+        lambda record: (record.site.kind, record.site.module),
+        tables,
+        now_s=100.0,
     )
 
 
@@ -150,7 +179,7 @@ def test_targets_that_must_not_be_guarded_count_as_unknown(arena: Arena) -> None
     assert [count.target for count in counts.counts] == [target(0)]
     assert counts.n_unknown == 3 + MANY // 2
     assert counts.total == record.counts.total
-    decision = make_decider(record, unguarded=(target(1),)).decide(record, 0.0)
+    decision = make_decider(record, guards=Guards(far=(target(1),))).decide(record, 0.0)
     assert guarded(decision) == {target(0)}
 
 
@@ -177,6 +206,50 @@ def test_a_table_is_decided_on_once(arena: Arena) -> None:
     assert len(decisions) == 1
     assert len(policy.views) == 1
     assert policy.views[0].hotter_ratio == 1.0
+
+
+def test_what_was_decided_on_before_says_nothing(arena: Arena) -> None:
+    """A site whose window counted nothing keeps what it counted once."""
+    alone, own = record_of(arena, 0, MANY), record_of(arena, 1, MANY, table=HANDLERS)
+    other, busy = (record_of(arena, i, 0, MANY, table=HANDLERS) for i in (2, 3))
+    own.source = BranchSource.SITE
+    for record in (alone, own, other):
+        record.is_news = False
+    decider = make_decider(alone, own, other, busy)
+    assert decider.decide(alone, 0.0) is None
+    assert decider.decide(own, 0.0) is None
+    # One that was not judged by itself before is as good as one that was not counted.
+    assert guarded(decider.decide(other, 0.0)) == {target(1)}
+    assert other.source is BranchSource.TABLE
+
+
+def test_a_tables_targets_are_looked_at_once_for_each_kin(arena: Arena) -> None:
+    """And each site gets to know what was found."""
+    busy = record_of(arena, 0, MANY, MANY // 2, MANY // 4, table=HANDLERS)
+    idle = [record_of(arena, number, table=HANDLERS) for number in range(1, 5)]
+    idle[3].site = replace(idle[3].site, module="/lib/other")
+    guards = Guards(far=(target(1),), reading=(target(2),))
+    decider = make_decider(busy, *idle, guards=guards)
+    for record in idle:
+        assert guarded(decider.decide(record, 0.0)) == {target(0), target(2)}
+        assert record.far_targets == {target(1)}
+        assert record.operand_targets == {target(2)}
+    assert [record.site.addr for record in guards.asked] == [
+        *(idle[0].site.addr,) * 3,
+        *(idle[3].site.addr,) * 3,
+    ]
+
+
+def test_each_site_is_refused_whose_tables_target_reads_the_flags(arena: Arena) -> None:
+    """What was found for one of a kin spares the others the look, not the verdict."""
+    busy = record_of(arena, 0, MANY, table=HANDLERS)
+    idle = [record_of(arena, number, table=HANDLERS) for number in range(1, 4)]
+    for record in idle[:2]:
+        record.site = replace(record.site, kind=SiteKind.JUMP)
+    decider = make_decider(busy, *idle, guards=Guards(unsafe=(target(0),)))
+    assert [decider.decide(record, 0.0) is None for record in idle] == [True, True, False]
+    assert [record.state for record in idle[:2]] == [SiteState.REFUSED] * 2
+    assert [record.unsafe_targets for record in idle[:2]] == [{target(0)}] * 2
 
 
 def test_idle_sites_take_no_room_from_those_that_run(arena: Arena) -> None:

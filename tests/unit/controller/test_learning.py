@@ -154,7 +154,7 @@ def test_all_blocks_of_a_window_are_counted(arena: Arena) -> None:
     assert by_target(counts) == dict.fromkeys(TARGETS[:8], 1000)
     end_window(record, record.counting_start_s + 2.0)
     assert record.counted == counted
-    assert record.counts == counts
+    assert record.news == record.counts == counts
     assert (record.counting, record.counts_before, record.earlier) == (None, None, [])
     assert record.rate_hz == pytest.approx(counted.total / (record.counting_start_s + 1.0))
 
@@ -215,6 +215,7 @@ def test_ending_many_windows_is_ending_each(arena: Arena) -> None:
     for number, record in enumerate(records):
         assert record.counting is None
         assert record.counts is not None
+        assert record.is_news == (expected[number].total > 0)
         # A window that saw nothing keeps what is known.
         assert record.counts.total == (3 if number == 8 else expected[number].total)
     # Blocks that have counted once are no longer fresh.

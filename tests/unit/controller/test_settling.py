@@ -27,7 +27,8 @@ from optpoline.patch.arena import Arena
 from optpoline.patch.blocks import Block, add_block, redirect, redirection_of, rewrite
 from optpoline.patch.grace import RetiredCode
 from optpoline.patch.layout import ARENA_PATH, ArenaHeader, BlockState
-from optpoline.x86.blocks import POISON
+from optpoline.x86.blocks import BLOCK_ALIGNMENT, LINE_SIZE, POISON
+from tests.emulate.disassemble import disassemble
 from tests.unit.controller.lone_arena import CODE, THUNK, make_arena, make_record, make_site
 from tests.unit.patch.conftest import ARENA_ADDR, GEOMETRY, make_header
 
@@ -36,6 +37,15 @@ CONFIG = Config(relink_after_s=1.0)
 QUIET_S = 10.0
 FEW = Guard(Addr(0x4F00_2000), None, Miss())
 MANY = Guard(Addr(0x4F00_3000), None, Guard(Addr(0x4F00_4000), None, FEW))
+
+
+def halved(number: int, n_levels: int) -> TreeNode:
+    """Return a tree that is halved so often, chains of two guards at its ends."""
+    first, second = Addr(0x4F00_8000 + 32 * number), Addr(0x4F00_8010 + 32 * number)
+    if not n_levels:
+        return Guard(first, None, Guard(second, None, Miss()))
+    step = 1 << n_levels - 1
+    return Guard(first, halved(number - step, n_levels - 1), halved(number + step, n_levels - 1))
 
 
 @dataclass
@@ -147,6 +157,44 @@ def test_home_does_the_work_of_the_block_that_it_led_to(arena: Arena) -> None:
     (entry,) = [block for block in arena.blocks if block.addr == home.addr]
     assert (entry.state, entry.size, entry.head) == (BlockState.LIVE, settled.size, settled.head)
     assert not walk.settler.is_settling(record)
+
+
+@pytest.mark.parametrize("off", [16, 32, 48])
+def test_halves_lie_in_lines_wherever_home_begins(arena: Arena, off: int) -> None:
+    for _ in range(off // BLOCK_ALIGNMENT):
+        write(arena, Miss())
+    record = make_record(arena, SITE, SiteState.PROMOTED)
+    record.home = write(arena, Miss(), 40.0)
+    assert record.home.addr % LINE_SIZE == off
+    record.active = write(arena, halved(8, 3))
+    redirect(record.home, record.active.addr)
+    walk = Walk(record)
+    walk.step()
+    for _ in range(2):
+        walk.reclaimer.end()
+        walk.step()
+    home = record.home
+    assert (home, home.addr % LINE_SIZE) == (record.active, off)
+    code = arena.read(home.addr, home.size)
+    ends = ends_of_halves(code, home.addr)
+    assert len(ends) == 4
+    assert all(first // LINE_SIZE == last // LINE_SIZE for first, last in ends)
+    assert code.count(bytes((POISON,)) * 2)
+    assert judge(arena.read(ARENA_ADDR, GEOMETRY.size), record)[0] == []
+
+
+def ends_of_halves(code: bytes, addr: Addr) -> list[tuple[int, int]]:
+    """Return the first and the last byte of each half that is not halved again."""
+    insns = disassemble(code, addr)
+    starts = {insn.branch_addr for insn in insns if insn.mnemonic in ("jb", "ja")}
+    found: list[tuple[int, int]] = []
+    for number, insn in enumerate(insns):
+        if addr + insn.off in starts:
+            end = next(at for at in insns[number:] if at.mnemonic in ("jmp", "incq", "jb", "ja"))
+            if end.mnemonic in ("jmp", "incq"):
+                n_behind = -1 if end.mnemonic == "incq" else end.size
+                found.append((addr + insn.off, addr + end.off + n_behind))
+    return found
 
 
 def test_quiet_first(arena: Arena) -> None:

@@ -38,7 +38,7 @@ def member(arena: Arena, number: int, table: Table | None = HANDLERS) -> SiteRec
 def count(record: SiteRecord, target: Addr, n: int, rate_hz: float = 1000.0) -> None:
     """Have a site's first window count something."""
     record.counts = SiteCounts(counts=(Count(target=target, hit_count=n),), n_unknown=0)
-    record.window_s, record.rate_hz = 1.0, rate_hz
+    record.window_s, record.rate_hz, record.is_news = 1.0, rate_hz, True
 
 
 def targets_of(tables: Tables, record: SiteRecord) -> list[Addr]:
@@ -92,10 +92,23 @@ def test_idle_are_those_on_their_baseline(arena: Arena) -> None:
     learned, idle, promoted, refused, stranger = (member(arena, number) for number in range(5))
     promoted.state, refused.state = SiteState.PROMOTED, SiteState.REFUSED
     stranger = member(arena, 5, None)
+    count(learned, A, FEW)
+    count(stranger, A, FEW)
     tables = make_tables(learned, idle, promoted, refused, stranger)
     assert tables.find_idle([learned]) == [idle]
     assert tables.find_idle([stranger]) == []
     assert tables.find_idle([]) == []
+
+
+def test_a_table_that_was_hot_once_need_not_be(arena: Arena) -> None:
+    """A window of its sites that counted nothing has nobody else promoted."""
+    learned, idle = member(arena, 0), member(arena, 1)
+    count(learned, A, MANY)
+    tables = make_tables(learned, idle)
+    assert tables.find_idle([learned]) == [idle]
+    learned.is_news = False  # decided
+    assert tables.find_idle([learned]) == []
+    assert targets_of(tables, idle) == targets_of(tables, learned) == [A]
 
 
 def test_what_sites_had_counted_goes_with_their_module(arena: Arena) -> None:

@@ -172,8 +172,11 @@ def test_one_widened_branch_pushes_another_out_of_reach() -> None:
 
 @pytest.mark.parametrize("n_before", [0, 1, 2, 7, 8, 9])
 @pytest.mark.parametrize("n_inside", [1, 2, 7, 8, 9])
-def test_a_run_lies_in_one_line_if_it_fits(n_before: int, n_inside: int) -> None:
-    asm = Assembler(ADDR)
+@pytest.mark.parametrize("begin", [0, 16, 48])
+def test_a_run_lies_in_one_line_if_it_fits(n_before: int, n_inside: int, begin: int) -> None:
+    addr = Addr(ADDR + begin)
+    assert addr % LINE_SIZE == begin
+    asm = Assembler(addr)
     start, end = asm.label(), asm.label()
     asm.branch_label(Condition.EQUAL, start)
     for _ in range(n_before):
@@ -189,15 +192,15 @@ def test_a_run_lies_in_one_line_if_it_fits(n_before: int, n_inside: int) -> None
     code = asm.finish()
     start_off = len(code) - run_size
     plain_off = 2 + 7 * n_before + 6
-    lines = {start_off // LINE_SIZE, (len(code) - 1) // LINE_SIZE}
-    plain_lines = {plain_off // LINE_SIZE, (plain_off + run_size - 1) // LINE_SIZE}
+    lines = {(begin + off) // LINE_SIZE for off in (start_off, len(code) - 1)}
+    plain_lines = {(begin + off) // LINE_SIZE for off in (plain_off, plain_off + run_size - 1)}
     if run_size > LINE_SIZE or len(plain_lines) == 1:
         assert start_off == plain_off
     else:
         assert len(lines) == 1
-        assert start_off % LINE_SIZE == 0
+        assert (begin + start_off) % LINE_SIZE == 0
     assert set(code[plain_off:start_off]) <= {INT3}
-    assert disassemble(code, ADDR)[0].branch_addr == ADDR + start_off
+    assert disassemble(code, addr)[0].branch_addr == addr + start_off
 
 
 def test_runs_inside_of_a_run_and_behind_it() -> None:

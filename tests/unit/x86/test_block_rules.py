@@ -138,10 +138,14 @@ def test_forbidden_instructions_are_named_even_where_nothing_leads() -> None:
 
 def test_int3_fills_lines_only() -> None:
     # Behind the block some int3 and its jump to the thunk again, which the guard leads to.
-    for n_fill, rules in ((LINE_SIZE - 18, set()), (LINE_SIZE - 19, {BlockRule.STRAY})):
-        jump = moved(ONE.code, 13, -6 - n_fill)[12:]
-        code = put(ONE.code, 6, b"\x0f\x84" + (6 + n_fill).to_bytes(4, "little"))
-        assert rules_of(ONE, code + bytes([INT3]) * n_fill + jump) == rules
+    for off in (0, 16, 32):
+        layout = replace(FIXED, block_addr=Addr(FIXED.block_addr + off))
+        image = encode_image(KINDS["one"](layout, "rax"), layout)
+        for n_fill, rules in ((46 - off, set()), (45 - off, {BlockRule.STRAY})):
+            jump = moved(image.code, 13, -6 - n_fill)[12:]
+            code = put(image.code, 6, b"\x0f\x84" + (6 + n_fill).to_bytes(4, "little"))
+            assert layout.block_addr % LINE_SIZE == off
+            assert rules_of(image, code + bytes([INT3]) * n_fill + jump) == rules
 
 
 def test_a_branch_must_lead_where_the_operand_points() -> None:

@@ -81,6 +81,7 @@ def test_every_form() -> None:
         ("ff 54 24 f0", "[rsp - 8]"),
         ("ff 14 cc", "[rsp + rcx*8 + 8]"),
         ("42 ff 14 e4", "[rsp + r12*8 + 8]"),
+        ("ff 54 cc 10", "[rsp + rcx*8 + 0x18]"),
         ("41 ff 54 24 10", "[r12 + 0x10]"),
         ("ff 55 f8", "[rbp - 8]"),
     ],
@@ -93,7 +94,14 @@ def test_behind_the_return_address(body: str, place: str) -> None:
     assert read_one(load.code, 0) == ("mov", f"r11, qword ptr {place}")
 
 
-@pytest.mark.parametrize("body", ["ff 54 24 f8", "ff 54 24 f1", "ff 54 24 ff"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("ff 54 24 f8", "ff 54 24 f1", "ff 54 24 ff"),
+        # call *-8(%rsp,%rcx,8) ; *-0x80(%rsp,%rcx,8) ; *-0x100(%rsp,%r12,8)
+        *("ff 54 cc f8", "ff 54 cc 80", "42 ff 94 e4 00 ff ff ff"),
+    ],
+)
 def test_what_the_push_writes_over_is_not_loaded(body: str) -> None:
     decoded = decode_memory_operand(bytes.fromhex(body), 0xFF)
     assert decoded is not None

@@ -21,8 +21,8 @@ from optpoline.model import (
     tree_targets,
 )
 from optpoline.x86 import templates
-from optpoline.x86.assembler import BlockCode, Relocation
-from optpoline.x86.blocks import encode_block
+from optpoline.x86.assembler import LINE_SIZE, BlockCode, Relocation
+from optpoline.x86.blocks import encode_block, place_block
 from optpoline.x86.restartable import LiteralPool
 from optpoline.x86.templates import MAX_GUARDS, BlockTemplates
 from tests.emulate.block_kinds import KINDS, LAYOUTS, Layout, LiteralTable, Way, rows_of
@@ -173,14 +173,26 @@ def test_blocks_of_all_sorts_in_any_order(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_size_is_known_before_the_place() -> None:
     random = Random(11)
-    made = BlockTemplates(LiteralTable(FIXED.literal_addr))
+    literals = LiteralTable(FIXED.literal_addr)
+    made = BlockTemplates(literals)
+    n_beside = n_longer = 0
     for _ in range(200):
         plan = random_plan(random, FIXED)
         line, other = (Addr(FIXED.block_addr + 64 * random.randrange(512)) for _ in range(2))
         draft = made.draft(plan, line)
-        # Who has records starts a line; the others lie anywhere.
-        places = [line, other] if plan.rows is not None else [line, other, Addr(other + 16)]
-        assert {len(draft.encode(place).code) for place in places} == {draft.size}
+        # Who has records starts a line, as do those that fit none; the others lie in one.
+        least = 1 if plan.rows is None else LINE_SIZE + 1
+        beside = [place_block(other + off, max(draft.size, least)) for off in (16, 32, 48)]
+        assert {len(draft.encode(place).code) for place in (line, *beside)} == {draft.size}
+        n_beside += beside[0] % LINE_SIZE != 0
+        # Where nobody puts it the draft still is what the encoder makes there.
+        for off in (16, 32, 48):
+            addr = Addr(other + off)
+            wanted = encode_block(plan, addr, literals)
+            assert draft.encode(addr) == wanted
+            n_longer += len(wanted.code) > draft.size
+    assert n_beside > 20
+    assert n_longer > 20
 
 
 def test_what_is_out_of_reach_is_refused() -> None:
