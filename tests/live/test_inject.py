@@ -19,6 +19,7 @@ from optpoline.process.memory import RemoteMemory
 from optpoline.process.stop import Wake, stop_threads
 from optpoline.x86.syscalls import SYS_GETPID, SYS_MMAP, SYS_MUNMAP
 from tests.live.conftest import LiveTarget, StartTarget
+from tests.live.witness import RETPOLINE, Witness
 
 pytestmark = pytest.mark.live
 
@@ -193,3 +194,24 @@ def test_controller_dies_at_random(
     assert controller.returncode == 0, output
     assert output == "100\n"
     assert target.finish().startswith("ok")
+
+
+@pytest.mark.parametrize("first", ["block", "lost"])
+def test_calls_are_run_in_another_thread(start_target: StartTarget, first: str) -> None:
+    """The one that runs has its calls end in SIGSYS, or no stack; the other sleeps in read()."""
+    target = start_target("dispatch", first, "off")
+    with RemoteMemory(target.pid) as memory, stop_threads(target.pid, memory=memory) as stop:
+        assert stop.inject(SYS_GETPID) == target.pid
+        assert stop.injector_tid != target.pid
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+@pytest.mark.parametrize("selector", ["block", "allow"])
+def test_all_threads_have_their_calls_dispatched(start_target: StartTarget, selector: str) -> None:
+    target = start_target("dispatch", selector, "on", flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    with pytest.raises(UnsupportedTarget, match="can run a system call for us now") as caught:
+        optpoline.attach(target.pid)
+    assert "dispatched to themselves" in (caught.value.hint or "")
+    before.check(target.pid)
+    assert target.finish().startswith("wrong 0 rounds")

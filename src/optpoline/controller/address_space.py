@@ -21,13 +21,11 @@ from optpoline.patch.quiescence import ThreadScan
 from optpoline.patch.stacks import StackMap
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.pagemap import resident_ranges
-from optpoline.process.procfs import list_every_tid, read_maps, read_state_char
+from optpoline.process.procfs import RUNS_NO_CODE, list_every_tid, read_maps, read_state_char
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Stop, Wake, stop_threads
 
 __all__ = ["AddressSpace", "child_space", "target_space"]
-
-_DEAD_STATES = "ZX"
 
 
 @dataclass(slots=True)
@@ -91,7 +89,7 @@ class AddressSpace:
             return ()
         # Who was there is gone when it is not there, not when it is not listed.
         keys += self.threads.difference(keys)
-        keys = [key for key in keys if not _is_dead(*key)]
+        keys = [key for key in keys if not _runs_no_code(*key)]
         self.threads = frozenset(keys)
         return tuple(keys)
 
@@ -178,9 +176,9 @@ def _list_tids(pid: int, *, must_live: bool) -> list[ThreadKey]:
         return []
 
 
-def _is_dead(pid: int, tid: int) -> bool:
-    """Tell whether a thread runs no more, such as a first thread that has exited."""
+def _runs_no_code(pid: int, tid: int) -> bool:
+    """Tell whether a thread never runs again, such as a first thread that has exited."""
     try:
-        return read_state_char(pid, tid) in _DEAD_STATES
+        return read_state_char(pid, tid) in RUNS_NO_CODE
     except ProcessGone:
         return True

@@ -14,7 +14,8 @@ A call that is injected gets its number at the entry stop, inside the kernel
   itself makes there (they read clocks) do not sleep; or
 * in the middle of a transfer, from which a stop leaves it alone: none of ours is one.
 
-A thread that is runnable is stopped to be seen; no other is.
+A thread that is runnable is stopped to be seen; no other is, and no worker of the kernel: calls
+are injected into none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from optpoline.controller.target import Target
 from optpoline.errors import ProcessGone, StopTimeout
 from optpoline.model import Mapping
 from optpoline.process.busy import is_transferring, moving_between_cpus
-from optpoline.process.procfs import list_tids
+from optpoline.process.procfs import RUNS_NO_CODE, list_tids, read_state_char
 from optpoline.process.stop import Wake
 from optpoline.process.thread_state import ThreadState, ThreadWhere, read_thread_state
 
@@ -98,7 +99,10 @@ def _look(pid: int, vdso: Mapping, outside: set[int]) -> tuple[int, ...]:
     """Add threads that are seen outside; return the others."""
     for tid in _others(pid, outside):
         try:
-            if may_call_late(read_thread_state(pid, tid), vdso):
+            if (
+                may_call_late(read_thread_state(pid, tid), vdso)
+                and read_state_char(pid, tid) not in RUNS_NO_CODE
+            ):
                 continue
         except ProcessGone:
             pass  # it has exited meanwhile

@@ -14,6 +14,7 @@ from optpoline.controller.standing import Standing
 from optpoline.controller.summary import SessionState
 from optpoline.controller.target import Target
 from optpoline.errors import ProcessGone
+from optpoline.process.leader import has_ended
 
 __all__ = ["Lifeline"]
 
@@ -67,4 +68,6 @@ class Lifeline:
                 return SessionState.EXITED
             if target.is_replaced():
                 return SessionState.EXECED
+            if has_ended(self._pid):
+                return SessionState.EXITED  # it may be kept by workers of the kernel
         return None if target.memory.is_current() else SessionState.EXITED

@@ -31,10 +31,16 @@ from optpoline.process.injection_code import InjectionCode, find_injection_code
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.modules import is_anonymous, list_modules, open_module
 from optpoline.process.permissions import explain_untraceable
-from optpoline.process.procfs import list_tids, read_maps, read_start_time
+from optpoline.process.procfs import (
+    RUNS_NO_CODE,
+    list_tids,
+    read_maps,
+    read_start_time,
+    read_state_char,
+)
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Stop, Wake, stop_threads
-from optpoline.process.thread_state import ThreadWhere, read_thread_state
+from optpoline.process.thread_state import ThreadState, ThreadWhere, read_thread_state
 from optpoline.x86.syscalls import Disturbance, has_temporary_mask, rank_disturbance
 
 __all__ = ["LoadedModule", "StopLog", "Target"]
@@ -429,20 +435,25 @@ class Target:
         for process, tid in threads:
             try:
                 state = read_thread_state(process, tid)
-            except ProcessGone:
-                continue  # one thread that exited meanwhile; a whole process shows elsewhere
-            if state.where is not ThreadWhere.IN_SYSCALL:
-                continue
-            if state.state == "T":  # stopped by job control: it has left its call already
-                if has_temporary_mask(state.syscall_nr, state.syscall_args):
-                    return False
-            else:
-                rank = rank_disturbance(state.syscall_nr, state.syscall_args)
-                if rank is Disturbance.HARMFUL or (
-                    rank is Disturbance.TIMEOUT_AFRESH and not may_delay
+                # Whose work it does is asked last: one more file, and of few.
+                if (
+                    _may_be_harmed(state, may_delay=may_delay)
+                    and read_state_char(process, tid) not in RUNS_NO_CODE
                 ):
                     return False
+            except ProcessGone:
+                continue  # one thread that exited meanwhile; a whole process shows elsewhere
         return True
+
+
+def _may_be_harmed(state: ThreadState, *, may_delay: bool) -> bool:
+    """Tell whether a thread sleeps in a call that it must not be woken from."""
+    if state.where is not ThreadWhere.IN_SYSCALL:
+        return False
+    if state.state == "T":  # stopped by job control: it has left its call already
+        return has_temporary_mask(state.syscall_nr, state.syscall_args)
+    rank = rank_disturbance(state.syscall_nr, state.syscall_args)
+    return rank is Disturbance.HARMFUL or (rank is Disturbance.TIMEOUT_AFRESH and not may_delay)
 
 
 def _list_living(pid: int) -> tuple[int, ...]:

@@ -54,7 +54,12 @@ from optpoline.errors import (
 from optpoline.process.injection_code import InjectionCode
 from optpoline.process.memory import RemoteMemory, store_data
 from optpoline.process.own_stack import is_own_stack
-from optpoline.process.procfs import read_maps_around, read_seccomp_mode, read_state_char
+from optpoline.process.procfs import (
+    RUNS_NO_CODE,
+    read_maps_around,
+    read_seccomp_mode,
+    read_state_char,
+)
 from optpoline.process.ptrace import StopCode, Tracer
 from optpoline.x86.registers import Registers
 from optpoline.x86.signal_frame import encode_signal_frame
@@ -91,7 +96,7 @@ def wait_for_stop(tracer: Tracer, pid: int, tid: int, deadline_ns: int) -> StopC
         if now_ns - checked_ns > _CHECK_ALIVE_NS:
             # A dead thread group leader is not reported while other threads live.
             checked_ns = now_ns
-            if read_state_char(pid, tid) in "ZX":
+            if read_state_char(pid, tid) in RUNS_NO_CODE:
                 raise ProcessGone(tid)
         # A sleep, not a spin: at real-time priority we could keep the very thread
         # we wait for off its CPU.

@@ -112,7 +112,8 @@ class Injector:
         raise UnsupportedTarget(
             f"no thread of process {stopper.pid} can run a system call for us now",
             hint="its threads sleep in calls that must not be disturbed (try again later), or "
-            "are under seccomp, on shadow stacks, or on stacks without a guard page below",
+            "are under seccomp, on shadow stacks, on stacks without a guard page below, or have "
+            "their system calls dispatched to themselves (as Wine does)",
         )
 
     def _is_code_present(self) -> bool:
@@ -177,6 +178,8 @@ def _is_usable(
         return False  # setting the mask would lose the one the call is to put back
     if tracer.has_shadow_stack(tid):
         return False  # our return address would not be on it
+    if tracer.has_syscall_dispatch(tid):
+        return False  # a call of ours could end in SIGSYS, which kills while it is blocked
     return not _is_in_rseq(tracer, memory, tid, regs.rip)
 
 

@@ -4,7 +4,8 @@
 ``/proc/PID`` shows the first thread. Once that one has exited (pthread_exit in
 ``main``) it is a zombie until the last thread goes: its memory map is empty, and
 so are its files. Everything is still there under the id of any other thread:
-``/proc/TID`` is looked up by thread, though only processes are listed.
+``/proc/TID`` is looked up by thread, though only processes are listed. Workers of the
+kernel are no threads of it in this: one of which nothing else is left has ended.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from optpoline.errors import OptpolineError
-from optpoline.process.procfs import list_every_tid, list_tids, read_state_char
+from optpoline.process.proc_files import read_stat_fields, read_status_fields
+from optpoline.process.procfs import (
+    RUNS_NO_CODE,
+    decode_state_char,
+    list_every_tid,
+    list_tids,
+    read_state_char,
+)
 
-__all__ = ["find_live_tid", "is_exiting"]
+__all__ = ["find_live_tid", "has_ended", "is_exiting"]
 
 _PROC = Path("/proc")
-_DEAD_STATES = "ZXx"
 _PF_EXITING = 0x4  # include/linux/sched.h; field 9 of /proc/PID/stat
 _SIGKILL_BIT = 1 << 8
 
@@ -32,18 +39,31 @@ def find_live_tid(pid: int, *, proc_root: Path = _PROC) -> int:
         proc_root: Where procfs is mounted.
     """
     try:
-        if read_state_char(pid, pid, proc_root=proc_root) not in _DEAD_STATES:
+        if read_state_char(pid, pid, proc_root=proc_root) not in RUNS_NO_CODE:
             return pid
         tids = list_every_tid(pid, proc_root=proc_root)
     except OptpolineError:
         return pid
     for tid in tids:
         try:
-            if read_state_char(pid, tid, proc_root=proc_root) not in _DEAD_STATES:
+            if read_state_char(pid, tid, proc_root=proc_root) not in RUNS_NO_CODE:
                 return tid
         except OptpolineError:
             continue  # it has exited meanwhile
     return pid
+
+
+def has_ended(pid: int, *, proc_root: Path = _PROC) -> bool:
+    """Say whether every thread of a process is dead, but perhaps for workers of the kernel.
+
+    Those of a ring of io_uring that they poll themselves hold its file, and stay until
+    somebody kills them.
+    """
+    try:
+        tid = find_live_tid(pid, proc_root=proc_root)
+        return read_state_char(pid, tid, proc_root=proc_root) in RUNS_NO_CODE
+    except OptpolineError:
+        return True
 
 
 def is_exiting(pid: int, *, proc_root: Path = _PROC) -> bool:
@@ -60,17 +80,16 @@ def is_exiting(pid: int, *, proc_root: Path = _PROC) -> bool:
         tids = list_tids(pid, proc_root=proc_root)
     except OptpolineError:
         return True
-    return all(_is_ending(proc_root / str(pid) / "task" / str(tid)) for tid in tids)
+    return all(_is_ending(f"{proc_root}/{pid}/task/{tid}", tid) for tid in tids)
 
 
-def _is_ending(task_dir: Path) -> bool:
+def _is_ending(task_dir: str, tid: int) -> bool:
     """Say whether a thread is dead, or will be without running its code again."""
     try:
-        fields = (task_dir / "stat").read_text(errors="replace").rpartition(")")[2].split()
-        status = (task_dir / "status").read_text(errors="replace")
-    except OSError:
+        fields = read_stat_fields(f"{task_dir}/stat", tid)
+        status = read_status_fields(f"{task_dir}/status", tid)
+    except OptpolineError:
         return True
-    if not fields or fields[0] in _DEAD_STATES or int(fields[6]) & _PF_EXITING:
+    if decode_state_char(fields) in RUNS_NO_CODE or int(fields[6]) & _PF_EXITING:
         return True
-    pending = (line for line in status.splitlines() if line.startswith("SigPnd:"))
-    return any(int(line.split()[1], 16) & _SIGKILL_BIT for line in pending)
+    return bool(int(status["SigPnd"], 16) & _SIGKILL_BIT)

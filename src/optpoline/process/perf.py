@@ -54,7 +54,7 @@ from optpoline.errors import (
 )
 from optpoline.model import Addr
 from optpoline.process.perf_event import MAX_STACK_WORDS, ThreadClock
-from optpoline.process.procfs import list_tids
+from optpoline.process.procfs import RUNS_NO_CODE, list_tids, read_state_char
 
 __all__ = ["MAX_FREQUENCY_HZ", "MAX_THREADS", "PcSample", "PcSampler", "share_within"]
 
@@ -265,15 +265,18 @@ class PcSampler:
         chosen = self._choose(tids)
         for tid in self._clocks.keys() - chosen:
             self._drop(tid)
-        n_exited = self._open_clocks(chosen)
-        self._n_unwatched = len(tids) - n_exited - len(self._clocks)
+        n_not_running = self._open_clocks(chosen)
+        self._n_unwatched = len(tids) - n_not_running - len(self._clocks)
 
     def _open_clocks(self, chosen: set[int]) -> int:
-        """Open the clocks still missing; return how many threads turned out to have exited."""
-        n_exited = 0
+        """Open the clocks still missing; return how many threads turned out to run no code."""
+        n_not_running = 0
         n_pages = _ring_pages(len(chosen))
         for tid in sorted(chosen - self._clocks.keys()):
             try:
+                if read_state_char(self.pid, tid) in RUNS_NO_CODE:
+                    n_not_running += 1
+                    continue
                 clock = ThreadClock(
                     tid,
                     period_ns=_NS_PER_S // self._frequency_hz,
@@ -281,7 +284,7 @@ class PcSampler:
                     n_stack_words=self._n_stack_words,
                 )
             except ProcessGone:
-                n_exited += 1
+                n_not_running += 1
                 continue
             except (PermissionDenied, UnsupportedTarget):
                 raise
@@ -292,7 +295,7 @@ class PcSampler:
             self._clocks[tid] = clock
             self._tids[clock.fileno()] = tid
             self._poll.register(clock.fileno(), select.POLLIN)
-        return n_exited
+        return n_not_running
 
     def _choose(self, tids: Sequence[int]) -> set[int]:
         """Return the threads to watch: those that ran most since the last window."""

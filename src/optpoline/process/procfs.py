@@ -8,6 +8,7 @@ A file that is gone means the process is gone: ``ProcessGone``.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from optpoline.process.proc_files import (
 )
 
 __all__ = [
+    "RUNS_NO_CODE",
     "ProcessStatus",
-    "is_kernel_worker",
+    "decode_state_char",
     "list_every_tid",
     "list_tids",
     "read_exe_path",
@@ -40,6 +42,20 @@ __all__ = [
 _PROC = Path("/proc")
 _MAX_LISTINGS = 16
 """Listings of threads before one is given up that nothing comes or goes in."""
+
+_KERNEL_WORKER = "k"
+RUNS_NO_CODE = "ZXx" + _KERNEL_WORKER
+"""States (``read_state_char``) of what is listed as a thread of a program and runs none of its
+code: it is dead, or it works for the kernel."""
+
+# include/linux/sched.h; field 9 of stat. The first since Linux 5.10 ("sched: Bring the PF_IO_WORKER
+# and PF_WQ_WORKER bits closer together"), the second since 6.4 ("fork/vm: Move common PF_IO_WORKER
+# behavior to new flag"). Before, they said that a thread runs a virtual machine (PF_VCPU), and that
+# it has loaded a module (PF_USED_ASYNC).
+_PF_IO_WORKER, _PF_USER_WORKER = 0x10, 0x4000
+_WORKER_BLOCKED = 0x7FFF_FFFF & ~(1 << 8 | 1 << 18)
+"""The signals that a worker blocks from its first moment on, of the 31 that field 32 of stat tells:
+all but SIGKILL and SIGSTOP (copy_process in kernel/fork.c)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +151,8 @@ def _read_maps_of_threads(pid: int, proc_root: Path) -> str:
     """Return the map of a process whose first thread has exited while others run."""
     for tid in list_every_tid(pid, proc_root=proc_root):
         try:
+            if read_state_char(pid, tid, proc_root=proc_root) in RUNS_NO_CODE:
+                continue
             text = read_text(f"{proc_root}/{pid}/task/{tid}/maps", pid)
         except ProcessGone:
             continue
@@ -144,7 +162,7 @@ def _read_maps_of_threads(pid: int, proc_root: Path) -> str:
 
 
 def list_tids(pid: int, *, proc_root: Path = _PROC) -> tuple[int, ...]:
-    """Return the ids of all threads, ascending.
+    """Return the ids of all threads, ascending; kernel workers are among them.
 
     Raises:
         ProcessGone: if the process does not exist.
@@ -212,7 +230,25 @@ def read_state_char(pid: int, tid: int, *, proc_root: Path = _PROC) -> str:
     Raises:
         ProcessGone: if the thread does not exist.
     """
-    return read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[0]
+    return decode_state_char(read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid))
+
+
+def decode_state_char(fields: Sequence[str]) -> str:
+    """Return the state letter of a thread, "k" for a kernel worker whatever it does.
+
+    io_uring (since Linux 5.12) and vhost (since 6.4) have their work done by threads of the
+    program, to look at: they are listed, and have its memory and the registers of the thread
+    that made them, but for ip and sp, which are 0. They never leave the kernel. There is nothing
+    to be learnt from one, none can run a system call for us, and the program has ended when no
+    other threads are left.
+
+    Args:
+        fields: Of its stat, those behind the name.
+    """
+    is_flagged = int(fields[6]) & (_PF_IO_WORKER | _PF_USER_WORKER)
+    if is_flagged and int(fields[29]) == _WORKER_BLOCKED:
+        return _KERNEL_WORKER
+    return fields[0]
 
 
 def read_processor(pid: int, tid: int, *, proc_root: Path = _PROC) -> int:
@@ -222,17 +258,6 @@ def read_processor(pid: int, tid: int, *, proc_root: Path = _PROC) -> int:
         ProcessGone: if the thread does not exist.
     """
     return int(read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[36])
-
-
-def is_kernel_worker(pid: int, tid: int, *, proc_root: Path = _PROC) -> bool:
-    """Tell whether a thread works for the kernel alone: io_uring and vhost have such.
-
-    Raises:
-        ProcessGone: if the thread does not exist.
-    """
-    pf_io_worker, pf_user_worker = 0x10, 0x4000  # include/linux/sched.h
-    flags = int(read_stat_fields(f"{proc_root}/{pid}/task/{tid}/stat", tid)[6])
-    return bool(flags & (pf_io_worker | pf_user_worker))
 
 
 def read_status(pid: int, *, tid: int | None = None, proc_root: Path = _PROC) -> ProcessStatus:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from optpoline.errors import AttachError, TargetFault
 from optpoline.process.memory import Memory
-from optpoline.process.procfs import is_kernel_worker
+from optpoline.process.procfs import RUNS_NO_CODE, read_state_char
 from optpoline.process.rseq import RseqRegistration
 
 __all__ = ["are_made_alike", "read_robust_list"]
@@ -57,17 +57,17 @@ def are_made_alike(
     distances = {head - pointer for pointer, head in lists.items() if head}
     for pid, tid in sleepers:
         head = read_list(tid)
-        if head is None or (not head and _is_worker(pid, tid)):
+        if head is None or (not head and _is_dead(pid, tid)):
             continue
         if not head or len(distances) != 1 or not _is_thread_pointer(memory, head - max(distances)):
             return False
     return True
 
 
-def _is_worker(pid: int, tid: int) -> bool:
-    """Tell whether a thread runs no code of the program (io_uring has such), or is gone."""
+def _is_dead(pid: int, tid: int) -> bool:
+    """Tell whether a thread runs no code of the program any more, and so has no list either."""
     try:
-        return is_kernel_worker(pid, tid)
+        return read_state_char(pid, tid) in RUNS_NO_CODE
     except AttachError:
         return True
 

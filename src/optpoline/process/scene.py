@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from optpoline.errors import OptpolineError, ProcessGone
 from optpoline.process.leader import find_live_tid
+from optpoline.process.procfs import RUNS_NO_CODE, list_tids, read_state_char
 
 __all__ = [
     "CAP_DAC_OVERRIDE",
@@ -67,7 +68,7 @@ class Scene:
         sys_root: Where the sysctl tree is.
         ours: Our own status.
         theirs: The status of ``live_tid``.
-        threads: The status of each of its threads that lives.
+        threads: The status of each of its threads that lives, kernel workers left out.
     """
 
     pid: int
@@ -124,7 +125,7 @@ def read_scene(pid: int, proc_root: Path, sys_root: Path) -> Scene | None:
         sys_root=sys_root,
         ours=read_status_fields(proc_root / "self") or StatusFields({}),
         theirs=theirs,
-        threads=_read_threads(proc_root / str(pid) / "task") or (theirs,),
+        threads=_read_threads(pid, proc_root) or (theirs,),
     )
 
 
@@ -142,11 +143,21 @@ def read_status_fields(proc_dir: Path) -> StatusFields | None:
     return StatusFields({name: value.strip() for name, _, value in pairs})
 
 
-def _read_threads(task_dir: Path) -> tuple[StatusFields, ...]:
+def _read_threads(pid: int, proc_root: Path) -> tuple[StatusFields, ...]:
     """Read the status of each live thread; none if that cannot be had."""
     try:
-        names = sorted(os.listdir(task_dir), key=int)
-        found = [read_status_fields(task_dir / name) for name in names]
-    except OSError:
+        tids = list_tids(pid, proc_root=proc_root)
+        found = [_read_thread(pid, tid, proc_root) for tid in tids]
+    except (OptpolineError, OSError):
         return ()
-    return tuple(status for status in found if status is not None and not status.is_dead)
+    return tuple(status for status in found if status is not None)
+
+
+def _read_thread(pid: int, tid: int, proc_root: Path) -> StatusFields | None:
+    """Read the status of a thread; None if it runs no code of the program."""
+    try:
+        if read_state_char(pid, tid, proc_root=proc_root) in RUNS_NO_CODE:
+            return None
+    except ProcessGone:
+        return None
+    return read_status_fields(proc_root / str(pid) / "task" / str(tid))

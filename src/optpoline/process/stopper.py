@@ -7,7 +7,8 @@ threads are found by listing again until a listing has no new one, rather than
 by PTRACE_O_TRACECLONE: once every running thread has stopped only threads not
 yet listed can make others, and no extra kind of stop has to be handled in the
 window. The same goes for processes that share the memory. A program that makes threads
-faster than they can be stopped runs into the deadline.
+faster than they can be stopped runs into the deadline. Workers of the kernel are left out:
+they run no program code, now or later.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from optpoline.process.busy import (
 )
 from optpoline.process.inject import wait_for_stop
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.procfs import list_tids, read_state_char
+from optpoline.process.procfs import RUNS_NO_CODE, list_tids, read_state_char
 from optpoline.process.ptrace import StopCode, Tracer, reap_thread
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.thread_state import read_thread_state
@@ -39,7 +40,6 @@ __all__ = ["Stopper", "Tracee"]
 _EINTR = 4
 _UNNOTICED = (Disturbance.NONE, Disturbance.RESTART_BLOCK)
 """The kernel goes on with the call, its timeout included, as if nothing had been."""
-_DEAD_STATES = "ZXx"
 _FIRST_POLL_S = 10e-6
 _MAX_POLL_S = 200e-6
 _CHECK_STATE_NS = 1_000_000
@@ -203,7 +203,7 @@ class Stopper:
                 elif may_wake:
                     if self._seize(pid, tid):
                         self._pending[tid] = pid
-                elif state not in _DEAD_STATES:
+                elif state not in RUNS_NO_CODE:
                     self.asleep[tid] = pid
         # Those left alone may go on and make others run without end.
         is_patient = self._n_listings < _MAX_PATIENT_LISTINGS
@@ -226,7 +226,7 @@ class Stopper:
             return False
         except PermissionDenied:
             try:
-                if read_state_char(pid, tid) in _DEAD_STATES:
+                if read_state_char(pid, tid) in RUNS_NO_CODE:
                     return False
             except ProcessGone:
                 return False
@@ -344,7 +344,7 @@ class Stopper:
                 state = read_state_char(pid, tid)
             except ProcessGone:
                 state = "X"
-            if state in _DEAD_STATES:
+            if state in RUNS_NO_CODE:
                 del self._pending[tid]
             elif state == "D":
                 # It runs no program code either: the trap comes before any.

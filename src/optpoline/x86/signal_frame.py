@@ -90,12 +90,15 @@ def encode_signal_frame(
         layout: Sizes of XSAVE images.
 
     Raises:
-        UnsupportedTarget: if the XSAVE image is not of this layout.
+        UnsupportedTarget: if the XSAVE image is not of this layout, or there is no address
+            space below the stack pointer.
     """
     image = _encode_fpstate(xstate, layout)
     top = regs.rsp - RED_ZONE_SIZE
     fpstate_addr = (top - len(image)) & -_XSAVE_ALIGN
     addr = (fpstate_addr - _UCONTEXT_SIZE) & -16
+    if addr < 0:
+        raise UnsupportedTarget(f"the stack pointer of the thread, {regs.rsp:#x}, is of no stack")
     header = _HEADER.pack(
         trampoline_addr,
         _UC_FP_XSTATE | _UC_SIGCONTEXT_SS | _UC_STRICT_RESTORE_SS,

@@ -81,10 +81,11 @@ _EINTR_ON_SOCKET_TIMEOUT = frozenset(
 _READ_WRITE = frozenset({_READ, _WRITE, _READV, _WRITEV})
 """The same on a socket; on another file EINTR can have any meaning, so it is left alone."""
 
-_TEMPORARY_MASK = frozenset({_RT_SIGSUSPEND, _RT_SIGTIMEDWAIT, _IO_PGETEVENTS, _IO_URING_ENTER})
-_MASK_ARGUMENT = {_PPOLL: 3, _PSELECT6: 5, _EPOLL_PWAIT: 4, _EPOLL_PWAIT2: 4}
+_TEMPORARY_MASK = frozenset({_RT_SIGSUSPEND, _RT_SIGTIMEDWAIT, _IO_PGETEVENTS})
+_MASK_ARGUMENT = {_PPOLL: 3, _PSELECT6: 5, _EPOLL_PWAIT: 4, _EPOLL_PWAIT2: 4, _IO_URING_ENTER: 4}
 """Which argument points to a mask, where there may be none: select() is a pselect6 without one
-(glibc since 2.34), and language run-times wait in an epoll_pwait without one."""
+(glibc since 2.34), and language run-times wait in an epoll_pwait without one. What io_uring_enter
+is given may be a timeout as well (IORING_ENTER_EXT_ARG), which cannot be told from here."""
 
 
 _RESTARTED = frozenset(
@@ -132,6 +133,10 @@ def rank_disturbance(nr: int, args: tuple[int, ...]) -> Disturbance:
         return Disturbance.HARMFUL
     if has_temporary_mask(nr, args):
         return Disturbance.HARMFUL
+    if nr == _IO_URING_ENTER:
+        # Interrupted, it answers with what it has submitted, or with fewer completions.
+        waits_for_first = not args[1] and args[2] == 1
+        return Disturbance.NONE if waits_for_first else Disturbance.HARMFUL
     if nr in (_EPOLL_WAIT, _EPOLL_PWAIT) and args[3] & _NEGATIVE:
         return Disturbance.NONE  # no timeout
     if nr == _EPOLL_PWAIT2 and not args[3]:

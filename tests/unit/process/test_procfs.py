@@ -11,7 +11,7 @@ import pytest
 
 from optpoline.errors import ProcessGone
 from optpoline.process.procfs import (
-    is_kernel_worker,
+    RUNS_NO_CODE,
     list_every_tid,
     list_tids,
     read_exe_path,
@@ -91,6 +91,19 @@ def test_maps_of_a_zombie(proc: Path) -> None:
         read_maps(PID, proc_root=proc)
 
 
+def test_maps_of_one_whose_first_thread_has_exited(proc: Path) -> None:
+    """Any thread shows them, but for one that the kernel has made for itself."""
+    (proc / str(PID) / "maps").write_text("")
+    task = proc / str(PID) / "task" / str(TID)
+    (task / "maps").write_text(MAPS)
+    assert len(read_maps(PID, proc_root=proc)) == 7
+    (task / "stat").write_text(
+        STAT.replace(" 4194304 ", " 16 ").replace(" 122 ", f" {0x7FFBFEFF} ")
+    )
+    with pytest.raises(ProcessGone):
+        read_maps(PID, proc_root=proc)
+
+
 def test_threads(proc: Path) -> None:
     assert list_tids(PID, proc_root=proc) == (PID, TID)
 
@@ -149,11 +162,22 @@ def test_thread_state(proc: Path, text: str, where: ThreadWhere, nr: int, sp: in
     assert state.tracer_pid == 77
 
 
-@pytest.mark.parametrize(("flag", "expected"), [(0x10, True), (0x4000, True), (0x40, False)])
-def test_kernel_worker(proc: Path, flag: int, expected: bool) -> None:
-    flags = STAT.replace(" 4194304 ", f" {4194304 | flag} ")
-    (proc / str(PID) / "task" / str(TID) / "stat").write_text(flags)
-    assert is_kernel_worker(PID, TID, proc_root=proc) is expected
+@pytest.mark.parametrize(
+    ("flag", "blocked", "expected"),
+    [
+        (0x10, 0x7FFBFEFF, "k"),
+        (0x4000, 0x7FFBFEFF, "k"),
+        (0x4010, 0x7FFBFEFF, "k"),
+        (0, 0x7FFBFEFF, "S"),  # who blocks all signals is no worker for that
+        (0x10, 0x7FFBFEFE, "S"),  # before Linux 5.10 the flag of who runs a virtual machine
+        (0x4000, 0, "S"),  # before Linux 5.17 that of who has loaded a module
+    ],
+)
+def test_kernel_worker(proc: Path, flag: int, blocked: int, expected: str) -> None:
+    stat = STAT.replace(" 4194304 ", f" {4194304 | flag} ").replace(" 122 ", f" {blocked} ")
+    (proc / str(PID) / "task" / str(TID) / "stat").write_text(stat)
+    assert read_state_char(PID, TID, proc_root=proc) == expected
+    assert (expected in RUNS_NO_CODE) == (expected == "k")
 
 
 CALL = "202 0x1 0x80 0x0 0x0 0x0 0xffffffffffffffff 0x7ffe10 0x401000\n"

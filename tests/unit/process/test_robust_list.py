@@ -55,11 +55,11 @@ def test_where_the_list_begins(head: int | None, expected: bool) -> None:
 
 
 def test_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    for is_worker in (False, True):
+    for state, expected in (("S", False), ("Z", True)):
         monkeypatch.setattr(
-            "optpoline.process.robust_list.is_kernel_worker", lambda *_, found=is_worker: found
+            "optpoline.process.robust_list.read_state_char", lambda *_, found=state: found
         )
-        assert is_believed(standing(101), {103: 0}) is is_worker
+        assert is_believed(standing(101), {103: 0}) is expected
 
 
 def test_nobody_to_compare_with() -> None:

@@ -14,6 +14,7 @@ from optpoline.x86.signal_frame import (
     FRAME_SEGMENTS,
     FRAME_SEGMENTS_MASK,
     FRAME_SP_WORDS,
+    RED_ZONE_SIZE,
     SignalFrame,
     encode_signal_frame,
 )
@@ -135,3 +136,14 @@ def test_a_scan_finds_it() -> None:
     at = [i for i, word in enumerate(words) if word & FRAME_SEGMENTS_MASK == FRAME_SEGMENTS]
     assert [words[i - FRAME_SP_WORDS] for i in at] == [REGS.rsp]
     assert [words[i - FRAME_PC_WORDS] for i in at] == [REGS.rip]
+
+
+@pytest.mark.parametrize("rsp", [0, 8, RED_ZONE_SIZE, 1024])
+def test_no_room_below_the_stack_pointer(rsp: int) -> None:
+    """A thread may have lost its stack; kernel workers never had one."""
+    with pytest.raises(UnsupportedTarget, match="stack pointer"):
+        _frame(AVX, _xstate(AVX, 7), REGS._replace(rsp=rsp))
+
+
+def test_highest_stack_pointer() -> None:
+    assert _frame(AVX, _xstate(AVX, 7), REGS._replace(rsp=(1 << 64) - 1)).addr > 0

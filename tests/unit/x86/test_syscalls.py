@@ -50,6 +50,11 @@ def _regs(nr: int, result: int) -> Registers:
         (281, (0, 0, 0, 2**32 - 1, 0, 8), Disturbance.NONE),  # without a timeout
         (441, (0, 0, 0, 0x1000, 0, 8), Disturbance.TIMEOUT_AFRESH),  # epoll_pwait2
         (441, NO_ARGS, Disturbance.NONE),
+        (426, (4, 0, 1, 1, 0, 0), Disturbance.NONE),  # io_uring_enter
+        (426, (4, 1, 1, 1, 0, 0), Disturbance.HARMFUL),  # which has submitted something
+        (426, (4, 0, 2, 1, 0, 0), Disturbance.HARMFUL),  # may have one of two
+        (426, (4, 0, 1, 1, 0x1000, 8), Disturbance.HARMFUL),  # with a mask
+        (426, (4, 0, 1, 9, 0x1000, 24), Disturbance.HARMFUL),  # perhaps with one
         (130, NO_ARGS, Disturbance.HARMFUL),  # rt_sigsuspend
         (40, NO_ARGS, Disturbance.HARMFUL),  # sendfile
         (9999, NO_ARGS, Disturbance.HARMFUL),
