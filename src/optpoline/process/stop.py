@@ -35,7 +35,7 @@ from optpoline.process.ptrace import Tracer
 from optpoline.process.rseq import RseqRegistration
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop_lock import one_stop_at_a_time
-from optpoline.process.stopper import Stopper
+from optpoline.process.stopper import Stopper, Tracee
 from optpoline.process.tracer_thread import TracerThread
 
 __all__ = ["DEFAULT_TIMEOUT_NS", "Stop", "StoppedThread", "Wake", "stop_threads"]
@@ -91,6 +91,7 @@ class Stop:
         """Keep what the requests need."""
         self._thread = thread
         self._stopper = stopper
+        self._stopped: tuple[StoppedThread, ...] = ()
         self._injector: Injector | None = None
         if code is not None:
             self._injector = Injector(stopper, code, may_wake=wake is not Wake.NONE)
@@ -100,18 +101,11 @@ class Stop:
     @property
     def stopped(self) -> tuple[StoppedThread, ...]:
         """The threads that stand."""
-        return tuple(
-            StoppedThread(
-                pid=tracee.pid,
-                tid=tracee.tid,
-                pc=Addr(tracee.regs.rip),
-                sp=Addr(tracee.regs.rsp),
-                thread_pointer=Addr(tracee.regs.fs_base),
-                in_syscall=tracee.regs.in_syscall,
-                signal=tracee.code.delivered_signal,
-            )
-            for tracee in self._stopper.tracees.values()
-        )
+        # Those that are stopped later come behind, and none is let go on before the end: with
+        # thousands, what was made of them once is worth keeping.
+        if len(self._stopped) != len(self._stopper.tracees):
+            self._stopped = tuple(map(_as_thread, self._stopper.tracees.values()))
+        return self._stopped
 
     @property
     def asleep(self) -> tuple[int, ...]:
@@ -196,6 +190,19 @@ class Stop:
         if self._injector is not None:
             self._injector.leave()
         return self._stopper.release()
+
+
+def _as_thread(tracee: Tracee) -> StoppedThread:
+    """Return what is told of a thread that stands."""
+    return StoppedThread(
+        pid=tracee.pid,
+        tid=tracee.tid,
+        pc=Addr(tracee.regs.rip),
+        sp=Addr(tracee.regs.rsp),
+        thread_pointer=Addr(tracee.regs.fs_base),
+        in_syscall=tracee.regs.in_syscall,
+        signal=tracee.code.delivered_signal,
+    )
 
 
 @contextmanager
