@@ -3,7 +3,8 @@
 
 Sites whose displacement crosses a cache line, or whose opcode changes (plain sites), come
 last, in stops of all threads, and only if nobody sleeps in a call that must not be
-interrupted, and nobody stands inside one of them; else they are left for another time.
+interrupted, and nobody stands inside one of them; else they are left for another time. Who
+sleeps is looked at first, without a stop: where it is known to be in vain none is made.
 """
 
 from __future__ import annotations
@@ -68,12 +69,15 @@ def poke_in_stops(target: Target, pokes: Sequence[Poke], *, may_delay: bool = Fa
         target.pace.note(len(batch), stop.duration_ns)
     left: tuple[Poke, ...] = ()
     while crossing:
+        # Else a stop would only find the sleeper.
+        if not target.may_wake_all(may_delay=may_delay):
+            left += tuple(crossing)
+            break
         n = target.pace.batch_size()
         batch, crossing = crossing[:n], crossing[n:]
-        wake = Wake.ALL if target.may_wake_all(may_delay=may_delay) else Wake.NONE
-        with target.stop(wake) as stop:
+        with target.stop(Wake.ALL) as stop:
             if stop.asleep:
-                left = (*left, *batch, *crossing)
+                left += (*batch, *crossing)
                 crossing = []
             else:
                 entered = _find_entered(batch, stop)
