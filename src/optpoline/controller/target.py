@@ -382,6 +382,8 @@ class Target:
     def stop(self, wake: Wake = Wake.NONE) -> Iterator[Stop]:
         """Stop the target's threads for the length of the block, and note for how long.
 
+        A stop that ends in an error counts as well, whether all threads stood or not.
+
         Raises:
             PermissionDenied: if one cannot be traced; it names a debugger that is attached.
         """
@@ -395,12 +397,12 @@ class Target:
                 timeout_ns=self.stop_timeout_ns,
                 code=self._injection_code,
                 sharers=self.sharers,
+                on_end=self.stops.add,
             ) as stop:
                 yield stop
         except PermissionDenied as denied:
             # The kernel says no more than EPERM; who traces it is in /proc.
             raise explain_untraceable(self.pid, denied) from denied.__cause__
-        self.stops.add(stop.duration_ns)
 
     def may_wake_all(self, *, may_delay: bool = False) -> bool:
         """Tell whether waking every sleeping thread would harm none of them.

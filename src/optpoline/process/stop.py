@@ -21,7 +21,8 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -181,9 +182,13 @@ class Stop:
 
     def _end(self) -> None:
         """Let the threads go."""
-        end_ns = self._thread.call(self._release)
-        if self._stopper.begin_ns:
-            self.duration_ns = end_ns - self._stopper.begin_ns
+        end_ns = 0
+        try:
+            end_ns = self._thread.call(self._release)
+        finally:
+            if self._stopper.begin_ns:
+                # What could not be let go goes with the tracer thread, right behind this.
+                self.duration_ns = (end_ns or time.monotonic_ns()) - self._stopper.begin_ns
 
     def _release(self, _: Tracer) -> int:
         """Do so; on the tracer thread. Return when, as time.monotonic_ns()."""
@@ -214,6 +219,7 @@ def stop_threads(
     timeout_ns: int = DEFAULT_TIMEOUT_NS,
     code: InjectionCode | None = None,
     sharers: SharerFinder | None = None,
+    on_end: Callable[[int], None] | None = None,
 ) -> Iterator[Stop]:
     """Stop the threads of a process, and of those that share its memory, for a block.
 
@@ -228,6 +234,8 @@ def stop_threads(
         code: What ``find_injection_code`` found; searched for when None and wake
             allows injection, which takes milliseconds before the stop.
         sharers: Finds who shares the memory; one that has looked before is faster.
+        on_end: Told the stop's length in nanoseconds when it is over, 0 if nobody ran; also
+            of one that ends in an error, even if not all threads stood.
 
     Raises:
         StopTimeout: if threads do not stop in time.
@@ -263,7 +271,11 @@ def stop_threads(
                 stop._begin()
                 yield stop
             finally:
-                stop._end()
+                try:
+                    stop._end()
+                finally:
+                    if on_end is not None:
+                        on_end(stop.duration_ns)
         finally:
             thread.finish()
 
