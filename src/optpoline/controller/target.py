@@ -35,6 +35,7 @@ from optpoline.process.procfs import list_tids, read_maps, read_start_time
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Stop, Wake, stop_threads
 from optpoline.process.thread_state import ThreadWhere, read_thread_state
+from optpoline.process.waking import may_wait_afresh
 from optpoline.x86.syscalls import Disturbance, has_temporary_mask, rank_disturbance
 
 __all__ = ["LoadedModule", "StopLog", "Target"]
@@ -424,9 +425,9 @@ class Target:
                     return False
             else:
                 rank = rank_disturbance(state.syscall_nr, state.syscall_args)
-                if rank is Disturbance.HARMFUL or (
-                    rank is Disturbance.TIMEOUT_AFRESH and not may_delay
-                ):
+                if rank is Disturbance.HARMFUL:
+                    return False
+                if not may_delay and may_wait_afresh(process, state):
                     return False
         return True
 
