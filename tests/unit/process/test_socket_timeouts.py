@@ -7,12 +7,16 @@ import os
 import socket
 import struct
 import threading
+from queue import SimpleQueue
 
 import pytest
 
 from optpoline.process.socket_timeouts import may_time_out
+from optpoline.process.thread_state import read_thread_state
+from optpoline.process.waking import may_wait_afresh
 
 TIMEVAL = "ll"
+SYS_RECVFROM = 45
 
 
 def ask(fd: int) -> bool:
@@ -73,3 +77,27 @@ def test_thread_with_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
         )
         assert ask(one.fileno()) is True
         assert ask(other.fileno()) is False
+
+
+@pytest.mark.parametrize("seconds", [0, 30])
+def test_thread_that_sleeps_in_recv(seconds: int) -> None:
+    near, far = socket.socketpair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack(TIMEVAL, seconds, 0))
+    tids: SimpleQueue[int] = SimpleQueue()
+
+    def receive() -> None:
+        tids.put(threading.get_native_id())
+        near.recv(1)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    try:
+        tid = tids.get()
+        while (state := read_thread_state(os.getpid(), tid)).syscall_nr != SYS_RECVFROM:
+            os.sched_yield()
+        assert may_wait_afresh(os.getpid(), state) is bool(seconds)
+    finally:
+        far.send(b"x")
+        thread.join()
+        near.close()
+        far.close()
