@@ -126,7 +126,8 @@ def test_somebody_sleeps_when_they_are_promoted(start_target: StartTarget) -> No
     """Sites for which he had to be woken have kept a block that leads on."""
     target = start_target("crossing", flags=RETPOLINE)
     before = Witness.of(target.pid)
-    with optpoline.attach(target.pid) as session:
+    config = optpoline.Config(relink_after_s=0.01)
+    with optpoline.attach(target.pid, config=config) as session:
         session.learn(0.2, in_turn=True)
         target.ask("sleep")
         n_promoted = session.promote()
@@ -139,6 +140,12 @@ def test_somebody_sleeps_when_they_are_promoted(start_target: StartTarget) -> No
             dst = record.home.addr + 5 + int.from_bytes(head[1:], "little", signed=True)
             assert record.home is record.active or dst == record.active.addr
         assert audit(target.pid).is_sound
+        # As long as he sleeps their text cannot follow, and no thread is stopped to find that out.
+        n_stops = session.target.stops.n_stops
+        session.watch(0.3)
+        assert session.target.stops.n_stops == n_stops
+        assert any(record.home is not record.active for record in promoted)
+        assert not any(record.n_relinked for record in promoted)
         target.ask("wake")
     before.check(target.pid)
     assert target.finish().startswith("wrong 0 rounds")

@@ -238,7 +238,11 @@ def test_asleep_only_when_letting_go(start_target: StartTarget) -> None:
         session.promote()
         assert _promoted_functions(session) >= CROSSING
         target.ask("sleep")
+        stops = session.target.stops
+        n_stops = stops.n_stops
         assert session.detach().outcome is DetachOutcome.INCOMPLETE
+        # One for the others: those two are tried many times, but none of that stops a thread.
+        assert stops.n_stops == n_stops + 1
     # Only those two are not back; they lead to blocks that lead to their thunk.
     sites = [r.site for r in session.records if r.site.function in CROSSING]
     changed = before.changed_bytes(target.pid).keys()

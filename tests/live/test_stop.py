@@ -6,10 +6,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 
-from optpoline.errors import ProcessGone, StopTimeout
+from optpoline.controller.target import Target
+from optpoline.errors import ProcessGone, SiteChanged, StopTimeout
+from optpoline.model import Addr
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.procfs import list_tids, read_start_time, read_state_char, read_status
 from optpoline.process.sharers import SharerFinder
@@ -130,6 +133,22 @@ def test_timeout_lets_everything_go(start_target: StartTarget) -> None:
             assert caught.value.waited_ns == 1
             assert _is_untraced(target.pid)
     assert target.finish().startswith("ok")
+
+
+def test_stops_that_end_in_an_error_are_counted(start_target: StartTarget) -> None:
+    program = start_target("calls", "spin", "2", flags=AVX)
+    with closing(Target(program.pid, stop_timeout_s=2.0)) as target:
+        target.stops.limit_ns = 1
+        with pytest.raises(SiteChanged), target.stop():
+            raise SiteChanged(Addr(0), b"", b"")
+        assert (target.stops.n_stops, target.stops.n_over) == (1, 1)
+        longest_ns = target.stops.max_ns
+        target.stop_timeout_ns = 1
+        with pytest.raises(StopTimeout), target.stop():
+            pytest.fail("not reached")
+        assert (target.stops.n_stops, target.stops.n_over) == (2, 2)
+        assert target.stops.total_ns > longest_ns > 0
+    assert program.finish().startswith("ok")
 
 
 def test_group_stopped_target_stays_stopped(start_target: StartTarget) -> None:

@@ -23,7 +23,6 @@ and what is half done can be told and finished (``changes.py``).
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ from optpoline.controller.target import Target
 from optpoline.discover.readers import READER_COUNT_SIZE
 from optpoline.errors import SiteChanged, TargetFault, TransactionTimeout
 from optpoline.patch.layout import JournalEntry
-from optpoline.patch.text import Poke, is_inside, poke_all
+from optpoline.patch.text import Poke, find_entered, poke_all
 from optpoline.process.stop import Stop, Wake
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Plan", "commit"]
@@ -142,9 +141,7 @@ def _look(
         reason = f"{_threads(stop.asleep)} in a system call that must not be interrupted"
         return _Obstacle(reason=reason, tids=stop.asleep)
     for thread in stop.stopped:
-        # The last site that begins before it.
-        at = bisect_left(sites, thread.pc, key=lambda entry: entry.addr) - 1
-        if at >= 0 and is_inside(sites[at], thread.pc):
+        if find_entered(sites, thread.pc) is not None:
             reason = "a thread stands inside an instruction that is changed"
             return _Obstacle(reason=reason, tids=(thread.tid,))
     reading = tuple(

@@ -28,12 +28,7 @@ from optpoline.controller.address_space import AddressSpace
 from optpoline.errors import ExclusionError, ProcessGone
 from optpoline.process.cell_fetcher import current_cpu
 from optpoline.process.stop import Stop, Wake
-from optpoline.process.thread_state import (
-    ThreadState,
-    ThreadWhere,
-    has_slept_since,
-    read_thread_state,
-)
+from optpoline.process.thread_state import has_slept_since, read_asleep
 
 __all__ = ["Exclusion", "Way", "on_cpu", "pinned", "promptly", "stopped"]
 
@@ -162,34 +157,13 @@ def stopped(spaces: Sequence[AddressSpace], *, wake: Wake = Wake.NONE) -> Iterat
                     raise
         for stop in stops if len(stops) > 1 else ():
             stop.sweep()  # who has woken while the other processes were stopped
-        asleep = {key: _read_asleep(*key) for stop in stops for key in stop.sleepers}
+        asleep = {key: read_asleep(*key) for stop in stops for key in stop.sleepers}
 
         def is_intact() -> bool:
             """Tell whether all who slept have slept ever since."""
             return all(
-                state is not None and _has_slept_since(pid, state)
+                state is not None and has_slept_since(pid, state)
                 for (pid, _), state in asleep.items()
             )
 
         yield Exclusion(way=Way.STOPPED, is_intact=is_intact)
-
-
-def _read_asleep(pid: int, tid: int) -> ThreadState | None:
-    """Return where a thread sleeps; None if it may be on a CPU, or is gone."""
-    try:
-        state = read_thread_state(pid, tid)
-    except ProcessGone:
-        return None
-    return None if state.where is ThreadWhere.RUNNING else state
-
-
-def _has_slept_since(pid: int, before: ThreadState) -> bool:
-    """Tell whether a thread is there and has not been on a CPU.
-
-    Its state and counters do not tell: who has just been awake calls itself asleep, with the
-    counters of before, until it leaves its CPU.
-    """
-    try:
-        return has_slept_since(pid, before)
-    except ProcessGone:
-        return False

@@ -83,8 +83,10 @@ def _wait(target: Target, vdso: Mapping) -> None:
         # Nobody runs in here who could start another: who is listed are all there are.
         with target.stop(Wake.NONE) as stop:
             outside |= {thread.tid for thread in stop.stopped}
+            # A kernel stack takes long to read, and most of thousands were seen outside before.
+            unseen = [tid for tid in stop.asleep if tid not in outside]
             with moving_between_cpus():
-                outside |= {tid for tid in stop.asleep if is_transferring(target.pid, tid)}
+                outside |= {tid for tid in unseen if is_transferring(target.pid, tid)}
             left = _look(target.pid, vdso, outside)
         if not left:
             return

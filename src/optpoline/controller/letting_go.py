@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from optpoline.controller.address_space import target_space
 from optpoline.controller.arenas import unmap_range
@@ -151,7 +151,7 @@ def _let_go(target: Target, records: Sequence[SiteRecord], *, leave: bool) -> De
     foreign = _find_foreign(target, touched)
     if leave:
         return DetachResult(outcome=DetachOutcome.LEFT, restored=0, foreign=foreign, notes=())
-    _restore_unrecorded(target)
+    _restore_unrecorded(target, {move.record.site.addr for move in moves})
     # The bytes themselves have the last word: an arena that text leads to stays.
     stuck = _leading(target, mapped)
     n_unrecorded = len(_find_unrecorded(target))
@@ -206,9 +206,14 @@ def _find_unrecorded(target: Target) -> list[Poke]:
     return pokes
 
 
-def _restore_unrecorded(target: Target) -> None:
-    """Restore sites whose records were dropped, because their module looked gone."""
-    pokes = _find_unrecorded(target)
+def _restore_unrecorded(target: Target, tried: Collection[Addr]) -> None:
+    """Restore sites whose records were dropped, because their module looked gone.
+
+    Args:
+        target: The process.
+        tried: Sites that were tried long enough, and that somebody who sleeps is in the way of.
+    """
+    pokes = [poke for poke in _find_unrecorded(target) if poke.entry.addr not in tried]
     if pokes:
         poke_patiently(target, pokes)
 

@@ -22,18 +22,13 @@ from pathlib import Path
 
 from optpoline.controller.address_space import AddressSpace
 from optpoline.controller.running_threads import RunningThreads, fill_holes, scan_sample
-from optpoline.errors import AttachError, ProcessGone
+from optpoline.errors import AttachError, PermissionDenied, ProcessGone
 from optpoline.patch.grace import Look, ThreadKey
 from optpoline.patch.memory_search import search_memory
 from optpoline.patch.quiescence import ThreadPosition, ThreadScan, scan_thread
 from optpoline.patch.ranges import AddressRanges
 from optpoline.process.stop import Stop, Wake
-from optpoline.process.thread_state import (
-    ThreadState,
-    ThreadWhere,
-    has_slept_since,
-    read_thread_state,
-)
+from optpoline.process.thread_state import ThreadState, has_slept_since, read_asleep
 
 __all__ = ["ThreadObserver"]
 
@@ -366,10 +361,10 @@ def _read_asleep(key: ThreadKey, *, in_stop: bool) -> ThreadState | None:
     A stop of ours may leave threads alone that it has seized already.
     """
     try:
-        state = read_thread_state(*key)
-    except AttachError:
+        state = read_asleep(*key)
+    except PermissionDenied:
         return None
-    if state.where is ThreadWhere.RUNNING:
+    if state is None:
         return None
     if state.tracer_pid and not (in_stop and Path(f"/proc/self/task/{state.tracer_pid}").exists()):
         return None
@@ -377,8 +372,8 @@ def _read_asleep(key: ThreadKey, *, in_stop: bool) -> ThreadState | None:
 
 
 def _has_slept_since(key: ThreadKey, before: ThreadState) -> bool:
-    """Tell whether a thread is there and has slept all the while."""
+    """Tell whether a thread has slept all the while, as far as we may know."""
     try:
         return has_slept_since(key[0], before)
-    except AttachError:
+    except PermissionDenied:
         return False

@@ -3,7 +3,8 @@
 
 Sites whose displacement crosses a cache line, or whose opcode changes (plain sites), come
 last, in stops of all threads, and only if nobody sleeps in a call that must not be
-interrupted, and nobody stands inside one of them; else they are left for another time.
+interrupted, and nobody stands inside one of them; else they are left for another time. Who
+sleeps is looked at first, without a stop: where it is known to be in vain none is made.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from optpoline.controller.target import Target
-from optpoline.patch.text import Poke, PokeResult, is_inside, needs_all_stopped, poke_batch
-from optpoline.process.stop import Wake
+from optpoline.model import Addr
+from optpoline.patch.text import Poke, PokeResult, find_entered, needs_all_stopped, poke_batch
+from optpoline.process.stop import Stop, Wake
 
 __all__ = ["MAX_TRIES", "TRY_EVERY_S", "Poked", "poke_in_stops", "poke_patiently"]
 
@@ -67,20 +69,21 @@ def poke_in_stops(target: Target, pokes: Sequence[Poke], *, may_delay: bool = Fa
         target.pace.note(len(batch), stop.duration_ns)
     left: tuple[Poke, ...] = ()
     while crossing:
+        # Else a stop would only find the sleeper.
+        if not target.may_wake_all(may_delay=may_delay):
+            left += tuple(crossing)
+            break
         n = target.pace.batch_size()
         batch, crossing = crossing[:n], crossing[n:]
-        wake = Wake.ALL if target.may_wake_all(may_delay=may_delay) else Wake.NONE
-        with target.stop(wake) as stop:
+        with target.stop(Wake.ALL) as stop:
             if stop.asleep:
-                left = (*left, *batch, *crossing)
+                left += (*batch, *crossing)
                 crossing = []
             else:
-                pcs = {thread.pc for thread in stop.stopped}
-                # No boundary ever moves, so nobody can be; should anybody be, he goes on first.
-                within = tuple(p for p in batch if any(is_inside(p.entry, pc) for pc in pcs))
-                free = [poke for poke in batch if poke not in within] if within else batch
+                entered = _find_entered(batch, stop)
+                free = [poke for poke in batch if poke.entry.addr not in entered]
                 results.append(poke_batch(target.memory, free))
-                left += within
+                left += tuple(poke for poke in batch if poke.entry.addr in entered)
         if not stop.asleep:
             target.pace.note(len(batch), stop.duration_ns)
     return Poked(
@@ -89,6 +92,16 @@ def poke_in_stops(target: Target, pokes: Sequence[Poke], *, may_delay: bool = Fa
         reloaded=tuple(poke for result in results for poke in result.reloaded),
         left=left,
     )
+
+
+def _find_entered(pokes: Sequence[Poke], stop: Stop) -> frozenset[Addr]:
+    """Return the sites that a thread stands inside.
+
+    No boundary ever moves, so nobody can be; should anybody be, he goes on first.
+    """
+    sites = sorted((poke.entry for poke in pokes), key=lambda entry: entry.addr)
+    found = (find_entered(sites, thread.pc) for thread in stop.stopped)
+    return frozenset(site.addr for site in found if site is not None)
 
 
 def poke_patiently(target: Target, pokes: Sequence[Poke]) -> Poked:

@@ -117,7 +117,7 @@ class SiteRecord:
     changed_s: float = 0.0
     n_relearned: int = 0
     n_relinked: int = 0
-    """Stops made to link the text to where the site leads, because home had no room for that."""
+    """How often a stop has linked the text to where the site leads, for want of room at home."""
     far_targets: set[Addr] = field(default_factory=set)
     """Targets that no direct branch from the arena reaches; they stay on the thunk."""
     operand_targets: set[Addr] = field(default_factory=set)

@@ -41,6 +41,7 @@ from optpoline.process.procfs import (
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Stop, Wake, stop_threads
 from optpoline.process.thread_state import ThreadState, ThreadWhere, read_thread_state
+from optpoline.process.waking import may_wait_afresh
 from optpoline.x86.syscalls import Disturbance, has_temporary_mask, rank_disturbance
 
 __all__ = ["LoadedModule", "StopLog", "Target"]
@@ -404,6 +405,8 @@ class Target:
     def stop(self, wake: Wake = Wake.NONE) -> Iterator[Stop]:
         """Stop the target's threads for the length of the block, and note for how long.
 
+        A stop that ends in an error counts as well, whether all threads stood or not.
+
         Raises:
             PermissionDenied: if one cannot be traced; it names a debugger that is attached.
         """
@@ -417,12 +420,12 @@ class Target:
                 timeout_ns=self.stop_timeout_ns,
                 code=self._injection_code,
                 sharers=self.sharers,
+                on_end=self.stops.add,
             ) as stop:
                 yield stop
         except PermissionDenied as denied:
             # The kernel says no more than EPERM; who traces it is in /proc.
             raise explain_untraceable(self.pid, denied) from denied.__cause__
-        self.stops.add(stop.duration_ns)
 
     def may_wake_all(self, *, may_delay: bool = False) -> bool:
         """Tell whether waking every sleeping thread would harm none of them.
@@ -437,7 +440,7 @@ class Target:
                 state = read_thread_state(process, tid)
                 # Whose work it does is asked last: one more file, and of few.
                 if (
-                    _may_be_harmed(state, may_delay=may_delay)
+                    _may_be_harmed(process, state, may_delay=may_delay)
                     and read_state_char(process, tid) not in RUNS_NO_CODE
                 ):
                     return False
@@ -446,14 +449,15 @@ class Target:
         return True
 
 
-def _may_be_harmed(state: ThreadState, *, may_delay: bool) -> bool:
+def _may_be_harmed(pid: int, state: ThreadState, *, may_delay: bool) -> bool:
     """Tell whether a thread sleeps in a call that it must not be woken from."""
     if state.where is not ThreadWhere.IN_SYSCALL:
         return False
     if state.state == "T":  # stopped by job control: it has left its call already
         return has_temporary_mask(state.syscall_nr, state.syscall_args)
-    rank = rank_disturbance(state.syscall_nr, state.syscall_args)
-    return rank is Disturbance.HARMFUL or (rank is Disturbance.TIMEOUT_AFRESH and not may_delay)
+    if rank_disturbance(state.syscall_nr, state.syscall_args) is Disturbance.HARMFUL:
+        return True
+    return not may_delay and may_wait_afresh(pid, state)
 
 
 def _list_living(pid: int) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ or nothing, for changes that belong together.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ __all__ = [
     "Text",
     "crosses_line",
     "direct_opcodes",
-    "is_inside",
+    "find_entered",
     "is_same_but_disp",
     "leads_into",
     "needs_all_stopped",
@@ -110,9 +111,15 @@ def needs_all_stopped(entry: JournalEntry) -> bool:
     return entry.opcode_size > 0 or crosses_line(entry)
 
 
-def is_inside(entry: JournalEntry, pc: Addr) -> bool:
-    """Tell whether a program counter is within a site, behind its first byte."""
-    return entry.addr < pc < entry.end
+def find_entered(entries: Sequence[JournalEntry], pc: Addr) -> JournalEntry | None:
+    """Return the site that a program counter is within, behind its first byte, or None.
+
+    Args:
+        entries: Sites by address; none reaches into another.
+        pc: The program counter.
+    """
+    at = bisect_left(entries, pc, key=lambda entry: entry.addr) - 1
+    return entries[at] if at >= 0 and pc < entries[at].end else None
 
 
 def is_same_but_disp(entry: JournalEntry, code: bytes) -> bool:

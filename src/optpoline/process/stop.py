@@ -21,7 +21,8 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -35,7 +36,7 @@ from optpoline.process.ptrace import Tracer
 from optpoline.process.rseq import RseqRegistration
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop_lock import one_stop_at_a_time
-from optpoline.process.stopper import Stopper
+from optpoline.process.stopper import Stopper, Tracee
 from optpoline.process.tracer_thread import TracerThread
 
 __all__ = ["DEFAULT_TIMEOUT_NS", "Stop", "StoppedThread", "Wake", "stop_threads"]
@@ -91,6 +92,7 @@ class Stop:
         """Keep what the requests need."""
         self._thread = thread
         self._stopper = stopper
+        self._stopped: tuple[StoppedThread, ...] = ()
         self._injector: Injector | None = None
         if code is not None:
             self._injector = Injector(stopper, code, may_wake=wake is not Wake.NONE)
@@ -100,18 +102,11 @@ class Stop:
     @property
     def stopped(self) -> tuple[StoppedThread, ...]:
         """The threads that stand."""
-        return tuple(
-            StoppedThread(
-                pid=tracee.pid,
-                tid=tracee.tid,
-                pc=Addr(tracee.regs.rip),
-                sp=Addr(tracee.regs.rsp),
-                thread_pointer=Addr(tracee.regs.fs_base),
-                in_syscall=tracee.regs.in_syscall,
-                signal=tracee.code.delivered_signal,
-            )
-            for tracee in self._stopper.tracees.values()
-        )
+        # Those that are stopped later come behind, and none is let go on before the end: with
+        # thousands, what was made of them once is worth keeping.
+        if len(self._stopped) != len(self._stopper.tracees):
+            self._stopped = tuple(map(_as_thread, self._stopper.tracees.values()))
+        return self._stopped
 
     @property
     def asleep(self) -> tuple[int, ...]:
@@ -187,15 +182,32 @@ class Stop:
 
     def _end(self) -> None:
         """Let the threads go."""
-        end_ns = self._thread.call(self._release)
-        if self._stopper.begin_ns:
-            self.duration_ns = end_ns - self._stopper.begin_ns
+        end_ns = 0
+        try:
+            end_ns = self._thread.call(self._release)
+        finally:
+            if self._stopper.begin_ns:
+                # What could not be let go goes with the tracer thread, right behind this.
+                self.duration_ns = (end_ns or time.monotonic_ns()) - self._stopper.begin_ns
 
     def _release(self, _: Tracer) -> int:
         """Do so; on the tracer thread. Return when, as time.monotonic_ns()."""
         if self._injector is not None:
             self._injector.leave()
         return self._stopper.release()
+
+
+def _as_thread(tracee: Tracee) -> StoppedThread:
+    """Return what is told of a thread that stands."""
+    return StoppedThread(
+        pid=tracee.pid,
+        tid=tracee.tid,
+        pc=Addr(tracee.regs.rip),
+        sp=Addr(tracee.regs.rsp),
+        thread_pointer=Addr(tracee.regs.fs_base),
+        in_syscall=tracee.regs.in_syscall,
+        signal=tracee.code.delivered_signal,
+    )
 
 
 @contextmanager
@@ -207,6 +219,7 @@ def stop_threads(
     timeout_ns: int = DEFAULT_TIMEOUT_NS,
     code: InjectionCode | None = None,
     sharers: SharerFinder | None = None,
+    on_end: Callable[[int], None] | None = None,
 ) -> Iterator[Stop]:
     """Stop the threads of a process, and of those that share its memory, for a block.
 
@@ -221,6 +234,8 @@ def stop_threads(
         code: What ``find_injection_code`` found; searched for when None and wake
             allows injection, which takes milliseconds before the stop.
         sharers: Finds who shares the memory; one that has looked before is faster.
+        on_end: Told the stop's length in nanoseconds when it is over, 0 if nobody ran; also
+            of one that ends in an error, even if not all threads stood.
 
     Raises:
         StopTimeout: if threads do not stop in time.
@@ -256,7 +271,11 @@ def stop_threads(
                 stop._begin()
                 yield stop
             finally:
-                stop._end()
+                try:
+                    stop._end()
+                finally:
+                    if on_end is not None:
+                        on_end(stop.duration_ns)
         finally:
             thread.finish()
 

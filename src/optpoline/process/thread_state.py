@@ -18,6 +18,7 @@ __all__ = [
     "ThreadState",
     "ThreadWhere",
     "has_slept_since",
+    "read_asleep",
     "read_kernel_stack",
     "read_thread_state",
 ]
@@ -97,8 +98,21 @@ def read_thread_state(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadS
     )
 
 
+def read_asleep(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadState | None:
+    """Return where a thread sleeps; None if it may be on a CPU, or is gone.
+
+    Raises:
+        PermissionDenied: if we may not trace it.
+    """
+    try:
+        state = read_thread_state(pid, tid, proc_root=proc_root)
+    except ProcessGone:
+        return None
+    return None if state.where is ThreadWhere.RUNNING else state
+
+
 def has_slept_since(pid: int, before: ThreadState, *, proc_root: Path = _PROC) -> bool:
-    """Tell whether a thread has slept all the while since ``read_thread_state``.
+    """Tell whether a thread is there and has slept all the while since ``read_asleep``.
 
     The kernel counts a voluntary switch when a thread *leaves* its CPU: one that woke and
     still runs has the counters of its sleep. So it must
@@ -115,10 +129,21 @@ def has_slept_since(pid: int, before: ThreadState, *, proc_root: Path = _PROC) -
         proc_root: Where procfs is mounted.
 
     Raises:
-        ProcessGone: if the thread does not exist.
         PermissionDenied: if we may not trace it.
     """
-    directory = f"{proc_root}/{pid}/task/{before.tid}"
+    try:
+        return _has_slept_since(f"{proc_root}/{pid}/task/{before.tid}", before)
+    except ProcessGone:
+        return False
+
+
+def _has_slept_since(directory: str, before: ThreadState) -> bool:
+    """Tell so of a thread, by its directory.
+
+    Raises:
+        ProcessGone: if it does not exist.
+        PermissionDenied: if we may not trace it.
+    """
     words = read_text(f"{directory}/syscall", before.tid).split()
     if not words or words[0] == "running":
         return False

@@ -29,6 +29,7 @@ __all__ = [
     "Disturbance",
     "has_temporary_mask",
     "is_restartable_eintr",
+    "may_receive",
     "rank_disturbance",
     "undisturbed",
 ]
@@ -170,6 +171,15 @@ def has_temporary_mask(nr: int, args: tuple[int, ...]) -> bool:
     if nr in _MASK_ARGUMENT:
         return bool(args[_MASK_ARGUMENT[nr]])
     return nr in _TEMPORARY_MASK
+
+
+def may_receive(nr: int) -> bool:
+    """Say whether a call that is restarted receives from its first argument, if that is a socket.
+
+    >>> may_receive(0), may_receive(43), may_receive(1)  # read, accept, write
+    (True, True, False)
+    """
+    return nr in _RECEIVES or nr in (_READ, _READV)
 
 
 def is_restartable_eintr(regs: Registers, *, is_socket: bool) -> bool:

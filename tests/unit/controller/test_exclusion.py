@@ -50,7 +50,7 @@ def show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str,
     """Return a function that makes the thread look so: its state, where it is, its switches."""
     task = tmp_path / str(PID) / "task" / str(TID)
     task.mkdir(parents=True)
-    for name in ("read_thread_state", "has_slept_since"):
+    for name in ("read_asleep", "has_slept_since"):
         function = partial(getattr(thread_state, name), proc_root=tmp_path)
         monkeypatch.setattr(module, name, function, raising=False)
 

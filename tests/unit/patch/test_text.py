@@ -16,7 +16,7 @@ from optpoline.patch.text import (
     Poke,
     crosses_line,
     direct_opcodes,
-    is_inside,
+    find_entered,
     is_same_but_disp,
     leads_into,
     needs_all_stopped,
@@ -328,9 +328,16 @@ def test_forms_of_a_call_through_memory() -> None:
     assert text.read(BASE, len(code)) == code
 
 
-def test_inside_is_behind_the_first_byte() -> None:
-    entry = JournalEntry(addr=Addr(BASE), code=NOP, disp_off=1, opcode_size=1)
-    assert [off for off in range(-1, 7) if is_inside(entry, Addr(BASE + off))] == [1, 2, 3, 4]
+def test_entered_is_behind_the_first_byte() -> None:
+    entries = [
+        JournalEntry(addr=Addr(BASE + off), code=NOP, disp_off=1, opcode_size=1)
+        for off in (0, 5, 20)  # the first two without a gap
+    ]
+    found = {off: find_entered(entries, Addr(BASE + off)) for off in range(-1, 27)}
+    entered = {off: entry.addr - BASE for off, entry in found.items() if entry is not None}
+    first = dict.fromkeys((1, 2, 3, 4), 0)
+    assert entered == first | dict.fromkeys((6, 7, 8, 9), 5) | dict.fromkeys((21, 22, 23, 24), 20)
+    assert find_entered([], Addr(BASE)) is None
 
 
 def test_all_are_written_in_their_order() -> None:

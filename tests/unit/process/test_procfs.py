@@ -22,7 +22,12 @@ from optpoline.process.procfs import (
     read_state_char,
     read_status,
 )
-from optpoline.process.thread_state import ThreadWhere, has_slept_since, read_thread_state
+from optpoline.process.thread_state import (
+    ThreadWhere,
+    has_slept_since,
+    read_asleep,
+    read_thread_state,
+)
 
 PID, TID = 1234, 1235
 STATUS = """Name:\todd) (na\\012me
@@ -203,6 +208,19 @@ def test_sleep(proc: Path, syscall: str, old: str, new: str, expected: bool) -> 
     (task / "syscall").write_text(syscall)
     (task / "status").write_text((task / "status").read_text().replace(old, new))
     assert has_slept_since(PID, before, proc_root=proc) is expected
+
+
+def test_asleep(proc: Path) -> None:
+    task = proc / str(PID) / "task" / str(TID)
+    before = read_asleep(PID, TID, proc_root=proc)
+    assert before == read_thread_state(PID, TID, proc_root=proc)
+    assert before is not None
+    (task / "syscall").write_text("running\n")
+    assert read_asleep(PID, TID, proc_root=proc) is None
+    for path in task.iterdir():
+        path.unlink()
+    assert read_asleep(PID, TID, proc_root=proc) is None
+    assert not has_slept_since(PID, before, proc_root=proc)
 
 
 def test_counters_are_read_after_the_place(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
