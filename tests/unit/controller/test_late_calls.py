@@ -99,6 +99,10 @@ class Program:
             return make_thread(tid, "S", IN, 0x1000)
         return make_thread(tid, "R", RUNNING, 0)
 
+    def read_state_char(self, pid: int, tid: int) -> str:
+        """Return its state letter."""
+        return self.read_thread_state(pid, tid).state
+
     def is_transferring(self, _pid: int, tid: int) -> bool:
         """Note that its kernel stack is read."""
         self.in_stop.append(tid)
@@ -109,7 +113,7 @@ def test_sleepers_that_were_seen_are_not_looked_at_in_the_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program = Program()
-    for name in ("list_tids", "read_thread_state", "is_transferring"):
+    for name in ("list_tids", "read_thread_state", "read_state_char", "is_transferring"):
         monkeypatch.setattr(module, name, getattr(program, name))
     wait_for_late_calls(cast(Target, program))
     assert program.n_stops == 1

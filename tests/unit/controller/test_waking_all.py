@@ -80,6 +80,7 @@ def test_who_may_be_woken(
         return states[tid]
 
     monkeypatch.setattr(module, "read_thread_state", read)
+    monkeypatch.setattr(module, "read_state_char", lambda _pid, tid: states[tid].state)
     monkeypatch.setattr(module, "list_tids", lambda pid: threads[pid])
     monkeypatch.setattr(waking, "may_time_out", lambda _pid, _tid, fd: fd == TIMED_FD)
     program = SimpleNamespace(pid=PID, sharers=SimpleNamespace(look=lambda: (SHARER,)))
