@@ -14,7 +14,6 @@ from optpoline.patch.arena import Arena
 from optpoline.patch.geometry import ArenaGeometry
 from optpoline.patch.layout import ARENA_NAME, ArenaHeader
 from optpoline.process.memory import Memory
-from optpoline.process.procfs import read_start_time
 from optpoline.process.robust_list import are_made_alike
 from optpoline.process.rseq import choose_rseq_abi
 from optpoline.process.stop import Stop
@@ -40,11 +39,27 @@ _F_SEAL_GROW = 4
 _F_SEAL_FUTURE_WRITE = 16
 
 
-def map_arena(pid: int, stop: Stop, memory: Memory, addr: Addr, geometry: ArenaGeometry) -> Arena:
+def map_arena(
+    pid: int,
+    stop: Stop,
+    memory: Memory,
+    addr: Addr,
+    geometry: ArenaGeometry,
+    *,
+    controller_start: int,
+) -> Arena:
     """Create an arena's memfd in the target and map it there and here.
 
     Nothing of it is resident until it is written, but where the target locks all its
     memory (MCL_FUTURE): there the kernel makes all pages of all parts at once.
+
+    Args:
+        pid: The target.
+        stop: In which it stands.
+        memory: Its memory.
+        addr: Where.
+        geometry: The arena's parts.
+        controller_start: When we were started, for the header (``read_start_time``).
 
     Target state: running threads stopped.
     On error: nothing of it stays mapped or open in the target.
@@ -69,7 +84,7 @@ def map_arena(pid: int, stop: Stop, memory: Memory, addr: Addr, geometry: ArenaG
                 literal_off=geometry.literal_off,
                 counter_off=geometry.counter_off,
                 controller_pid=os.getpid(),
-                controller_start=read_start_time(os.getpid()),
+                controller_start=controller_start,
                 target_pid=pid,
                 n_entries=0,
                 row_shift=geometry.row_shift,

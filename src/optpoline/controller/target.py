@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -366,7 +367,6 @@ class Target:
             except AddressTaken:
                 if not left:
                     raise
-        self.arenas.append(arena)
         self.read_maps()
         return arena
 
@@ -388,8 +388,18 @@ class Target:
                 f"within reach of {module.path}",
                 hint="start it again: its mappings may then lie elsewhere",
             )
+        controller_start = read_start_time(os.getpid())
         with self.stop(Wake.ONE_FOR_INJECTION) as stop:
-            return map_arena(self.pid, stop, self.memory, addr, geometry)
+
+            def make() -> Arena:
+                arena = map_arena(
+                    self.pid, stop, self.memory, addr, geometry, controller_start=controller_start
+                )
+                # Here: who is interrupted meanwhile knows of it all the same.
+                self.arenas.append(arena)
+                return arena
+
+            return stop.run(make)
 
     def _reach_of(self, module: Module) -> tuple[int, int]:
         """Return a range to reach that includes neighbours a module may branch to."""

@@ -72,6 +72,7 @@ class TracerThread:
     def __init__(self) -> None:
         """Start the thread."""
         self.on_stall: Callable[[], None] | None = None
+        self._tracer: Tracer | None = None
         self._jobs: SimpleQueue[Callable[[Tracer], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="optpoline-tracer", daemon=True)
         self._thread.start()
@@ -82,7 +83,11 @@ class TracerThread:
         Whoever is interrupted (Ctrl-C) before that gets the interrupt, once what runs there
         has ended by its own deadline. An interrupt may also come just when it ends, so that
         is noted in the job, where nobody can take it away twice, or for another job's.
+
+        A function that runs there may call others: each is run at once.
         """
+        if self._tracer is not None and threading.current_thread() is self._thread:
+            return work(self._tracer)
         job = _Job(work)
         self._jobs.put(job.run)
         try:
@@ -105,6 +110,6 @@ class TracerThread:
         """Run jobs until told to end."""
         # The target stands while this thread waits.
         end_sleeps_on_time()
-        tracer = Tracer()
+        self._tracer = Tracer()
         while (run := self._jobs.get()) is not None:
-            run(tracer)
+            run(self._tracer)

@@ -22,6 +22,15 @@ def test_results_and_errors_come_back() -> None:
     thread.finish()
 
 
+def test_a_function_that_runs_there_calls_others_at_once() -> None:
+    thread = TracerThread()
+    tracers = thread.call(lambda tracer: [tracer, thread.call(lambda other: other)])
+    assert tracers[0] is tracers[1]
+    with pytest.raises(ZeroDivisionError):
+        thread.call(lambda _: thread.call(lambda _: 1 // 0))
+    thread.finish()
+
+
 @pytest.mark.parametrize("name", ["put", "get"])
 def test_an_interrupt_in_the_worst_instant_takes_nothing_away(name: str) -> None:
     """Python raises KeyboardInterrupt behind a call: also one that has had its effect."""
