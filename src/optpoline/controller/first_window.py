@@ -28,7 +28,7 @@ from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.controller.target import Target
 from optpoline.controller.window_counts import is_telling_soon
-from optpoline.errors import ArenaError
+from optpoline.errors import ArenaError, EncodeRangeError
 from optpoline.model import Addr
 from optpoline.patch.blocks import redirect
 from optpoline.patch.text import needs_all_stopped
@@ -225,6 +225,8 @@ class FirstWindow:
             try:
                 record.arena.journal(record.site)
                 block = first_block(record, self._config.policy.schedule.max_slots)
+            except EncodeRangeError:
+                continue  # what its branch loads lies out of the arena's reach
             except ArenaError:
                 if not may_skip:
                     raise

@@ -167,7 +167,7 @@ def _promote(
         # Nothing, for a site that has had a block.
         record.arena.journal(record.site)
         record.make_thunk()
-    except ArenaError:
+    except (ArenaError, EncodeRangeError):
         return None
     block = None
     if decision.plan is not None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
+from optpoline.controller.config import Config
+from optpoline.controller.first_window import FirstWindow
 from optpoline.controller.linker import Linker, Move
 from optpoline.controller.not_promoted import explain_not_promoted
 from optpoline.controller.promotion import demote, promote_first
 from optpoline.controller.records import SiteRecord
 from optpoline.controller.summary import SiteState
 from optpoline.controller.tables import Tables
+from optpoline.controller.target import Target
 from optpoline.learn.counting import SiteCounts
-from optpoline.model import Addr, Count, Table
+from optpoline.model import Addr, Count, OperandLoad, Table, ThunkFlavour
 from optpoline.patch.arena import Arena
 from optpoline.promote.cost import CostModel
 from optpoline.promote.policies.adaptive import AdaptivePolicy
@@ -103,6 +107,37 @@ def test_what_moved_is_told(arena: Arena) -> None:
     assert explain_not_promoted(PID, [left, left_idle]).startswith(
         "2 sites can be changed only while all threads stand"
     )
+
+
+def test_a_site_whose_operand_is_out_of_reach_is_left(arena: Arena) -> None:
+    """Of a plain branch what it loads must be near the arena; the others go on."""
+    site = make_site(0)
+    far = replace(
+        site,
+        is_plain=True,
+        table=HANDLERS,
+        thunk=replace(site.thunk, addr=Addr(0), flavour=ThunkFlavour.PLAIN),
+        # mov disp32(%rip), %rax
+        load=OperandLoad(
+            code=bytes.fromhex("48 8b 05 00 00 00 00"), data_addr=Addr(arena.addr + (1 << 33))
+        ),
+    )
+    records = [make_record(arena, far), make_record(arena, make_site(1))]
+    links = Links()
+    window = FirstWindow(
+        Config(),
+        cast(Target, None),
+        links,
+        sleep=lambda _: None,
+        after_look=lambda: None,
+        empty=lambda _: True,
+    )
+    assert window.link(records) == records[1:]
+    for record in records:
+        record.home = None
+        counted(record, A)
+    assert promote(links, records) == 1
+    assert [record.home is not None for record in records] == [False, True]
 
 
 def test_a_window_that_counted_nothing_says_nothing(arena: Arena) -> None:
