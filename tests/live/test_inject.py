@@ -27,6 +27,8 @@ AVX = ("-mavx",)
 SYS_GETPPID = 110
 PROT_READ_WRITE = 3
 MAP_PRIVATE_ANONYMOUS = 0x22
+_TIMEOUT_NS = 5_000_000_000
+"""For threads to stand: other tests, and other programs, keep the CPUs busy."""
 
 CONTROLLER = """
 import os, signal, sys
@@ -117,7 +119,9 @@ def _cycle(target: LiveTarget, n: int, wake: Wake = Wake.ONE_FOR_INJECTION) -> N
     with RemoteMemory(target.pid) as memory:
         code = find_injection_code(target.pid, memory)
         for _ in range(n):
-            with stop_threads(target.pid, memory=memory, code=code, wake=wake) as stop:
+            with stop_threads(
+                target.pid, memory=memory, code=code, wake=wake, timeout_ns=_TIMEOUT_NS
+            ) as stop:
                 assert stop.inject(SYS_GETPID) == target.pid
                 addr = stop.inject(SYS_MMAP, 0, 8192, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, -1, 0)
                 assert addr > 0

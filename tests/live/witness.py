@@ -25,6 +25,7 @@ __all__ = [
     "Argument",
     "Witness",
     "arena_mappings",
+    "read_until",
     "run_cli",
     "run_json",
     "start_cli",
@@ -152,10 +153,17 @@ def _reset_signals() -> None:
 
 def wait_for_line(controller: subprocess.Popen[str], start: str) -> None:
     """Read a command's words until a line begins like this."""
+    said = read_until(controller, start)
+    if not said.rpartition("\n")[2].startswith(start):
+        raise AssertionError(f"no line begins with {start!r}: {said}")
+
+
+def read_until(controller: subprocess.Popen[str], start: str) -> str:
+    """Return a command's words up to a line that begins like this, or all that there are."""
     assert controller.stderr is not None
     said = ""
     for line in controller.stderr:
         if line.startswith(start):
-            return
+            return said + line.rstrip("\n")
         said += line
-    raise AssertionError(f"no line begins with {start!r}: {said}")
+    return said
