@@ -27,9 +27,9 @@ from tests.live.witness import (
     VARIANTS,
     Witness,
     arena_mappings,
+    read_until,
     run_json,
     start_cli,
-    read_until,
 )
 from tests.unit.toolchain.conftest import build_plugin_once
 
