@@ -230,6 +230,49 @@ def test_nobody_is_woken_for_sites_across_lines(start_target: StartTarget) -> No
     assert target.finish().startswith("wrong 0 rounds")
 
 
+def test_who_waits_to_receive_is_in_nobodys_way(start_target: StartTarget) -> None:
+    """Interrupted, it waits again, and nothing was received yet."""
+    target = start_target("crossing", flags=RETPOLINE)
+    target.ask("receive")
+    before = Witness.of(target.pid)
+    with optpoline.attach(target.pid) as session:
+        session.learn(LEARN_S)
+        session.promote()
+        assert _promoted_functions(session) >= {"in_one_line", "plain", *CROSSING}
+        assert session.detach().outcome is DetachOutcome.CLEAN
+    before.check(target.pid)
+    target.ask("wake")
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+def test_who_waits_for_several_bytes_is_not_woken(start_target: StartTarget) -> None:
+    """With a part of them there it would have that."""
+    target = start_target("crossing", flags=RETPOLINE)
+    target.ask("gather")
+    with optpoline.attach(target.pid) as session:
+        session.learn(LEARN_S)
+        session.promote()
+        assert not _promoted_functions(session) & CROSSING
+        assert session.detach().outcome is DetachOutcome.CLEAN
+    target.ask("wake")
+    assert target.finish().startswith("wrong 0 rounds")
+
+
+@pytest.mark.parametrize("threads", ["alone", "several"])
+def test_naps_under_a_filter_begin_again(start_target: StartTarget, threads: str) -> None:
+    """The way back into an interrupted one is a system call that the filter kills."""
+    target = start_target("confined_naps", threads, flags=RETPOLINE)
+    before = Witness.of(target.pid)
+    for _ in range(3):
+        with optpoline.attach(target.pid) as session:
+            session.learn(0.1)
+            session.promote()
+            session.watch(0.1)
+            assert session.detach().outcome is DetachOutcome.CLEAN
+    before.check(target.pid)
+    assert target.finish() == "wrong 0\n"
+
+
 def test_asleep_only_when_letting_go(start_target: StartTarget) -> None:
     target = start_target("crossing", flags=RETPOLINE)
     before = Witness.of(target.pid)

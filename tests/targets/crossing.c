@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sites whose displacement lies in two cache lines, and one in two pages. Prints "ready";
 // from the line "sleep" on standard input until "wake" a thread sleeps in a call that must not
-// be interrupted (a write to a full pipe, half done); at its end "wrong N rounds N".
+// be interrupted (a write to a full pipe, half done), from "receive" on in a recv() of a socket,
+// from "gather" on in one that answers with eight bytes only; at its end "wrong N rounds N".
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 typedef uint64_t (*function)(uint64_t);
@@ -60,7 +62,35 @@ static void fall_asleep(void) {
     usleep(100000);
 }
 
+static int sockets[2] = {-1, -1}, least;
+static void *receive(void *unused) {
+    char got[8];
+    if (recv(sockets[0], got, sizeof got, 0) != least) wrong++;
+    return unused;
+}
+
+static void fall_asleep_receiving(int size) {
+    least = size;
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, sockets)) wrong++;
+    if (setsockopt(sockets[0], SOL_SOCKET, SO_RCVLOWAT, &least, sizeof least)) wrong++;
+    if (size > 1 && write(sockets[1], "abc", 3) != 3) wrong++;
+    pthread_create(&writer, NULL, receive, NULL);
+    usleep(100000);
+}
+
+static void wake_receiver(void) {
+    size_t size = least > 1 ? (size_t)least - 3 : 1;
+    if (write(sockets[1], "defgh", size) != (ssize_t)size) wrong++;
+    pthread_join(writer, NULL);
+    close(sockets[0]), close(sockets[1]);
+    sockets[0] = -1;
+}
+
 static void wake_up(void) {
+    if (sockets[0] >= 0) {
+        wake_receiver();
+        return;
+    }
     for (size_t n = 0; n < sizeof data;) {
         char got[4096];
         ssize_t size = read(ends[0], got, sizeof got);
@@ -79,6 +109,8 @@ int main(void) {
     char line[64];
     while (fgets(line, sizeof line, stdin)) {
         if (!strcmp(line, "sleep\n")) fall_asleep();
+        if (!strcmp(line, "receive\n")) fall_asleep_receiving(1);
+        if (!strcmp(line, "gather\n")) fall_asleep_receiving(8);
         if (!strcmp(line, "wake\n")) wake_up();
         printf("ok %lu\n", (unsigned long)rounds);
     }

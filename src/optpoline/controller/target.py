@@ -42,8 +42,8 @@ from optpoline.process.procfs import (
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Stop, Wake, stop_threads
 from optpoline.process.thread_state import ThreadState, ThreadWhere, read_thread_state
-from optpoline.process.waking import may_wait_afresh
-from optpoline.x86.syscalls import Disturbance, has_temporary_mask, rank_disturbance
+from optpoline.process.waking import rank_call_asked
+from optpoline.x86.syscalls import Disturbance, has_temporary_mask
 
 __all__ = ["LoadedModule", "StopLog", "Target"]
 
@@ -465,9 +465,8 @@ def _may_be_harmed(pid: int, state: ThreadState, *, may_delay: bool) -> bool:
         return False
     if state.state == "T":  # stopped by job control: it has left its call already
         return has_temporary_mask(state.syscall_nr, state.syscall_args)
-    if rank_disturbance(state.syscall_nr, state.syscall_args) is Disturbance.HARMFUL:
-        return True
-    return not may_delay and may_wait_afresh(pid, state)
+    rank = rank_call_asked(pid, state)
+    return rank is Disturbance.HARMFUL or (rank is Disturbance.TIMEOUT_AFRESH and not may_delay)
 
 
 def _list_living(pid: int) -> tuple[int, ...]:

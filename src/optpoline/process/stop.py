@@ -19,8 +19,6 @@ such a call and putting its EINTR right (microseconds), it sees the EINTR.
 from __future__ import annotations
 
 import gc
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ from optpoline.model import Addr
 from optpoline.process.injection_code import InjectionCode, find_injection_code
 from optpoline.process.injector import Injector
 from optpoline.process.memory import RemoteMemory
+from optpoline.process.priority import at_real_time
 from optpoline.process.ptrace import Tracer
 from optpoline.process.rseq import RseqRegistration
 from optpoline.process.sharers import SharerFinder
@@ -44,8 +43,6 @@ __all__ = ["DEFAULT_TIMEOUT_NS", "Stop", "StoppedThread", "Wake", "stop_threads"
 
 DEFAULT_TIMEOUT_NS = 500_000_000
 """How long to wait for threads to stand; 2,000 busy ones took 25 ms."""
-
-_FIFO_PRIORITY = 1
 
 _T = TypeVar("_T")
 
@@ -296,19 +293,9 @@ def _undisturbed() -> Iterator[None]:
     """Run a block without garbage collection and at real-time priority if allowed."""
     has_gc = gc.isenabled()
     gc.disable()
-    # The tracer thread, started inside, inherits the policy.
-    tid = threading.get_native_id()
-    policy = os.sched_getscheduler(tid)
-    param = os.sched_getparam(tid)
     try:
-        os.sched_setscheduler(tid, os.SCHED_FIFO, os.sched_param(_FIFO_PRIORITY))
-        is_raised = True
-    except OSError:
-        is_raised = False  # not permitted: RLIMIT_RTPRIO, or a group without real-time share
-    try:
-        yield
+        with at_real_time():  # which the tracer thread, started inside, inherits
+            yield
     finally:
-        if is_raised:
-            os.sched_setscheduler(tid, policy, param)
         if has_gc:
             gc.enable()

@@ -27,13 +27,24 @@ from optpoline.process.busy import (
 )
 from optpoline.process.inject import wait_for_stop
 from optpoline.process.memory import RemoteMemory
-from optpoline.process.procfs import RUNS_NO_CODE, list_tids, read_state_char
+from optpoline.process.procfs import RUNS_NO_CODE, list_tids, read_seccomp_mode, read_state_char
 from optpoline.process.ptrace import StopCode, Tracer, reap_thread
 from optpoline.process.sharers import SharerFinder
-from optpoline.process.thread_state import read_thread_state
+from optpoline.process.thread_state import (
+    ThreadState,
+    ThreadWhere,
+    has_slept_since,
+    read_thread_state,
+)
 from optpoline.process.waking import rank_waking
 from optpoline.x86.registers import Registers
-from optpoline.x86.syscalls import ERESTARTNOHAND, Disturbance, is_restartable_eintr
+from optpoline.x86.syscalls import (
+    ERESTART_RESTARTBLOCK,
+    ERESTARTNOHAND,
+    Disturbance,
+    begin_again,
+    is_restartable_eintr,
+)
 
 __all__ = ["Stopper", "Tracee"]
 
@@ -103,6 +114,7 @@ class Stopper:
     _pending: dict[int, int] = field(default_factory=dict)
     _left_seized: dict[int, int] = field(default_factory=dict)
     _seized: set[int] = field(default_factory=set)
+    _wakeable: dict[int, ThreadState] = field(default_factory=dict)
 
     def stop(self) -> None:
         """Stop every running thread.
@@ -263,18 +275,34 @@ class Stopper:
         wakes_some = self.wakes_all or self.wakes_unnoticed
         must_leave = is_transferring if wakes_some else is_asleep_or_transferring
         for tid in asked:
-            if may_leave and must_leave(self._pending[tid], tid):
+            pid = self._pending[tid]
+            if may_leave and not self._still_sleeps(pid, tid) and must_leave(pid, tid):
                 self._left_seized[tid] = self.asleep[tid] = self._pending.pop(tid)
             else:
                 self._interrupt(tid)
+
+    def _still_sleeps(self, pid: int, tid: int) -> bool:
+        """Tell whether a thread sleeps on in the call that it may be woken from.
+
+        The stack of one that waits to receive looks like that of one in the middle of it.
+        """
+        state = self._wakeable.pop(tid, None)
+        try:
+            return state is not None and has_slept_since(pid, state)
+        except ProcessGone:
+            return False
 
     def _may_wake(self, pid: int, tid: int) -> bool:
         """Tell whether a sleeping thread is to be woken in this stop."""
         if not self.wakes_all and not self.wakes_unnoticed:
             return False
         # It may have begun another call since the stop was decided on.
-        rank = rank_waking(pid, read_thread_state(pid, tid))
-        return rank < Disturbance.HARMFUL if self.wakes_all else rank in _UNNOTICED
+        state = read_thread_state(pid, tid)
+        rank = rank_waking(pid, state)
+        may_wake = rank < Disturbance.HARMFUL if self.wakes_all else rank in _UNNOTICED
+        if may_wake and state.where is ThreadWhere.IN_SYSCALL:
+            self._wakeable[tid] = state
+        return may_wake
 
     def _interrupt(self, tid: int) -> None:
         """Ask a seized thread to stop."""
@@ -357,12 +385,17 @@ class Stopper:
         self.tracees[tid] = Tracee(pid=pid, tid=tid, code=code, regs=regs)
 
     def _restore_wait(self, pid: int, tid: int, regs: Registers) -> Registers:
-        """Undo an EINTR that our stop caused.
+        """Undo an EINTR that our stop caused, or a restart that a filter might forbid.
 
         With -ERESTARTNOHAND the kernel waits again when there is no signal to
         handle, and answers EINTR when there is one.
         """
-        if not regs.in_syscall or regs.result != -_EINTR:
+        if not regs.in_syscall:
+            return regs
+        if regs.result == -ERESTART_RESTARTBLOCK and read_seccomp_mode(pid, tid):
+            regs = begin_again(regs)
+            self.tracer.write_registers(tid, regs)
+        if regs.result != -_EINTR:
             return regs
         is_socket = _is_socket(pid, tid, regs.rdi)
         if is_restartable_eintr(regs, is_socket=is_socket):

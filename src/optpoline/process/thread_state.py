@@ -50,6 +50,7 @@ class ThreadState:
         n_voluntary: Voluntary context switches so far.
         n_nonvoluntary: Involuntary context switches so far.
         tracer_pid: Thread id of its tracer, or 0.
+        seccomp: Its seccomp mode, 0 for none.
     """
 
     tid: int
@@ -62,6 +63,7 @@ class ThreadState:
     n_voluntary: int
     n_nonvoluntary: int
     tracer_pid: int
+    seccomp: int = 0
 
 
 def read_thread_state(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadState:
@@ -95,6 +97,7 @@ def read_thread_state(pid: int, tid: int, *, proc_root: Path = _PROC) -> ThreadS
         n_voluntary=n_voluntary,
         n_nonvoluntary=n_nonvoluntary,
         tracer_pid=int(status["TracerPid"]),
+        seccomp=int(status.get("Seccomp", "0")),
     )
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "SYS_MUNMAP",
     "SYS_RT_SIGRETURN",
     "Disturbance",
+    "begin_again",
     "has_temporary_mask",
     "is_restartable_eintr",
     "may_receive",
@@ -85,8 +86,11 @@ _READ_WRITE = frozenset({_READ, _WRITE, _READV, _WRITEV})
 _TEMPORARY_MASK = frozenset({_RT_SIGSUSPEND, _RT_SIGTIMEDWAIT, _IO_PGETEVENTS})
 _MASK_ARGUMENT = {_PPOLL: 3, _PSELECT6: 5, _EPOLL_PWAIT: 4, _EPOLL_PWAIT2: 4, _IO_URING_ENTER: 4}
 """Which argument points to a mask, where there may be none: select() is a pselect6 without one
-(glibc since 2.34), and language run-times wait in an epoll_pwait without one. What io_uring_enter
-is given may be a timeout as well (IORING_ENTER_EXT_ARG), which cannot be told from here."""
+(glibc since 2.34), and language run-times wait in an epoll_pwait without one."""
+
+_ENTER_EXT_ARGS = 1 << 3 | 1 << 6
+"""IORING_ENTER_EXT_ARG and IORING_ENTER_EXT_ARG_REG (Linux 5.11, 6.13): what io_uring_enter is
+given may have a mask, or a timeout, or both, in memory or in a region that the kernel knows."""
 
 
 _RESTARTED = frozenset(
@@ -111,7 +115,8 @@ class Disturbance(IntEnum):
     NONE = 0
     """The kernel restarts the call; nothing is lost."""
     SOCKET_TIMEOUT_AFRESH = 1
-    """It is restarted; if its socket has a timeout, which few have, that begins again."""
+    """It is restarted; if its socket has a timeout, which few have, that begins again. Its file
+    has to be asked to know (``process/receiving.py``)."""
     TIMEOUT_AFRESH = 2
     """It is restarted, and a relative timeout begins again."""
     RESTART_BLOCK = 3
@@ -168,18 +173,35 @@ def has_temporary_mask(nr: int, args: tuple[int, ...]) -> bool:
     >>> has_temporary_mask(271, (0x1000, 1, 0, 0, 8, 0))
     False
     """
+    if nr == _IO_URING_ENTER and args[3] & _ENTER_EXT_ARGS:
+        return True
     if nr in _MASK_ARGUMENT:
         return bool(args[_MASK_ARGUMENT[nr]])
     return nr in _TEMPORARY_MASK
 
 
 def may_receive(nr: int) -> bool:
-    """Say whether a call that is restarted receives from its first argument, if that is a socket.
+    """Say whether a call that is restarted receives from its first argument.
+
+    What that is says whether it answers with a part of what it waits for when it is interrupted.
 
     >>> may_receive(0), may_receive(43), may_receive(1)  # read, accept, write
     (True, True, False)
     """
     return nr in _RECEIVES or nr in (_READ, _READV)
+
+
+def begin_again(regs: Registers) -> Registers:
+    """Return registers with which a call that has a restart block begins again instead.
+
+    A restart block is gone back to by a system call of its own, ``restart_syscall``, which a
+    seccomp filter may answer with death. Its timeout begins again as well.
+    """
+    has_block = regs.in_syscall and regs.result == -ERESTART_RESTARTBLOCK
+    # One that has gone back once was let through.
+    if has_block and regs.orig_rax != _RESTART_SYSCALL:
+        return regs.with_result(-ERESTARTNOHAND)
+    return regs
 
 
 def is_restartable_eintr(regs: Registers, *, is_socket: bool) -> bool:

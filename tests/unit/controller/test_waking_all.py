@@ -14,9 +14,17 @@ from optpoline.errors import ProcessGone
 from optpoline.model import Addr
 from optpoline.process import waking
 from optpoline.process.thread_state import ThreadState, ThreadWhere
+from optpoline.x86.syscalls import Disturbance
 
 PID, SHARER = 10, 20
-TIMED_FD, UNTIMED_FD = 3, 4
+TIMED_FD, UNTIMED_FD, WHOLE_FD, PIPE_FD = range(3, 7)
+ASK = Disturbance.SOCKET_TIMEOUT_AFRESH
+FILES = {TIMED_FD: ASK, UNTIMED_FD: ASK, WHOLE_FD: ASK, PIPE_FD: Disturbance.NONE}
+SOCKETS = {
+    TIMED_FD: Disturbance.TIMEOUT_AFRESH,
+    UNTIMED_FD: Disturbance.NONE,
+    WHOLE_FD: Disturbance.HARMFUL,
+}
 RUNNING, IN, BLOCKED = ThreadWhere.RUNNING, ThreadWhere.IN_SYSCALL, ThreadWhere.BLOCKED
 FUTEX, READ, ACCEPT, EPOLL_WAIT, SIGSUSPEND, WRITE = 202, 0, 43, 232, 130, 1
 Call = tuple[int, int]
@@ -55,6 +63,8 @@ def make_thread(tid: int, where: ThreadWhere, call: Call, state: str) -> ThreadS
         (IN, (ACCEPT, UNTIMED_FD), "S", True, True),
         (IN, (READ, TIMED_FD), "S", False, True),
         (IN, (READ, UNTIMED_FD), "S", True, True),
+        (IN, (READ, WHOLE_FD), "S", False, False),
+        (IN, (READ, PIPE_FD), "S", True, True),
     ],
 )
 def test_who_may_be_woken(
@@ -82,7 +92,8 @@ def test_who_may_be_woken(
     monkeypatch.setattr(module, "read_thread_state", read)
     monkeypatch.setattr(module, "read_state_char", lambda _pid, tid: states[tid].state)
     monkeypatch.setattr(module, "list_tids", lambda pid: threads[pid])
-    monkeypatch.setattr(waking, "may_time_out", lambda _pid, _tid, fd: fd == TIMED_FD)
+    monkeypatch.setattr(waking, "rank_file", lambda _pid, _tid, fd: FILES[fd])
+    monkeypatch.setattr(waking, "rank_receiving", lambda _pid, _tid, fd: SOCKETS[fd])
     program = SimpleNamespace(pid=PID, sharers=SimpleNamespace(look=lambda: (SHARER,)))
     target = cast(Target, program)
     assert Target.may_wake_all(target) is may_wake

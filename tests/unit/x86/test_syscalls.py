@@ -55,6 +55,7 @@ def _regs(nr: int, result: int) -> Registers:
         (426, (4, 0, 2, 1, 0, 0), Disturbance.HARMFUL),  # may have one of two
         (426, (4, 0, 1, 1, 0x1000, 8), Disturbance.HARMFUL),  # with a mask
         (426, (4, 0, 1, 9, 0x1000, 24), Disturbance.HARMFUL),  # perhaps with one
+        (426, (4, 0, 1, 0x49, 0, 64), Disturbance.HARMFUL),  # in a region, at its begin
         (130, NO_ARGS, Disturbance.HARMFUL),  # rt_sigsuspend
         (40, NO_ARGS, Disturbance.HARMFUL),  # sendfile
         (9999, NO_ARGS, Disturbance.HARMFUL),
