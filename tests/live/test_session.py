@@ -214,46 +214,24 @@ def test_sites_across_lines_and_pages(start_target: StartTarget) -> None:
     assert target.finish().startswith("wrong 0 rounds")
 
 
-def test_nobody_is_woken_for_sites_across_lines(start_target: StartTarget) -> None:
+@pytest.mark.parametrize(
+    ("call", "may_wake"), [("sleep", False), ("receive", True), ("gather", False)]
+)
+def test_sleepers_and_sites_across_lines(
+    start_target: StartTarget, call: str, *, may_wake: bool
+) -> None:
+    """Who waits for anything waits again; who has a part of what it waits for is not woken."""
     target = start_target("crossing", flags=RETPOLINE)
-    target.ask("sleep")
+    target.ask(call)
     before = Witness.of(target.pid)
     with optpoline.attach(target.pid) as session:
         session.learn(LEARN_S)
         session.promote()
         promoted = _promoted_functions(session)
         assert promoted >= {"in_one_line", "plain"}
-        assert not promoted & CROSSING
+        assert promoted & CROSSING == (CROSSING if may_wake else set())
         assert session.detach().outcome is DetachOutcome.CLEAN
     before.check(target.pid)
-    target.ask("wake")
-    assert target.finish().startswith("wrong 0 rounds")
-
-
-def test_who_waits_to_receive_is_in_nobodys_way(start_target: StartTarget) -> None:
-    """Interrupted, it waits again, and nothing was received yet."""
-    target = start_target("crossing", flags=RETPOLINE)
-    target.ask("receive")
-    before = Witness.of(target.pid)
-    with optpoline.attach(target.pid) as session:
-        session.learn(LEARN_S)
-        session.promote()
-        assert _promoted_functions(session) >= {"in_one_line", "plain", *CROSSING}
-        assert session.detach().outcome is DetachOutcome.CLEAN
-    before.check(target.pid)
-    target.ask("wake")
-    assert target.finish().startswith("wrong 0 rounds")
-
-
-def test_who_waits_for_several_bytes_is_not_woken(start_target: StartTarget) -> None:
-    """With a part of them there it would have that."""
-    target = start_target("crossing", flags=RETPOLINE)
-    target.ask("gather")
-    with optpoline.attach(target.pid) as session:
-        session.learn(LEARN_S)
-        session.promote()
-        assert not _promoted_functions(session) & CROSSING
-        assert session.detach().outcome is DetachOutcome.CLEAN
     target.ask("wake")
     assert target.finish().startswith("wrong 0 rounds")
 
