@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 typedef uint64_t (*function)(uint64_t);
@@ -47,24 +48,44 @@ static void *work(void *unused) {
     return unused;
 }
 
+static volatile pid_t sleeper;
+
 static int ends[2];
 static char data[1 << 20];
 static void *write_all(void *unused) {
+    sleeper = gettid();
     for (unsigned i = 0; i < sizeof data; i++) data[i] = (char)(i * 7);
     if (write(ends[1], data, sizeof data) != sizeof data) wrong++;
     return unused;
 }
 
 static pthread_t writer;
+// Start a thread, and wait until it is asleep in a system call, as the kernel tells it.
+static void fall_asleep_in(void *(*start)(void *), long nr) {
+    char path[64];
+    long in = -1;
+    sleeper = 0;
+    pthread_create(&writer, NULL, start, NULL);
+    while (!sleeper) usleep(100);
+    snprintf(path, sizeof path, "/proc/self/task/%d/syscall", (int)sleeper);
+    while (in != nr) {
+        FILE *file = fopen(path, "r");
+        // "running" while it is on a CPU.
+        if (!file || fscanf(file, "%ld", &in) != 1) in = -1;
+        if (file) fclose(file);
+        usleep(100);
+    }
+}
+
 static void fall_asleep(void) {
     if (pipe(ends)) wrong++;
-    pthread_create(&writer, NULL, write_all, NULL);
-    usleep(100000);
+    fall_asleep_in(write_all, SYS_write);
 }
 
 static int sockets[2] = {-1, -1}, least;
 static void *receive(void *unused) {
     char got[8];
+    sleeper = gettid();
     if (recv(sockets[0], got, sizeof got, 0) != least) wrong++;
     return unused;
 }
@@ -74,8 +95,7 @@ static void fall_asleep_receiving(int size) {
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, sockets)) wrong++;
     if (setsockopt(sockets[0], SOL_SOCKET, SO_RCVLOWAT, &least, sizeof least)) wrong++;
     if (size > 1 && write(sockets[1], "abc", 3) != 3) wrong++;
-    pthread_create(&writer, NULL, receive, NULL);
-    usleep(100000);
+    fall_asleep_in(receive, SYS_recvfrom);
 }
 
 static void wake_receiver(void) {
