@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from optpoline.process.checks import Check, CheckStatus, Failure
+from optpoline.process.priority import at_real_time
 
 __all__ = ["check_machine"]
 
@@ -107,11 +108,9 @@ def _check_rseq() -> Check:
 
 def _check_priority() -> Check:
     """Stops are at real-time priority where that is permitted: tried on ourselves, and undone."""
-    policy, param = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-        os.sched_setscheduler(0, policy, param)
-    except OSError:
+    with at_real_time() as is_raised:
+        pass
+    if not is_raised:
         return _warn(
             "priority",
             "no real-time priority for us: on busy CPUs the program is stopped for longer",

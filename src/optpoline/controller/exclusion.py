@@ -27,6 +27,7 @@ from enum import Enum
 from optpoline.controller.address_space import AddressSpace
 from optpoline.errors import ExclusionError, ProcessGone
 from optpoline.process.cell_fetcher import current_cpu
+from optpoline.process.priority import at_real_time
 from optpoline.process.stop import Stop, Wake
 from optpoline.process.thread_state import has_slept_since, read_asleep
 
@@ -78,30 +79,30 @@ def on_cpu(cpu: int) -> Iterator[None]:
             os.sched_setaffinity(0, before)
 
 
-@contextmanager
-def _at_top_priority() -> Iterator[None]:
-    """Run a block at the highest real-time priority that we may have."""
-    policy, param = os.sched_getscheduler(0), os.sched_getparam(0)
+def _top_priorities() -> tuple[int, int]:
+    """Return the highest real-time priority, and the highest that we may have without rights."""
     limit, _ = resource.getrlimit(resource.RLIMIT_RTPRIO)
     allowed = _MAX_PRIORITY if limit < 0 else min(limit, _MAX_PRIORITY)
-    for priority in (_MAX_PRIORITY, max(1, allowed)):
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
-            break
-    else:
-        raise ExclusionError("no real-time priority without CAP_SYS_NICE or RLIMIT_RTPRIO")
-    try:
+    return _MAX_PRIORITY, max(1, allowed)
+
+
+@contextmanager
+def _at_top_priority() -> Iterator[None]:
+    """Run a block at the highest real-time priority that we may have.
+
+    Raises:
+        ExclusionError: if we may have none.
+    """
+    with at_real_time(_top_priorities()) as is_raised:
+        if not is_raised:
+            raise ExclusionError("no real-time priority without CAP_SYS_NICE or RLIMIT_RTPRIO")
         yield
-    finally:
-        os.sched_setscheduler(0, policy, param)
 
 
 @contextmanager
 def promptly() -> Iterator[None]:
     """Run a short block at real-time priority if allowed, so as not to wait for busy CPUs."""
-    with ExitStack() as stack:
-        with suppress(ExclusionError):
-            stack.enter_context(_at_top_priority())
+    with at_real_time(_top_priorities()):
         yield
 
 

@@ -42,8 +42,8 @@ from optpoline.process.procfs import (
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.stop import Stop, Wake, stop_threads
 from optpoline.process.thread_state import ThreadState, ThreadWhere, read_thread_state
-from optpoline.process.waking import rank_call_asked
-from optpoline.x86.syscalls import Disturbance, has_temporary_mask
+from optpoline.process.waking import rank_call
+from optpoline.x86.syscalls import Disturbance
 
 __all__ = ["LoadedModule", "StopLog", "Target"]
 
@@ -301,7 +301,6 @@ class Target:
         if not is_within_reach(0, far):
             record.far_targets.add(target)
             return False
-        # Where site and target are unloaded together no verdict on the target outlives it.
         if not self._is_operand_free(record.site, target):
             record.operand_targets.add(target)
         if record.site.kind is SiteKind.CALL or self._is_flags_dead(target):
@@ -463,9 +462,7 @@ def _may_be_harmed(pid: int, state: ThreadState, *, may_delay: bool) -> bool:
     """Tell whether a thread sleeps in a call that it must not be woken from."""
     if state.where is not ThreadWhere.IN_SYSCALL:
         return False
-    if state.state == "T":  # stopped by job control: it has left its call already
-        return has_temporary_mask(state.syscall_nr, state.syscall_args)
-    rank = rank_call_asked(pid, state)
+    rank = rank_call(pid, state, asks=True)
     return rank is Disturbance.HARMFUL or (rank is Disturbance.TIMEOUT_AFRESH and not may_delay)
 
 

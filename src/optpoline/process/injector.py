@@ -21,7 +21,7 @@ from optpoline.process.ptrace import StopCode, Tracer
 from optpoline.process.rseq import RSEQ_CS_OFF
 from optpoline.process.stopper import Stopper, Tracee
 from optpoline.process.thread_state import read_thread_state
-from optpoline.process.waking import rank_call_asked, rank_waking
+from optpoline.process.waking import rank_waking
 from optpoline.x86.registers import USER_CODE_SELECTOR, Registers
 from optpoline.x86.syscalls import ERESTART_RESTARTBLOCK, Disturbance, has_temporary_mask
 
@@ -145,10 +145,7 @@ class Injector:
                 continue
             try:
                 with moving_between_cpus():
-                    state = read_thread_state(pid, tid)
-                    rank = rank_waking(pid, state)
-                    if rank is Disturbance.SOCKET_TIMEOUT_AFRESH:
-                        rank = rank_call_asked(pid, state)
+                    rank = rank_waking(pid, read_thread_state(pid, tid), asks=True)
             except ProcessGone:
                 continue
             if rank < Disturbance.HARMFUL:

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 __all__ = ["at_real_time"]
@@ -14,18 +13,29 @@ _FIFO_PRIORITY = 1
 
 
 @contextmanager
-def at_real_time() -> Iterator[None]:
-    """Run a block at real-time priority, if allowed; threads that it starts have it as well."""
-    tid = threading.get_native_id()
-    policy = os.sched_getscheduler(tid)
-    param = os.sched_getparam(tid)
+def at_real_time(priorities: Sequence[int] = (_FIFO_PRIORITY,)) -> Iterator[bool]:
+    """Run a block at real-time priority, if allowed; threads that it starts have it as well.
+
+    Args:
+        priorities: Those that would do, the best first.
+
+    Yields:
+        Whether one was allowed: it takes CAP_SYS_NICE or RLIMIT_RTPRIO, and a group that has
+        real-time share.
+    """
+    policy, param = os.sched_getscheduler(0), os.sched_getparam(0)
+    is_raised = any(map(_raise_to, priorities))
     try:
-        os.sched_setscheduler(tid, os.SCHED_FIFO, os.sched_param(_FIFO_PRIORITY))
-        is_raised = True
-    except OSError:
-        is_raised = False  # not permitted: RLIMIT_RTPRIO, or a group without real-time share
-    try:
-        yield
+        yield is_raised
     finally:
         if is_raised:
-            os.sched_setscheduler(tid, policy, param)
+            os.sched_setscheduler(0, policy, param)
+
+
+def _raise_to(priority: int) -> bool:
+    """Give this thread a real-time priority; tell whether that is allowed."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    except OSError:
+        return False
+    return True

@@ -27,7 +27,7 @@ from collections import OrderedDict
 from optpoline.process.priority import at_real_time
 from optpoline.x86.syscalls import Disturbance
 
-__all__ = ["rank_file", "rank_receiving"]
+__all__ = ["is_socket", "rank_file", "rank_receiving"]
 
 _SYS_PIDFD_GETFD = 438
 _PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h, since Linux 6.9
@@ -42,6 +42,14 @@ _TERMINALS = ("/dev/tty", "/dev/pts/", "/dev/console", "/dev/hvc", "/dev/pty")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _known: OrderedDict[str, Disturbance] = OrderedDict()
+
+
+def is_socket(pid: int, tid: int, fd: int) -> bool:
+    """Say whether a thread's descriptor is a socket; threads may have tables of their own."""
+    try:
+        return _name_of(pid, tid, fd).startswith(_SOCKET)
+    except OSError:
+        return False
 
 
 def rank_file(pid: int, tid: int, fd: int) -> Disturbance:

@@ -13,7 +13,6 @@ they run no program code, now or later.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 
@@ -29,6 +28,7 @@ from optpoline.process.inject import wait_for_stop
 from optpoline.process.memory import RemoteMemory
 from optpoline.process.procfs import RUNS_NO_CODE, list_tids, read_seccomp_mode, read_state_char
 from optpoline.process.ptrace import StopCode, Tracer, reap_thread
+from optpoline.process.receiving import is_socket
 from optpoline.process.sharers import SharerFinder
 from optpoline.process.thread_state import (
     ThreadState,
@@ -392,16 +392,16 @@ class Stopper:
         """
         if not regs.in_syscall:
             return regs
+        restored = regs
         if regs.result == -ERESTART_RESTARTBLOCK and read_seccomp_mode(pid, tid):
-            regs = begin_again(regs)
-            self.tracer.write_registers(tid, regs)
-        if regs.result != -_EINTR:
-            return regs
-        is_socket = _is_socket(pid, tid, regs.rdi)
-        if is_restartable_eintr(regs, is_socket=is_socket):
-            regs = regs.with_result(-ERESTARTNOHAND)
-            self.tracer.write_registers(tid, regs)
-        return regs
+            restored = begin_again(regs)
+        elif regs.result == -_EINTR and is_restartable_eintr(
+            regs, is_socket=is_socket(pid, tid, regs.rdi)
+        ):
+            restored = regs.with_result(-ERESTARTNOHAND)
+        if restored is not regs:
+            self.tracer.write_registers(tid, restored)
+        return restored
 
     def wake(self, tid: int) -> Tracee | None:
         """Stop a sleeping thread of the target; None if it exits instead.
@@ -429,11 +429,3 @@ class Stopper:
             self.asleep.pop(tid, None)
         del self._pending[tid]
         return self.tracees[tid]
-
-
-def _is_socket(pid: int, tid: int, fd: int) -> bool:
-    """Say whether a thread's descriptor is a socket; threads may have tables of their own."""
-    try:
-        return os.readlink(f"/proc/{pid}/task/{tid}/fd/{fd}").startswith("socket:")
-    except OSError:
-        return False

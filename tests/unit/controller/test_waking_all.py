@@ -18,12 +18,11 @@ from optpoline.x86.syscalls import Disturbance
 
 PID, SHARER = 10, 20
 TIMED_FD, UNTIMED_FD, WHOLE_FD, PIPE_FD = range(3, 7)
-ASK = Disturbance.SOCKET_TIMEOUT_AFRESH
-FILES = {TIMED_FD: ASK, UNTIMED_FD: ASK, WHOLE_FD: ASK, PIPE_FD: Disturbance.NONE}
-SOCKETS = {
+ANSWERS = {
     TIMED_FD: Disturbance.TIMEOUT_AFRESH,
     UNTIMED_FD: Disturbance.NONE,
     WHOLE_FD: Disturbance.HARMFUL,
+    PIPE_FD: Disturbance.NONE,
 }
 RUNNING, IN, BLOCKED = ThreadWhere.RUNNING, ThreadWhere.IN_SYSCALL, ThreadWhere.BLOCKED
 FUTEX, READ, ACCEPT, EPOLL_WAIT, SIGSUSPEND, WRITE = 202, 0, 43, 232, 130, 1
@@ -92,8 +91,7 @@ def test_who_may_be_woken(
     monkeypatch.setattr(module, "read_thread_state", read)
     monkeypatch.setattr(module, "read_state_char", lambda _pid, tid: states[tid].state)
     monkeypatch.setattr(module, "list_tids", lambda pid: threads[pid])
-    monkeypatch.setattr(waking, "rank_file", lambda _pid, _tid, fd: FILES[fd])
-    monkeypatch.setattr(waking, "rank_receiving", lambda _pid, _tid, fd: SOCKETS[fd])
+    monkeypatch.setattr(waking, "rank_receiving", lambda _pid, _tid, fd: ANSWERS[fd])
     program = SimpleNamespace(pid=PID, sharers=SimpleNamespace(look=lambda: (SHARER,)))
     target = cast(Target, program)
     assert Target.may_wake_all(target) is may_wake

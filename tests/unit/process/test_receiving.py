@@ -16,7 +16,7 @@ import pytest
 from optpoline.process import receiving
 from optpoline.process.receiving import rank_file, rank_receiving
 from optpoline.process.thread_state import read_thread_state
-from optpoline.process.waking import rank_call_asked
+from optpoline.process.waking import rank_call
 from optpoline.x86.syscalls import Disturbance
 
 NONE, AFRESH, HARMFUL = Disturbance.NONE, Disturbance.TIMEOUT_AFRESH, Disturbance.HARMFUL
@@ -148,7 +148,7 @@ def test_thread_that_sleeps_in_recv(seconds: int) -> None:
         tid = tids.get()
         while (state := read_thread_state(os.getpid(), tid)).syscall_nr != SYS_RECVFROM:
             os.sched_yield()
-        assert rank_call_asked(os.getpid(), state) is (AFRESH if seconds else NONE)
+        assert rank_call(os.getpid(), state, asks=True) is (AFRESH if seconds else NONE)
     finally:
         far.send(b"x")
         thread.join()
